@@ -1,0 +1,138 @@
+// 2^t and log as plain arithmetic, so that a loop around them is vectorised at every instruction
+// set. tests/test_cpu_loops.py holds their errors.
+//
+// Internal linkage throughout: see half.h.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+namespace {
+
+template <class A>
+struct FloatTraits;
+
+template <>
+struct FloatTraits<float> {
+  using Bits = uint32_t;
+  static constexpr int kMantissa = 23;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLog2e = 1.44269504f;
+  static constexpr float kLn2High = 0.693359375f;  // few bits: k * kLn2High is exact
+  static constexpr float kLn2Low = -2.12194440e-4f;
+  static constexpr float kZeroExponent = -127.0f;
+  static constexpr Bits kOne = 0x3f800000u;
+  static constexpr Bits kSqrtHalf = 0x3f3504f3u;
+  // (2^r - 1) / r on |r| <= 1/2: least maximum error of 2^r (Lawson's iteration), 9.2e-8.
+  static inline float exp2_slope(float r) {
+    float p = 0.001326472707f;
+    p = p * r + 0.009671512649f;
+    p = p * r + 0.05550733744f;
+    p = p * r + 0.2402224209f;
+    return p * r + 0.6931469776f;
+  }
+  // The even series of log((1 + s) / (1 - s)) / s - 2 in z = s^2 (FreeBSD msun e_logf).
+  static inline float log_tail(float z) {
+    float p = 0.24279078841f;
+    p = p * z + 0.28498786688f;
+    p = p * z + 0.40000972152f;
+    p = p * z + 0.66666662693f;
+    return p * z;
+  }
+};
+
+template <>
+struct FloatTraits<double> {
+  using Bits = uint64_t;
+  static constexpr int kMantissa = 52;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLog2e = 1.4426950408889634;
+  static constexpr double kLn2High = 6.93147180369123816490e-01;
+  static constexpr double kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kZeroExponent = -1023.0;
+  static constexpr Bits kOne = 0x3ff0000000000000u;
+  static constexpr Bits kSqrtHalf = 0x3fe6a09e667f3bcdu;
+  // (2^r - 1) / r on |r| <= 1/2: Taylor's ln(2)^k / k!, the first term left out below 2^-57.
+  static inline double exp2_slope(double r) {
+    double p = 1.3691488853904128e-12;
+    p = p * r + 2.5678435993488206e-11;
+    p = p * r + 4.4455382718708116e-10;
+    p = p * r + 7.0549116208011233e-09;
+    p = p * r + 1.0178086009239699e-07;
+    p = p * r + 1.3215486790144307e-06;
+    p = p * r + 1.5252733804059841e-05;
+    p = p * r + 1.5403530393381610e-04;
+    p = p * r + 1.3333558146428443e-03;
+    p = p * r + 9.6181291076284772e-03;
+    p = p * r + 5.5504108664821580e-02;
+    p = p * r + 2.4022650695910072e-01;
+    return p * r + 6.9314718055994531e-01;
+  }
+  // FreeBSD msun e_log.
+  static inline double log_tail(double z) {
+    double p = 1.479819860511658591e-01;
+    p = p * z + 1.531383769920937332e-01;
+    p = p * z + 1.818357216161805012e-01;
+    p = p * z + 2.222219843214978396e-01;
+    p = p * z + 2.857142874366239149e-01;
+    p = p * z + 3.999999999940941908e-01;
+    p = p * z + 6.666666666666735130e-01;
+    return p * z;
+  }
+};
+
+// The exponent at which exp2_clamped gives 0, as a value that the compiler does not know. GCC
+// would otherwise see that a clamped exponent gives a constant, and make a branch of the select
+// in clamped_exponent: a loop with a branch is not vectorised. Read it before a loop.
+template <class A>
+inline A zero_exponent() {
+  const volatile A value = FloatTraits<A>::kZeroExponent;
+  return value;
+}
+
+// scale * x, but no lower than `zero`: finite for x = -inf, NaN for NaN.
+template <class A>
+inline A clamped_exponent(A x, A scale, A zero) {
+  const A t = scale * x;
+  return t < zero ? zero : t;
+}
+
+// 2^t for kZeroExponent <= t <= 0 or NaN. Exactly 1 at t = 0 and exactly 0 at kZeroExponent, so
+// that a masked class has probability 0; below the smallest normal number only the order of
+// magnitude is right.
+template <class A>
+inline A exp2_clamped(A t) {
+  using T = FloatTraits<A>;
+  using Bits = typename T::Bits;
+  const A rounded = t + T::kRound;
+  const A r = t - (rounded - T::kRound);
+  const A fraction = T::exp2_slope(r) * r + A(1);
+  // The integer part stands in the low bits of `rounded`; adding it to the exponent field of
+  // 2^r multiplies by its power of two.
+  const Bits exponent = __builtin_bit_cast(Bits, rounded) << T::kMantissa;
+  return __builtin_bit_cast(A, __builtin_bit_cast(Bits, fraction) + exponent);
+}
+
+// log(x) for x >= 0 or NaN; below the smallest normal number (0 included) the log of that number,
+// so that 0 * log(0) is 0.
+template <class A>
+inline A log_nonnegative(A x) {
+  using T = FloatTraits<A>;
+  using Bits = typename T::Bits;
+  const A tiny = std::numeric_limits<A>::min();
+  const A clamped = x < tiny ? tiny : x;
+  const Bits bits = __builtin_bit_cast(Bits, clamped);
+  const Bits biased = (bits + (T::kOne - T::kSqrtHalf)) >> T::kMantissa;
+  const Bits exponent = biased - (T::kOne >> T::kMantissa);
+  // Integer to floating point without a conversion instruction that AVX2 lacks.
+  const A k = __builtin_bit_cast(A, exponent + __builtin_bit_cast(Bits, T::kRound)) - T::kRound;
+  const A f = __builtin_bit_cast(A, bits - (exponent << T::kMantissa)) - A(1);
+  const A s = f / (A(2) + f);
+  const A half_square = A(0.5) * f * f;
+  const A r = T::log_tail(s * s);
+  const A result =
+      k * T::kLn2High - ((half_square - (s * (half_square + r) + k * T::kLn2Low)) - f);
+  return result + (x - x);  // NaN and infinity must not come out as a number
+}
+
+}  // namespace

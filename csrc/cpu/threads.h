@@ -1,0 +1,14 @@
+// Torch's threads, where they can run.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace ueo_fast::cpu {
+
+// Splits [0, n) over torch's threads; runs it on the calling thread when `elements` of work are
+// too few to share, or in a forked child, where OpenMP's threads no longer exist and waiting for
+// them would never end.
+void parallel_for(int64_t n, int64_t elements, const std::function<void(int64_t, int64_t)>& body);
+
+}  // namespace ueo_fast::cpu

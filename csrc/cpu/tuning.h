@@ -1,0 +1,41 @@
+// Every tuning number of the CPU kernels, each with its reason. Measured with
+// benchmarks/bench_ueo_loss.py; docs/performance.md tells what was tried.
+#pragma once
+
+#include <cstdint>
+
+namespace ueo_fast::cpu::tuning {
+
+// Columns handled by one call of an inner loop. Two tiles of float32 stay in a 32 KiB L1 beside
+// the column sums; sums are float inside a tile and double across tiles, which keeps the error of
+// a 50,000-column row at that of a 1,024-column one.
+inline constexpr int64_t kTileColumns = 1024;
+
+// Inner loops run over multiples of this many elements: one AVX-512 register of float, two of
+// double, so no instruction set ever executes a scalar remainder.
+inline constexpr int64_t kPad = 16;
+
+// How far ahead of the row in hand logits are fetched, rounded up to whole rows: about the time
+// that memory takes to answer.
+inline constexpr int64_t kPrefetchBytes = 4096;
+
+// Rows whose exponentials are added to the column sums together: one load and store of the sums
+// per four rows instead of per row.
+inline constexpr int64_t kRowGroup = 4;
+
+// Rows per block of column sums. Blocks depend on the shape alone, never on the number of threads:
+// the same input gives the same bits on any number of threads. At most 256 float additions meet
+// in one sum before it is added in double; at least 32 rows keep the partial sums below 1/32 of
+// the logits; 64 blocks are enough to balance many threads.
+inline constexpr int64_t kMinRowsPerBlock = 32;
+inline constexpr int64_t kMaxRowsPerBlock = 256;
+inline constexpr int64_t kTargetBlocks = 64;
+
+// Elements below which a second thread costs more than it brings.
+inline constexpr int64_t kSerialElements = 16384;
+
+// Bytes of gradient from which stores go past the cache: at this size the lines would be evicted
+// before anybody reads them, and a cached store first reads the line that it overwrites.
+inline constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+}  // namespace ueo_fast::cpu::tuning

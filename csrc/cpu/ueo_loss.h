@@ -1,0 +1,104 @@
+// The loops of the loss on raw memory: no torch header, so that tests and benchmarks can run them
+// at a forced instruction set (tests/cpp). Steps are those of docs/math.md.
+#pragma once
+
+#include <cstdint>
+
+#include "capability.h"
+
+namespace ueo_fast::cpu {
+
+enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
+
+// Options shared by all rows.
+struct UeoOptions {
+  double trade_off = 1.0;         // lambda
+  double confidence_scale = 1.0;  // multiplies the logits before the internal confidence
+  double eps = 0.0;               // added inside every logarithm
+};
+
+// (rows, columns) logits with any strides, in elements.
+struct LogitsView {
+  const void* data;
+  Storage storage;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+// One row of what forward keeps for backward; kRowStats numbers of the compute type.
+enum RowStat : int64_t {
+  kRowMax,      // max_c z_ic
+  kRowSum,      // sum_c exp(z_ic - max)
+  kRowEntropy,  // step 4: sum_c p log p; with eps, sum_c p (log(p + eps) + p / (p + eps))
+  kRowConfidence,      // w_i
+  kRowMarginalWeight,  // v_i
+  kRowStats
+};
+
+// What the batch sums up to; kSummary numbers of the compute type.
+enum Summary : int64_t {
+  kConditionalEntropy,  // sum_i a_i H_i
+  kMarginalEntropy,     // H(q)
+  kMeanConfidence,      // sum_i w_i / B
+  kConfidenceSum,       // sum_i w_i
+  kMarginalWeightSum,   // sum_i v_i
+  kSummary
+};
+
+// Partial sums of one block of rows.
+struct BlockSums {
+  double confidence = 0;
+  double marginal_weight = 0;
+  double weighted_entropy = 0;
+};
+
+// A is the compute type: double for double logits, float for all others.
+template <class A>
+struct ForwardRows {
+  LogitsView logits;
+  UeoOptions options;
+  const A* confidence;        // (rows,) or null
+  const A* marginal_weights;  // (rows,) or null
+  A* row_stats;               // (rows, kRowStats)
+};
+
+template <class A>
+struct BackwardRows {
+  LogitsView logits;
+  UeoOptions options;
+  double grad_loss;      // the upstream gradient
+  const A* row_stats;    // (rows, kRowStats)
+  const A* log_marginal;  // a padded row, step 6
+  double confidence_sum;
+  double marginal_weight_sum;
+  void* grad;   // (rows, columns) contiguous, of the logits' storage type
+  bool stream;  // store past the cache
+};
+
+template <class A>
+struct UeoLoops {
+  // Steps 1 to 5 for rows [begin, end): row statistics, block sums, and the block's column sums
+  // sum_i v_i p_ic (a padded row), which are overwritten.
+  void (*forward)(const ForwardRows<A>& args, int64_t begin, int64_t end, BlockSums* sums,
+                  A* column_sums, A* scratch);
+  // Step 5 for n columns, a multiple of kPad: q = scale * sum over blocks of their column sums,
+  // added in double and in the order of the blocks.
+  void (*marginal)(const A* column_sums, int64_t blocks, int64_t row_size, double scale, int64_t n,
+                   A* marginal);
+  // Step 6 for n columns, a multiple of kPad: writes log q (with eps,
+  // log(q + eps) + q / (q + eps)) and returns sum_c q log(q + eps).
+  double (*log_marginal)(const A* marginal, double eps, int64_t n, A* log_marginal);
+  // Step 8 for rows [begin, end).
+  void (*backward)(const BackwardRows<A>& args, int64_t begin, int64_t end, A* scratch);
+  // Step 2 alone: max_c softmax(scale * z)_c for rows [begin, end).
+  void (*max_softmax)(const LogitsView& logits, double scale, int64_t begin, int64_t end,
+                      A* scratch, A* out);
+};
+
+// The loops for one instruction set; `capability` must be one that this machine can run.
+template <class A>
+const UeoLoops<A>& ueo_loops(Capability capability);
+
+}  // namespace ueo_fast::cpu

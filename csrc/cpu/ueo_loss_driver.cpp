@@ -1,0 +1,157 @@
+#include "ueo_loss_driver.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "tuning.h"
+
+namespace ueo_fast::cpu {
+namespace {
+
+using namespace tuning;
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// From the shape alone: see kMinRowsPerBlock.
+int64_t rows_per_block(int64_t rows) {
+  return std::clamp(round_up(rows / kTargetBlocks, kRowGroup), kMinRowsPerBlock, kMaxRowsPerBlock);
+}
+
+// Rows for kRowGroup rows of exponentials and two tiles; not initialised, since every loop writes
+// before it reads.
+template <class A>
+std::unique_ptr<A[]> make_scratch(int64_t columns) {
+  return std::unique_ptr<A[]>(new A[kRowGroup * round_up(columns, kPad) + 2 * kTileColumns]);
+}
+
+}  // namespace
+
+template <class A>
+double ueo_forward(const UeoLoops<A>& loops, const ForwardRows<A>& args, A* summary, A* marginal,
+                   const ParallelFor& parallel_for) {
+  const int64_t rows = args.logits.rows;
+  const int64_t columns = args.logits.columns;
+  const int64_t row_size = round_up(columns, kPad);
+  const int64_t block_rows = rows_per_block(rows);
+  const int64_t blocks = round_up(rows, block_rows) / block_rows;
+  std::unique_ptr<A[]> column_sums(new A[blocks * row_size]);
+  std::vector<BlockSums> sums(blocks);
+  parallel_for(blocks, [&](int64_t first, int64_t last) {
+    const auto scratch = make_scratch<A>(columns);
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block * block_rows;
+      loops.forward(args, begin, std::min(begin + block_rows, rows), &sums[block],
+                    &column_sums[block * row_size], scratch.get());
+    }
+  });
+
+  BlockSums total;
+  for (const BlockSums& block : sums) {
+    total.confidence += block.confidence;
+    total.marginal_weight += block.marginal_weight;
+    total.weighted_entropy += block.weighted_entropy;
+  }
+
+  const int64_t tiles = round_up(row_size, kTileColumns) / kTileColumns;
+  std::vector<double> tile_entropy(tiles);
+  const auto marginal_tiles = [&](int64_t first, int64_t last) {
+    A q[kTileColumns];
+    A log_q[kTileColumns];
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t begin = tile * kTileColumns;
+      const int64_t n = std::min(kTileColumns, row_size - begin);
+      loops.marginal(&column_sums[begin], blocks, row_size, 1 / total.marginal_weight, n, q);
+      tile_entropy[tile] = -loops.log_marginal(q, args.options.eps, n, log_q);
+      std::copy(q, q + std::min(n, columns - begin), marginal + begin);
+    }
+  };
+  if (blocks * columns < kSerialElements) {
+    marginal_tiles(0, tiles);
+  } else {
+    parallel_for(tiles, marginal_tiles);
+  }
+  double marginal_entropy = 0;
+  for (const double entropy : tile_entropy) marginal_entropy += entropy;
+
+  const double conditional_entropy = total.weighted_entropy / total.confidence;
+  summary[kConditionalEntropy] = static_cast<A>(conditional_entropy);
+  summary[kMarginalEntropy] = static_cast<A>(marginal_entropy);
+  summary[kMeanConfidence] = static_cast<A>(total.confidence / static_cast<double>(rows));
+  summary[kConfidenceSum] = static_cast<A>(total.confidence);
+  summary[kMarginalWeightSum] = static_cast<A>(total.marginal_weight);
+  return conditional_entropy - args.options.trade_off * marginal_entropy;
+}
+
+template <class A>
+void ueo_backward(const UeoLoops<A>& loops, BackwardRows<A> args, const A* marginal,
+                  const ParallelFor& parallel_for) {
+  const int64_t rows = args.logits.rows;
+  const int64_t columns = args.logits.columns;
+  const int64_t row_size = round_up(columns, kPad);
+  std::unique_ptr<A[]> q(new A[2 * row_size]);
+  A* log_q = &q[row_size];
+  std::copy(marginal, marginal + columns, &q[0]);
+  std::fill(&q[columns], &q[row_size], A(0));
+  for (int64_t begin = 0; begin < row_size; begin += kTileColumns) {
+    const int64_t n = std::min(kTileColumns, row_size - begin);
+    loops.log_marginal(&q[begin], args.options.eps, n, log_q + begin);
+  }
+  args.log_marginal = log_q;
+
+  // Blocks in reverse: the cache still holds the rows that forward read last.
+  const int64_t block_rows = rows_per_block(rows);
+  const int64_t blocks = round_up(rows, block_rows) / block_rows;
+  parallel_for(blocks, [&](int64_t first, int64_t last) {
+    const auto scratch = make_scratch<A>(columns);
+    for (int64_t block = last - 1; block >= first; --block) {
+      const int64_t begin = block * block_rows;
+      loops.backward(args, begin, std::min(begin + block_rows, rows), scratch.get());
+    }
+  });
+}
+
+template <class A>
+void max_softmax(const UeoLoops<A>& loops, const LogitsView& logits, double scale, A* out,
+                 const ParallelFor& parallel_for) {
+  const int64_t block_rows = rows_per_block(logits.rows);
+  const int64_t blocks = round_up(logits.rows, block_rows) / block_rows;
+  parallel_for(blocks, [&](int64_t first, int64_t last) {
+    const auto scratch = make_scratch<A>(logits.columns);
+    loops.max_softmax(logits, scale, first * block_rows, std::min(last * block_rows, logits.rows),
+                      scratch.get(), out);
+  });
+}
+
+#define UEO_FAST_INSTANTIATE(A)                                                                   \
+  template double ueo_forward<A>(const UeoLoops<A>&, const ForwardRows<A>&, A*, A*,               \
+                                 const ParallelFor&);                                             \
+  template void ueo_backward<A>(const UeoLoops<A>&, BackwardRows<A>, const A*,                    \
+                                const ParallelFor&);                                              \
+  template void max_softmax<A>(const UeoLoops<A>&, const LogitsView&, double, A*,                 \
+                               const ParallelFor&);
+UEO_FAST_INSTANTIATE(float)
+UEO_FAST_INSTANTIATE(double)
+
+#define UEO_FAST_SELECT(A, name)                                                      \
+  const UeoLoops<A>& name##_loops_base();                                             \
+  const UeoLoops<A>& name##_loops_avx2();                                             \
+  const UeoLoops<A>& name##_loops_avx512();                                           \
+  template <>                                                                         \
+  const UeoLoops<A>& ueo_loops<A>([[maybe_unused]] Capability capability) {           \
+    UEO_FAST_SELECT_X86(name)                                                         \
+    return name##_loops_base();                                                       \
+  }
+#if defined(__x86_64__)
+#define UEO_FAST_SELECT_X86(name)                                         \
+  if (capability == Capability::kAvx512) return name##_loops_avx512();    \
+  if (capability == Capability::kAvx2) return name##_loops_avx2();
+#else
+#define UEO_FAST_SELECT_X86(name)
+#endif
+UEO_FAST_SELECT(float, float)
+UEO_FAST_SELECT(double, double)
+
+}  // namespace ueo_fast::cpu

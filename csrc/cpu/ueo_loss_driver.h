@@ -1,0 +1,30 @@
+// The loss on whole batches: blocks of rows, column sums, threads. No torch header.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "ueo_loss.h"
+
+namespace ueo_fast::cpu {
+
+// Calls body(first, last) on disjoint ranges that cover [0, n), on as many threads as it likes.
+using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t, int64_t)>& body)>;
+
+// Steps 1 to 7. Writes row_stats (rows, kRowStats), summary (kSummary,) and marginal (columns,);
+// returns the loss. The result does not depend on how parallel_for splits its range.
+template <class A>
+double ueo_forward(const UeoLoops<A>& loops, const ForwardRows<A>& args, A* summary, A* marginal,
+                   const ParallelFor& parallel_for);
+
+// Step 8, from what forward wrote. args.log_marginal is computed here from `marginal`.
+template <class A>
+void ueo_backward(const UeoLoops<A>& loops, BackwardRows<A> args, const A* marginal,
+                  const ParallelFor& parallel_for);
+
+// Step 2 for the whole batch; out (rows,).
+template <class A>
+void max_softmax(const UeoLoops<A>& loops, const LogitsView& logits, double scale, A* out,
+                 const ParallelFor& parallel_for);
+
+}  // namespace ueo_fast::cpu

@@ -1,0 +1,362 @@
+// The loss's loops, compiled once per instruction set with UEO_FAST_LEVEL set to base, avx2 or
+// avx512 (CMakeLists.txt). Plain loops under `omp simd`; step numbers are those of docs/math.md.
+//
+// Everything but the last function has internal linkage: see half.h.
+#include "half.h"
+#include "rows.h"
+#include "simd_math.h"
+#include "tuning.h"
+#include "ueo_loss.h"
+
+namespace ueo_fast::cpu {
+namespace {
+
+using tuning::kRowGroup;
+
+constexpr double kLn2 = 0.6931471805599453;
+
+template <class A>
+const A* row_stat(const A* row_stats, int64_t row) {
+  return row_stats + row * kRowStats;
+}
+
+// e = exp(x - max); adds up e and e * log2(e).
+template <class A>
+inline void exp_tile(const A* __restrict x, A max, int64_t n, const Ahead& ahead,
+                     A* __restrict e, double& sum, double& dot) {
+  assume_padded(n);
+  const A zero = zero_exponent<A>();
+  LaneSums<A> sums;
+  LaneSums<A> dots;
+  for (int64_t j = 0; j < n; j += kPad) {
+    ahead.prefetch(j);
+#pragma omp simd
+    for (int64_t l = 0; l < kPad; ++l) {
+      const A t = clamped_exponent(x[j + l] - max, FloatTraits<A>::kLog2e, zero);
+      const A value = exp2_clamped(t);
+      e[j + l] = value;
+      sums.lane[l] += value;
+      dots.lane[l] += value * t;
+    }
+  }
+  sum += sums.total();
+  dot += dots.total();
+}
+
+// sum of exp(scale * (x - max)).
+template <class A>
+inline double scaled_exp_sum_tile(const A* __restrict x, A max, double scale, int64_t n) {
+  assume_padded(n);
+  const A zero = zero_exponent<A>();
+  const A log2_scale = static_cast<A>(scale * FloatTraits<double>::kLog2e);
+  LaneSums<A> sums;
+  for (int64_t j = 0; j < n; j += kPad) {
+#pragma omp simd
+    for (int64_t l = 0; l < kPad; ++l) {
+      sums.lane[l] += exp2_clamped(clamped_exponent(x[j + l] - max, log2_scale, zero));
+    }
+  }
+  return sums.total();
+}
+
+// With p = e * inverse_sum: sums of p log(p + eps) and of p^2 / (p + eps).
+template <class A>
+inline void entropy_eps_tile(const A* __restrict e, A inverse_sum, A eps, int64_t n, double& plogp,
+                             double& ratio) {
+  assume_padded(n);
+  LaneSums<A> plogps;
+  LaneSums<A> ratios;
+  for (int64_t j = 0; j < n; j += kPad) {
+#pragma omp simd
+    for (int64_t l = 0; l < kPad; ++l) {
+      const A p = e[j + l] * inverse_sum;
+      plogps.lane[l] += p * log_nonnegative(p + eps);
+      ratios.lane[l] += p * (p / (p + eps));
+    }
+  }
+  plogp += plogps.total();
+  ratio += ratios.total();
+}
+
+// sums (+)= sum_r weight_r * e_r over a group of rows.
+template <class A, bool kFirst>
+inline void add_rows(const A* __restrict e, const A* weight, int64_t row_size,
+                     A* __restrict sums) {
+  const A* __restrict e0 = e;
+  const A* __restrict e1 = e + row_size;
+  const A* __restrict e2 = e + 2 * row_size;
+  const A* __restrict e3 = e + 3 * row_size;
+  const A w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3];
+  static_assert(kRowGroup == 4);
+  assume_padded(row_size);
+#pragma omp simd
+  for (int64_t j = 0; j < row_size; ++j) {
+    const A sum = w0 * e0[j] + w1 * e1[j] + w2 * e2[j] + w3 * e3[j];
+    sums[j] = kFirst ? sum : sums[j] + sum;
+  }
+}
+
+// Steps 1, 2 and 4 of one row: e = exp(z - max) (padded with zeros), and its statistics.
+template <class A, class S>
+inline void forward_row(const ForwardRows<A>& args, int64_t row, A* e, A* buffer, BlockSums& sums,
+                        A& column_weight) {
+  RowReader<A, S> z(args.logits, row, buffer);
+  const UeoOptions& options = args.options;
+  const A max = row_max(z);
+  double sum = 0;
+  double dot = 0;
+  for_each_tile(z.columns, [&](const Tile& tile) {
+    exp_tile(z.read(tile), max, tile.padded, z.ahead(tile), e + tile.begin, sum, dot);
+  });
+
+  double confidence = 1 / sum;
+  if (args.confidence) {
+    confidence = args.confidence[row];
+  } else if (options.confidence_scale != 1) {
+    double scaled_sum = 0;
+    for_each_tile(z.columns, [&](const Tile& tile) {
+      scaled_sum += scaled_exp_sum_tile(z.read(tile), max, options.confidence_scale, tile.padded);
+    });
+    confidence = 1 / scaled_sum;
+  }
+  const double marginal_weight =
+      args.marginal_weights ? static_cast<double>(args.marginal_weights[row]) : 1 / confidence;
+
+  double plogp = kLn2 * dot / sum - __builtin_log(sum);
+  double entropy_term = plogp;
+  if (options.eps != 0) {
+    plogp = 0;
+    double ratio = 0;
+    for_each_tile(z.columns, [&](const Tile& tile) {
+      entropy_eps_tile(e + tile.begin, static_cast<A>(1 / sum), static_cast<A>(options.eps),
+                       tile.padded, plogp, ratio);
+    });
+    entropy_term = plogp + ratio;
+  }
+
+  A* stats = args.row_stats + row * kRowStats;
+  stats[kRowMax] = max;
+  stats[kRowSum] = static_cast<A>(sum);
+  stats[kRowEntropy] = static_cast<A>(entropy_term);
+  stats[kRowConfidence] = static_cast<A>(confidence);
+  stats[kRowMarginalWeight] = static_cast<A>(marginal_weight);
+  sums.confidence += confidence;
+  sums.marginal_weight += marginal_weight;
+  sums.weighted_entropy -= confidence * plogp;
+  column_weight = static_cast<A>(marginal_weight / sum);
+}
+
+template <class A, class S>
+void forward_rows(const ForwardRows<A>& args, int64_t begin, int64_t end, BlockSums* sums,
+                  A* column_sums, A* scratch) {
+  const int64_t row_size = padded(args.logits.columns);
+  A* buffer = scratch + kRowGroup * row_size;
+  for (int64_t first = begin; first < end; first += kRowGroup) {
+    A weight[kRowGroup] = {};
+    for (int64_t r = 0; r < kRowGroup; ++r) {
+      A* e = scratch + r * row_size;
+      if (first + r < end) {
+        forward_row<A, S>(args, first + r, e, buffer, *sums, weight[r]);
+      } else {  // the last, incomplete group: what an earlier group left must not be added
+        for (int64_t j = 0; j < row_size; ++j) e[j] = 0;
+      }
+    }
+    if (first == begin) {
+      add_rows<A, true>(scratch, weight, row_size, column_sums);
+    } else {
+      add_rows<A, false>(scratch, weight, row_size, column_sums);
+    }
+  }
+}
+
+template <class A>
+void marginal(const A* __restrict column_sums, int64_t blocks, int64_t row_size, double scale,
+              int64_t n, A* __restrict out) {
+  assume_padded(n);
+  double sums[tuning::kTileColumns] = {};
+  for (int64_t block = 0; block < blocks; ++block) {
+    const A* __restrict part = column_sums + block * row_size;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) sums[j] += part[j];
+  }
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) out[j] = static_cast<A>(sums[j] * scale);
+}
+
+template <class A>
+double log_marginal(const A* __restrict q, double eps_option, int64_t n, A* __restrict log_q) {
+  assume_padded(n);
+  const A eps = static_cast<A>(eps_option);
+  LaneSums<A> sums;
+  for (int64_t j = 0; j < n; j += kPad) {
+#pragma omp simd
+    for (int64_t l = 0; l < kPad; ++l) {
+      const A value = log_nonnegative(q[j + l] + eps);
+      sums.lane[l] += q[j + l] * value;
+      log_q[j + l] = value;
+    }
+  }
+  if (eps != 0) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) log_q[j] += q[j] / (q[j] + eps);
+  }
+  return sums.total();
+}
+
+// exp(x - max) into e; returns sum of e * log_q.
+template <class A>
+inline double exp_dot_tile(const A* __restrict x, const A* __restrict log_q, A max, int64_t n,
+                           const Ahead& ahead, A* __restrict e) {
+  assume_padded(n);
+  const A zero = zero_exponent<A>();
+  LaneSums<A> dots;
+  for (int64_t j = 0; j < n; j += kPad) {
+    ahead.prefetch(j);
+#pragma omp simd
+    for (int64_t l = 0; l < kPad; ++l) {
+      const A value =
+          exp2_clamped(clamped_exponent(x[j + l] - max, FloatTraits<A>::kLog2e, zero));
+      e[j + l] = value;
+      dots.lane[l] += value * log_q[j + l];
+    }
+  }
+  return dots.total();
+}
+
+// The gradient of one tile: e * (entropy * log2(e) + marginal * log_q + constant).
+template <class A>
+inline void grad_tile(const A* __restrict x, const A* __restrict e, const A* __restrict log_q,
+                      A max, A entropy, A marginal, A constant, int64_t n, A* __restrict out) {
+  assume_padded(n);
+  const A zero = zero_exponent<A>();
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const A t = clamped_exponent(x[j] - max, FloatTraits<A>::kLog2e, zero);
+    out[j] = e[j] * (entropy * t + (marginal * log_q[j] + constant));
+  }
+}
+
+// As grad_tile, with log(p + eps) + p / (p + eps) in the place of log p.
+template <class A>
+inline void grad_eps_tile(const A* __restrict e, const A* __restrict log_q, A inverse_sum, A eps,
+                          A entropy, A marginal, A constant, int64_t n, A* __restrict out) {
+  assume_padded(n);
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const A p = e[j] * inverse_sum;
+    const A term = log_nonnegative(p + eps) + p / (p + eps);
+    out[j] = e[j] * (entropy * term + (marginal * log_q[j] + constant));
+  }
+}
+
+template <class A, class S>
+inline void backward_row(const BackwardRows<A>& args, int64_t row, A* e, A* buffer) {
+  RowReader<A, S> z(args.logits, row, buffer);
+  const A* stats = row_stat(args.row_stats, row);
+  const A max = stats[kRowMax];
+  double dot = 0;
+  for_each_tile(z.columns, [&](const Tile& tile) {
+    dot += exp_dot_tile(z.read(tile), args.log_marginal + tile.begin, max, tile.padded,
+                        z.ahead(tile), e + tile.begin);
+  });
+
+  // Step 8 with p = e / sum and log p = log_e - log(sum): one multiplication per term, every
+  // constant in double, the upstream gradient folded in before anything is rounded.
+  const double sum = stats[kRowSum];
+  const double a = stats[kRowConfidence] / args.confidence_sum;
+  const double b = stats[kRowMarginalWeight] / args.marginal_weight_sum;
+  const double lambda = args.options.trade_off;
+  const double eps = args.options.eps;
+  const double scale = args.grad_loss / sum;
+  const double log_sum = eps == 0 ? __builtin_log(sum) : 0;
+  const A entropy = static_cast<A>(-a * scale * (eps == 0 ? kLn2 : 1));  // t is in units of log2
+  const A marginal = static_cast<A>(lambda * b * scale);
+  const A constant =
+      static_cast<A>((a * (log_sum + stats[kRowEntropy]) - lambda * b * dot / sum) * scale);
+
+  RowWriter<A, S> grad(args.grad, row, z.columns, args.stream);
+  for_each_tile(z.columns, [&](const Tile& tile) {
+    A* out = grad.target(tile, buffer + tuning::kTileColumns);
+    if (eps == 0) {
+      grad_tile(z.read(tile), e + tile.begin, args.log_marginal + tile.begin, max, entropy,
+                marginal, constant, tile.padded, out);
+    } else {
+      grad_eps_tile(e + tile.begin, args.log_marginal + tile.begin, static_cast<A>(1 / sum),
+                    static_cast<A>(eps), entropy, marginal, constant, tile.padded, out);
+    }
+    grad.write(tile, out);
+  });
+}
+
+template <class A, class S>
+void backward_rows(const BackwardRows<A>& args, int64_t begin, int64_t end, A* scratch) {
+  A* buffer = scratch + padded(args.logits.columns);
+  for (int64_t row = begin; row < end; ++row) backward_row<A, S>(args, row, scratch, buffer);
+  if (args.stream) stream_fence();
+}
+
+template <class A, class S>
+void max_softmax_rows(const LogitsView& logits, double scale, int64_t begin, int64_t end,
+                      A* scratch, A* out) {
+  for (int64_t row = begin; row < end; ++row) {
+    RowReader<A, S> z(logits, row, scratch);
+    const A max = row_max(z);
+    double sum = 0;
+    for_each_tile(z.columns, [&](const Tile& tile) {
+      sum += scaled_exp_sum_tile(z.read(tile), max, scale, tile.padded);
+    });
+    out[row] = static_cast<A>(1 / sum);
+  }
+}
+
+// The storage type is chosen per call of a block of rows, far outside the loops.
+void forward_any(const ForwardRows<float>& args, int64_t begin, int64_t end, BlockSums* sums,
+                 float* column_sums, float* scratch) {
+  switch (args.logits.storage) {
+    case Storage::kHalf:
+      return forward_rows<float, Half>(args, begin, end, sums, column_sums, scratch);
+    case Storage::kBFloat16:
+      return forward_rows<float, BFloat16>(args, begin, end, sums, column_sums, scratch);
+    default:
+      return forward_rows<float, float>(args, begin, end, sums, column_sums, scratch);
+  }
+}
+
+void backward_any(const BackwardRows<float>& args, int64_t begin, int64_t end, float* scratch) {
+  switch (args.logits.storage) {
+    case Storage::kHalf:
+      return backward_rows<float, Half>(args, begin, end, scratch);
+    case Storage::kBFloat16:
+      return backward_rows<float, BFloat16>(args, begin, end, scratch);
+    default:
+      return backward_rows<float, float>(args, begin, end, scratch);
+  }
+}
+
+void max_softmax_any(const LogitsView& logits, double scale, int64_t begin, int64_t end,
+                     float* scratch, float* out) {
+  switch (logits.storage) {
+    case Storage::kHalf:
+      return max_softmax_rows<float, Half>(logits, scale, begin, end, scratch, out);
+    case Storage::kBFloat16:
+      return max_softmax_rows<float, BFloat16>(logits, scale, begin, end, scratch, out);
+    default:
+      return max_softmax_rows<float, float>(logits, scale, begin, end, scratch, out);
+  }
+}
+
+constexpr UeoLoops<float> kFloatLoops = {forward_any, marginal<float>, log_marginal<float>,
+                                         backward_any, max_softmax_any};
+constexpr UeoLoops<double> kDoubleLoops = {forward_rows<double, double>, marginal<double>,
+                                           log_marginal<double>, backward_rows<double, double>,
+                                           max_softmax_rows<double, double>};
+
+}  // namespace
+
+#define UEO_FAST_CONCATENATE(a, b) a##b
+#define UEO_FAST_NAME(base, level) UEO_FAST_CONCATENATE(base, level)
+
+const UeoLoops<float>& UEO_FAST_NAME(float_loops_, UEO_FAST_LEVEL)() { return kFloatLoops; }
+const UeoLoops<double>& UEO_FAST_NAME(double_loops_, UEO_FAST_LEVEL)() { return kDoubleLoops; }
+
+}  // namespace ueo_fast::cpu
