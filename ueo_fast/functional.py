@@ -1,0 +1,256 @@
+"""The functions that users call: arguments checked, backend chosen, result handed back."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from ueo_fast import backends, reference
+from ueo_fast.arguments import check_matrix, check_number, check_weights
+from ueo_fast.ops import ueo_loss as op
+
+
+class UEOStats(NamedTuple):
+    """Detached by-products of the loss, in the loss's dtype.
+
+    Attributes:
+        conditional_entropy: 0-d, confidence-weighted mean entropy of the rows, in nats.
+        marginal_entropy: 0-d, entropy of ``marginal``, in nats.
+        mean_confidence: 0-d, mean of the confidences in use.
+        marginal: (C,), the reverse-weighted mean prediction ``q``.
+    """
+
+    conditional_entropy: Tensor
+    marginal_entropy: Tensor
+    mean_confidence: Tensor
+    marginal: Tensor
+
+
+_Arguments = tuple[Tensor, Tensor | None, Tensor | None, float, float, float]
+"""Checked logits, confidence, marginal_weights, trade_off, confidence_scale, eps."""
+
+
+def _check(
+    logits: Tensor,
+    confidence: Tensor | None,
+    marginal_weights: Tensor | None,
+    trade_off: float,
+    confidence_scale: float,
+    eps: float,
+) -> _Arguments:
+    check_matrix("logits", logits)
+    scale = check_number("confidence_scale", confidence_scale, above=0)
+    if confidence is not None and scale != 1:
+        raise ValueError(
+            f"confidence_scale={scale} has no effect on a given confidence: "
+            "leave out one of the two"
+        )
+    return (
+        logits,
+        check_weights("confidence", confidence, logits, positive=True),
+        check_weights("marginal_weights", marginal_weights, logits, positive=False),
+        check_number("trade_off", trade_off),
+        scale,
+        check_number("eps", eps, above=0, or_equal=True),
+    )
+
+
+def _reference(
+    logits: Tensor,
+    confidence: Tensor | None,
+    marginal_weights: Tensor | None,
+    trade_off: float,
+    confidence_scale: float,
+    eps: float,
+) -> tuple[Tensor, UEOStats]:
+    terms = reference.ueo_terms(
+        logits,
+        confidence,
+        marginal_weights=marginal_weights,
+        confidence_scale=confidence_scale,
+        eps=eps,
+    )
+    return terms[0] - trade_off * terms[1], UEOStats(*(term.detach() for term in terms))
+
+
+def _stats(summary: Tensor, marginal: Tensor) -> UEOStats:
+    return UEOStats(summary[0], summary[1], summary[2], marginal)
+
+
+@overload
+def ueo_loss(
+    logits: Tensor,
+    confidence: Tensor | None = None,
+    *,
+    marginal_weights: Tensor | None = None,
+    trade_off: float = 1.0,
+    confidence_scale: float = 1.0,
+    eps: float = 0.0,
+    return_stats: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def ueo_loss(
+    logits: Tensor,
+    confidence: Tensor | None = None,
+    *,
+    marginal_weights: Tensor | None = None,
+    trade_off: float = 1.0,
+    confidence_scale: float = 1.0,
+    eps: float = 0.0,
+    return_stats: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, UEOStats]: ...
+@overload
+def ueo_loss(
+    logits: Tensor,
+    confidence: Tensor | None = None,
+    *,
+    marginal_weights: Tensor | None = None,
+    trade_off: float = 1.0,
+    confidence_scale: float = 1.0,
+    eps: float = 0.0,
+    return_stats: bool,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, UEOStats]: ...
+def ueo_loss(
+    logits: Tensor,
+    confidence: Tensor | None = None,
+    *,
+    marginal_weights: Tensor | None = None,
+    trade_off: float = 1.0,
+    confidence_scale: float = 1.0,
+    eps: float = 0.0,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, UEOStats]:
+    """Universal entropy: sum_i a_i H(p_i) - trade_off * H(sum_i b_i p_i), in nats.
+
+    ``p = softmax(logits)``, ``a`` the normalised confidences, ``b`` the normalised reverse
+    weights. Confident samples have their entropy lowered; the batch's mean prediction, in which
+    doubtful samples count more, has its entropy raised (docs/math.md).
+
+    Args:
+        logits: (B, C) float64, float32, float16 or bfloat16; any strides. Arithmetic is float32
+            (float64 for float64). ``-inf`` masks a class: probability and gradient are 0. NaN or
+            ``+inf``, or a row that is masked whole, gives a NaN loss.
+        confidence: (B,) positive constants ``w`` on the logits' device. ``None``: the maximum of
+            ``softmax(confidence_scale * logits)``, recomputed here, as a constant.
+        marginal_weights: (B,) constants ``v``, not negative; ``None`` means ``1 / w``.
+        trade_off: λ, any sign. With all confidences 1, ``trade_off=1`` is InfoMax and
+            ``trade_off=0`` is EntMin.
+        confidence_scale: multiplies the *logits* before the internal confidence: 0.01 turns CLIP's
+            100 x cosine into the authors' MCM score.
+        eps: added inside every logarithm: 0 is the paper's entropy, 1e-5 the authors' code.
+        return_stats: also return :class:`UEOStats`.
+        backend: ``auto``, ``cpp`` (CPU) or ``reference`` (plain PyTorch, any device,
+            differentiable twice).
+
+    Returns:
+        The loss, 0-d, float32 (float64 for float64 logits); with ``return_stats`` the pair
+        ``(loss, UEOStats)``. An empty batch gives 0 and zero gradients. The C++ backend gives
+        the same bits for the same input on any number of threads.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable; the message says which, and the way out.
+        RuntimeError: an explicit backend cannot run on this machine.
+
+    Source: Liang et al., ICML 2024 (arXiv 2308.12919), section 3.3; authors' code
+    github.com/tim-learn/UEO.
+    """
+    args = _check(logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
+    if backends.choose(backend, logits.device) == "reference":
+        loss, stats = _reference(*args)
+        return (loss, stats) if return_stats else loss
+    if logits.requires_grad and torch.is_grad_enabled():
+        result = op.UEOLossFunction.apply(*args, return_stats)
+        return (result[0], _stats(*result[1:])) if return_stats else result
+    loss, summary, marginal, _ = op.forward(*args)
+    return (loss, _stats(summary, marginal)) if return_stats else loss
+
+
+@overload
+def ueo_loss_and_grad(
+    logits: Tensor,
+    confidence: Tensor | None = None,
+    *,
+    marginal_weights: Tensor | None = None,
+    trade_off: float = 1.0,
+    confidence_scale: float = 1.0,
+    eps: float = 0.0,
+    return_stats: Literal[False] = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def ueo_loss_and_grad(
+    logits: Tensor,
+    confidence: Tensor | None = None,
+    *,
+    marginal_weights: Tensor | None = None,
+    trade_off: float = 1.0,
+    confidence_scale: float = 1.0,
+    eps: float = 0.0,
+    return_stats: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, UEOStats]: ...
+def ueo_loss_and_grad(
+    logits: Tensor,
+    confidence: Tensor | None = None,
+    *,
+    marginal_weights: Tensor | None = None,
+    trade_off: float = 1.0,
+    confidence_scale: float = 1.0,
+    eps: float = 0.0,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, UEOStats]:
+    """The loss and its gradient by the logits, at once and without autograd.
+
+    Arguments and errors as :func:`ueo_loss`. Works under ``no_grad`` and ``inference_mode``;
+    neither result is part of a graph.
+
+    Returns:
+        ``(loss, dlogits)``, with ``return_stats`` ``(loss, dlogits, UEOStats)``: loss 0-d,
+        dlogits (B, C) contiguous in the logits' dtype.
+    """
+    args = _check(logits.detach(), confidence, marginal_weights, trade_off, confidence_scale, eps)
+    if backends.choose(backend, logits.device) == "reference":
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = args[0].clone(memory_format=torch.contiguous_format).requires_grad_()
+            loss, stats = _reference(leaf, *args[1:])
+            (grad,) = torch.autograd.grad(loss, leaf)
+        loss = loss.detach()
+    else:
+        loss, summary, marginal, row_stats = op.forward(*args)
+        one = torch.ones_like(loss)
+        grad = op.backward(one, args[0], summary, marginal, row_stats, args[3], args[5])
+        stats = _stats(summary, marginal)
+    return (loss, grad, stats) if return_stats else (loss, grad)
+
+
+def mcm_score(cosines: Tensor, scale: float = 1.0) -> Tensor:
+    """Maximum concept matching score: max_c softmax(scale * cosines)_c. High means known.
+
+    Args:
+        cosines: (B, C) cosine similarities of images and class prompts; float64, float32, float16
+            or bfloat16, any strides.
+        scale: multiplies the cosines; 1 as in the authors' code (and MCM's temperature 1).
+
+    Returns:
+        (B,) in [1/C, 1], float32 (float64 for float64 cosines). Differentiable where ``cosines``
+        require grad.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable; the message says which, and the way out.
+
+    Source: Ming et al., *Delving into Out-of-Distribution Detection with Vision-Language
+    Representations*, NeurIPS 2022, equation 1.
+    """
+    check_matrix("cosines", cosines)
+    factor = check_number("scale", scale, above=0)
+    needs_grad = cosines.requires_grad and torch.is_grad_enabled()
+    if needs_grad or backends.choose("auto", cosines.device) == "reference":
+        return reference.max_softmax(cosines, factor)
+    return op.max_softmax(cosines, factor)

@@ -1,0 +1,1 @@
+"""Compiled ops and their autograd functions, one file per op."""

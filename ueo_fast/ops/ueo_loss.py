@@ -1,0 +1,133 @@
+"""The loss as compiled ops: fake kernels for torch.compile, and the autograd function.
+
+The gradient is computed in backward from the statistics that forward saved, never in forward:
+docs/math.md, "Where the gradient is computed", has the measurement.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ueo_fast import _extension
+from ueo_fast.reference import compute_dtype
+
+ROW_STATS = 5  # csrc/cpu/ueo_loss.h, enum RowStat
+SUMMARY = 5  # csrc/cpu/ueo_loss.h, enum Summary
+
+
+def _forward_fake(
+    logits: Tensor,
+    confidence: Tensor | None,
+    marginal_weights: Tensor | None,
+    trade_off: float,
+    confidence_scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = logits.shape
+    dtype = compute_dtype(logits.dtype)
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty(SUMMARY, dtype=dtype),
+        logits.new_empty(columns, dtype=dtype),
+        logits.new_empty(rows, ROW_STATS, dtype=dtype),
+    )
+
+
+def _backward_fake(
+    grad_loss: Tensor,
+    logits: Tensor,
+    summary: Tensor,
+    marginal: Tensor,
+    row_stats: Tensor,
+    trade_off: float,
+    eps: float,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _max_softmax_fake(logits: Tensor, scale: float) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=compute_dtype(logits.dtype))
+
+
+if _extension.cpu_error is None:
+    torch.library.register_fake("ueo_fast::ueo_loss_forward", _forward_fake)
+    torch.library.register_fake("ueo_fast::ueo_loss_backward", _backward_fake)
+    torch.library.register_fake("ueo_fast::max_softmax", _max_softmax_fake)
+
+
+def forward(
+    logits: Tensor,
+    confidence: Tensor | None,
+    marginal_weights: Tensor | None,
+    trade_off: float,
+    confidence_scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss without autograd: loss, summary (5,), marginal (C,), row statistics (B, 5)."""
+    return torch.ops.ueo_fast.ueo_loss_forward(
+        logits, confidence, marginal_weights, trade_off, confidence_scale, eps
+    )
+
+
+def backward(
+    grad_loss: Tensor,
+    logits: Tensor,
+    summary: Tensor,
+    marginal: Tensor,
+    row_stats: Tensor,
+    trade_off: float,
+    eps: float,
+) -> Tensor:
+    """The gradient (B, C) in the logits' dtype, from what :func:`forward` returned."""
+    return torch.ops.ueo_fast.ueo_loss_backward(
+        grad_loss, logits, summary, marginal, row_stats, trade_off, eps
+    )
+
+
+def max_softmax(logits: Tensor, scale: float) -> Tensor:
+    """max_c softmax(scale * logits)_c, (B,), without autograd."""
+    return torch.ops.ueo_fast.max_softmax(logits, scale)
+
+
+class UEOLossFunction(torch.autograd.Function):
+    """Returns the loss, and with ``return_stats`` the summary and the marginal as well.
+
+    Only the loss, and only by the logits, is differentiable. ``forward`` takes ``ctx`` (no
+    ``setup_context``): that halves the cost of a call, which is most of the time of a small loss.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        confidence: Tensor | None,
+        marginal_weights: Tensor | None,
+        trade_off: float,
+        confidence_scale: float,
+        eps: float,
+        return_stats: bool,
+    ) -> Any:
+        loss, summary, marginal, row_stats = forward(
+            logits, confidence, marginal_weights, trade_off, confidence_scale, eps
+        )
+        ctx.save_for_backward(logits, summary, marginal, row_stats)
+        ctx.options = (trade_off, eps)
+        if not return_stats:
+            return loss
+        ctx.set_materialize_grads(False)
+        # Copies: writing to a statistic must not touch what backward needs.
+        stats = summary.clone(), marginal.clone()
+        ctx.mark_non_differentiable(*stats)
+        return loss, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 6
+        if grad_loss is None:  # the loss is not part of what is differentiated
+            return None, *nothing
+        return backward(grad_loss, *ctx.saved_tensors, *ctx.options), *nothing
