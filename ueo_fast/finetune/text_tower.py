@@ -1,0 +1,214 @@
+"""Run any open_clip text tower from token embeddings, on no more positions than its output needs.
+
+A prompt learner replaces some token embeddings by learnt vectors, and open_clip's ``encode_text``
+takes token ids only. ``encode_embeddings`` is ``encode_text`` from the embedding layer on, for
+every transformer text tower of open_clip: CLIP (text parts on the model), CustomTextCLIP and CoCa
+(under ``model.text``); causal or not; pooled at the end-of-text token, at the first or last
+position, or at CoCa's class token; projected by a matrix, by an ``nn.Linear``, or not at all.
+Towers are recognised by their parts, so open_clip itself is never imported here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_TOWER_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+
+
+def _text_tower(model: nn.Module) -> Any:
+    """The module that holds the text parts: ``model.text`` where there is one, else the model."""
+    tower = getattr(model, "text", model)
+    missing = [part for part in _TOWER_PARTS if not hasattr(tower, part)]
+    if missing:
+        raise TypeError(
+            f"text tower {type(tower).__name__} of {type(model).__name__} has no "
+            f"{', '.join(missing)}, so it cannot run from token embeddings; supported are "
+            "open_clip's own text transformers (CLIP, CustomTextCLIP, CoCa). For a HuggingFace "
+            "tower compute the text features once with model.encode_text and train the affine "
+            "parameters only, or choose a model whose text_cfg has no hf_model_name."
+        )
+    return tower
+
+
+def _pool_type(tower: Any) -> str:
+    # CLIP flattens the tower's parts onto itself and renames these two.
+    return str(tower.text_pool_type if hasattr(tower, "text_pool_type") else tower.pool_type)
+
+
+def _eot_positions(tower: Any, tokens: Tensor) -> Tensor:
+    """Index of the token at which an ``argmax`` or ``eos`` tower is pooled: (C,), int64."""
+    if _pool_type(tower) == "argmax":
+        return tokens.argmax(dim=-1)
+    eos_id = tower.text_eos_id if hasattr(tower, "text_eos_id") else tower.eos_id
+    return (tokens == eos_id).int().argmax(dim=-1)
+
+
+def _class_token(tower: Any) -> nn.Parameter | None:
+    return getattr(tower, "cls_emb", None)
+
+
+def _is_causal(mask: Tensor | None) -> bool:
+    if mask is None:
+        return False
+    future = torch.ones_like(mask, dtype=torch.bool).triu(1)
+    return bool(torch.isneginf(mask[future]).all())
+
+
+def _check_tokens(tokens: Tensor) -> None:
+    if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] == 0:
+        raise ValueError(
+            f"tokens has shape {tuple(tokens.shape)}; expected (C, L) with at least one prompt and "
+            "one position, as a tokenizer returns for a list of prompts"
+        )
+
+
+def context_length(model: nn.Module) -> int:
+    """Number of tokens that the text tower takes (CoCa's class token is not one of them).
+
+    Raises:
+        TypeError: the tower is not one of open_clip's own transformers.
+    """
+    tower = _text_tower(model)
+    positions: int = tower.positional_embedding.shape[0]
+    return positions if _class_token(tower) is None else positions - 1
+
+
+def embed_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Token embeddings, without positions.
+
+    Args:
+        model: an open_clip model.
+        tokens: (C, L) int64, any device.
+
+    Returns:
+        (C, L, D) on the model's device, in the dtype of its embedding table.
+
+    Raises:
+        TypeError: the tower is not one of open_clip's own transformers.
+    """
+    embedding: nn.Embedding = _text_tower(model).token_embedding
+    return embedding(tokens.to(embedding.weight.device))
+
+
+def useful_length(model: nn.Module, tokens: Tensor) -> int:
+    """Number of leading positions that can influence the pooled features of any of the prompts.
+
+    In a causal tower that is pooled at the end-of-text token nothing later is ever read, so this
+    is one more than the position of the last end-of-text token. Every other tower (no causal mask,
+    as SigLIP's; pooled at the last position; a class token, as CoCa's, whose position comes after
+    the padding) needs all of its positions. Waits for the device once.
+
+    Args:
+        model: an open_clip model.
+        tokens: (C, L) int64, as the tokenizer returns them, any device.
+
+    Returns:
+        An int in 1..L: ``tokens[:, :n]`` with the matching embeddings gives the same features and
+        the same gradients as ``tokens``.
+
+    Raises:
+        TypeError: the tower is not one of open_clip's own transformers.
+        ValueError: ``tokens`` is not (C, L) or is empty.
+    """
+    tower = _text_tower(model)
+    _check_tokens(tokens)
+    pooled_at_eot = _pool_type(tower) in ("argmax", "eos") and _class_token(tower) is None
+    if pooled_at_eot and _is_causal(tower.attn_mask):
+        return int(_eot_positions(tower, tokens).max()) + 1
+    return tokens.shape[1]
+
+
+def _padding_mask(tower: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask that hides padding keys: (C * heads, L', L'), L' = L + 1 with a class token."""
+    valid = tokens != tower.pad_id
+    if _class_token(tower) is not None:
+        own = valid.new_ones(len(valid), 1)
+        # CoCa's released weights were trained with the class token's flag at the wrong end.
+        at_end = getattr(tower, "correct_cls_mask", False)
+        valid = torch.cat([valid, own] if at_end else [own, valid], dim=1)
+    length = valid.shape[1]
+    mask = torch.zeros(len(valid), 1, length, dtype=dtype, device=valid.device)
+    mask = mask.masked_fill(~valid[:, None], float("-inf")).expand(-1, length, -1)
+    return mask.repeat_interleave(tower.heads, dim=0)
+
+
+def _pool(tower: Any, x: Tensor, tokens: Tensor) -> Tensor:
+    """(C, L', D) to (C, D)."""
+    pool_type = "last" if _class_token(tower) is not None else _pool_type(tower)
+    if pool_type in ("argmax", "eos"):
+        return x[torch.arange(len(x), device=x.device), _eot_positions(tower, tokens)]
+    if pool_type in ("first", "last"):
+        return x[:, 0 if pool_type == "first" else -1]
+    raise ValueError(
+        f"the text tower's pool_type is {pool_type!r}, which gives one feature per token and none "
+        "per prompt; choose a model with pool_type 'argmax', 'eos', 'first' or 'last'"
+    )
+
+
+def encode_embeddings(model: nn.Module, embeddings: Tensor, tokens: Tensor) -> Tensor:
+    """Text features from token embeddings: ``encode_text`` from the embedding layer on.
+
+    With ``embeddings = embed_tokens(model, tokens)`` this equals
+    ``model.encode_text(tokens, normalize=False)`` (CoCa normalises unless told not to). Gradients
+    flow to ``embeddings`` and to whatever of the tower requires them.
+
+    Args:
+        model: an open_clip model (CLIP, CustomTextCLIP, CoCa).
+        embeddings: (C, L, D) floating point on the model's device, without positions; cast to the
+            dtype in which the tower's transformer runs.
+        tokens: (C, L) int64, the tokens that the embeddings stand for: they say where each prompt
+            ends and which positions are padding. Any device.
+
+    Returns:
+        (C, E), not normalised, in the tower's dtype.
+
+    Raises:
+        TypeError: the tower is not one of open_clip's own transformers (e.g. HFTextEncoder).
+        ValueError: shapes or devices that do not match, more positions than the tower has, or a
+            tower that does not pool.
+
+    Source: the ``encode_text`` of open_clip 3.3's CLIP, and its ``TextTransformer.forward``.
+    """
+    tower = _text_tower(model)
+    _check_tokens(tokens)
+    if embeddings.ndim != 3 or embeddings.shape[:2] != tokens.shape:
+        raise ValueError(
+            f"embeddings has shape {tuple(embeddings.shape)} and tokens {tuple(tokens.shape)}; "
+            "expected (C, L, D) and (C, L) with the same C and L"
+        )
+    limit = context_length(model)
+    if tokens.shape[1] > limit:
+        raise ValueError(
+            f"tokens has {tokens.shape[1]} positions, but the text tower takes {limit}: tokenize "
+            f"with context_length={limit}"
+        )
+    device = tower.positional_embedding.device
+    if embeddings.device != device:
+        raise ValueError(
+            f"embeddings is on {embeddings.device}, but the text tower is on {device}; move both, "
+            "the prompt learner and its model, to the same device"
+        )
+    tokens = tokens.to(device)
+    dtype = tower.transformer.get_cast_dtype()
+    x = embeddings.to(dtype)
+    class_token = _class_token(tower)
+    if class_token is not None:
+        x = torch.cat([x, class_token.to(dtype).expand(len(x), 1, -1)], dim=1)
+    length = x.shape[1]
+    mask = tower.attn_mask
+    if mask is not None:
+        mask = mask[:length, :length]
+    if class_token is not None or getattr(tower, "use_pad_mask", False):
+        padding = _padding_mask(tower, tokens, dtype)
+        mask = padding if mask is None else mask + padding
+    x = x + tower.positional_embedding[:length].to(dtype)
+    x = tower.transformer(x, attn_mask=mask)
+    # The last LayerNorm acts on each position alone, so it is applied to the pooled one only.
+    features: Tensor = tower.ln_final(_pool(tower, x, tokens))
+    projection = getattr(tower, "text_projection", None)
+    if projection is None:
+        return features
+    return projection(features) if isinstance(projection, nn.Module) else features @ projection
