@@ -92,9 +92,9 @@ def check_number(
     name: str, value: float, *, above: float = -math.inf, or_equal: bool = False
 ) -> float:
     """A finite number greater than ``above`` (``or_equal``: or equal to it)."""
+    if torch.compiler.is_compiling():  # may be symbolic; eager calls have checked it
+        return value
     if type(value) is not float:
-        if torch.compiler.is_compiling():  # may be symbolic; eager calls have checked it
-            return value
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             kind = type(value).__name__
             raise TypeError(f"{name} must be a number, got {kind} {value!r}: convert with float()")

@@ -72,7 +72,7 @@ def _reference(
         confidence_scale=confidence_scale,
         eps=eps,
     )
-    return terms[0] - trade_off * terms[1], UEOStats(*(term.detach() for term in terms))
+    return terms[0] - trade_off * terms[1], UEOStats(*(term.detach().clone() for term in terms))
 
 
 def _stats(summary: Tensor, marginal: Tensor) -> UEOStats:
@@ -215,10 +215,10 @@ def ueo_loss_and_grad(
         ``(loss, dlogits)``, with ``return_stats`` ``(loss, dlogits, UEOStats)``: loss 0-d,
         dlogits (B, C) contiguous in the logits' dtype.
     """
-    args = _check(logits.detach(), confidence, marginal_weights, trade_off, confidence_scale, eps)
+    args = _check(logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
     if backends.choose(backend, logits.device) == "reference":
         with torch.inference_mode(False), torch.enable_grad():
-            leaf = args[0].clone(memory_format=torch.contiguous_format).requires_grad_()
+            leaf = args[0].detach().clone(memory_format=torch.contiguous_format).requires_grad_()
             loss, stats = _reference(leaf, *args[1:])
             (grad,) = torch.autograd.grad(loss, leaf)
         loss = loss.detach()

@@ -223,29 +223,42 @@ inline double exp_dot_tile(const A* __restrict x, const A* __restrict log_q, A m
   return dots.total();
 }
 
-// The gradient of one tile: e * (entropy * log2(e) + marginal * log_q + constant).
+// The constants of step 8 for one row: grad = e * (entropy * (log p - mean_log_p) +
+// marginal * (log q - mean_log_q)). Differences first: on a confident row both vanish exactly,
+// where products minus a constant would leave the rounding of the constant.
+template <class A>
+struct GradRow {
+  A max;
+  A inverse_sum;
+  A entropy;
+  A mean_log_p;  // in the unit of the tile: log2(e), or with eps log(p + eps) + p / (p + eps)
+  A marginal;
+  A mean_log_q;
+};
+
 template <class A>
 inline void grad_tile(const A* __restrict x, const A* __restrict e, const A* __restrict log_q,
-                      A max, A entropy, A marginal, A constant, int64_t n, A* __restrict out) {
+                      const GradRow<A>& row, int64_t n, A* __restrict out) {
   assume_padded(n);
   const A zero = zero_exponent<A>();
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    const A t = clamped_exponent(x[j] - max, FloatTraits<A>::kLog2e, zero);
-    out[j] = e[j] * (entropy * t + (marginal * log_q[j] + constant));
+    const A t = clamped_exponent(x[j] - row.max, FloatTraits<A>::kLog2e, zero);
+    const A marginal = row.marginal * (log_q[j] - row.mean_log_q);
+    out[j] = e[j] * (row.entropy * (t - row.mean_log_p) + marginal);
   }
 }
 
-// As grad_tile, with log(p + eps) + p / (p + eps) in the place of log p.
 template <class A>
-inline void grad_eps_tile(const A* __restrict e, const A* __restrict log_q, A inverse_sum, A eps,
-                          A entropy, A marginal, A constant, int64_t n, A* __restrict out) {
+inline void grad_eps_tile(const A* __restrict e, const A* __restrict log_q, const GradRow<A>& row,
+                          A eps, int64_t n, A* __restrict out) {
   assume_padded(n);
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    const A p = e[j] * inverse_sum;
-    const A term = log_nonnegative(p + eps) + p / (p + eps);
-    out[j] = e[j] * (entropy * term + (marginal * log_q[j] + constant));
+    const A p = e[j] * row.inverse_sum;
+    const A log_p = log_nonnegative(p + eps) + p / (p + eps);
+    const A marginal = row.marginal * (log_q[j] - row.mean_log_q);
+    out[j] = e[j] * (row.entropy * (log_p - row.mean_log_p) + marginal);
   }
 }
 
@@ -260,29 +273,34 @@ inline void backward_row(const BackwardRows<A>& args, int64_t row, A* e, A* buff
                         z.ahead(tile), e + tile.begin);
   });
 
-  // Step 8 with p = e / sum and log p = log_e - log(sum): one multiplication per term, every
-  // constant in double, the upstream gradient folded in before anything is rounded.
+  // Step 8 with p = e / sum: constants in double, and the upstream gradient folded into them
+  // before anything is rounded.
   const double sum = stats[kRowSum];
-  const double a = stats[kRowConfidence] / args.confidence_sum;
-  const double b = stats[kRowMarginalWeight] / args.marginal_weight_sum;
-  const double lambda = args.options.trade_off;
   const double eps = args.options.eps;
   const double scale = args.grad_loss / sum;
-  const double log_sum = eps == 0 ? __builtin_log(sum) : 0;
-  const A entropy = static_cast<A>(-a * scale * (eps == 0 ? kLn2 : 1));  // t is in units of log2
-  const A marginal = static_cast<A>(lambda * b * scale);
-  const A constant =
-      static_cast<A>((a * (log_sum + stats[kRowEntropy]) - lambda * b * dot / sum) * scale);
+  const double a = stats[kRowConfidence] / args.confidence_sum;
+  const double b = stats[kRowMarginalWeight] / args.marginal_weight_sum;
+  GradRow<A> grad_row;
+  grad_row.max = max;
+  grad_row.inverse_sum = static_cast<A>(1 / sum);
+  grad_row.marginal = static_cast<A>(args.options.trade_off * b * scale);
+  grad_row.mean_log_q = static_cast<A>(dot / sum);
+  if (eps == 0) {  // log p = ln(2) * log2(e) - log(sum)
+    grad_row.entropy = static_cast<A>(-a * scale * kLn2);
+    grad_row.mean_log_p = static_cast<A>((stats[kRowEntropy] + __builtin_log(sum)) / kLn2);
+  } else {
+    grad_row.entropy = static_cast<A>(-a * scale);
+    grad_row.mean_log_p = stats[kRowEntropy];
+  }
 
   RowWriter<A, S> grad(args.grad, row, z.columns, args.stream);
   for_each_tile(z.columns, [&](const Tile& tile) {
     A* out = grad.target(tile, buffer + tuning::kTileColumns);
+    const A* log_q = args.log_marginal + tile.begin;
     if (eps == 0) {
-      grad_tile(z.read(tile), e + tile.begin, args.log_marginal + tile.begin, max, entropy,
-                marginal, constant, tile.padded, out);
+      grad_tile(z.read(tile), e + tile.begin, log_q, grad_row, tile.padded, out);
     } else {
-      grad_eps_tile(e + tile.begin, args.log_marginal + tile.begin, static_cast<A>(1 / sum),
-                    static_cast<A>(eps), entropy, marginal, constant, tile.padded, out);
+      grad_eps_tile(e + tile.begin, log_q, grad_row, static_cast<A>(eps), tile.padded, out);
     }
     grad.write(tile, out);
   });

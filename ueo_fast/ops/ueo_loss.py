@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ueo_fast import _extension
 from ueo_fast.reference import compute_dtype
@@ -125,9 +124,29 @@ class UEOLossFunction(torch.autograd.Function):
         return loss, *stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 6
         if grad_loss is None:  # the loss is not part of what is differentiated
             return None, *nothing
-        return backward(grad_loss, *ctx.saved_tensors, *ctx.options), *nothing
+        compute = _OnceDifferentiable.apply if torch.is_grad_enabled() else backward
+        return compute(grad_loss, *ctx.saved_tensors, *ctx.options), *nothing
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The gradient under ``create_graph=True``: part of the graph, so that using it says why not.
+
+    PyTorch's ``once_differentiable`` marks a gradient only where the upstream gradient itself
+    requires grad; after ``loss.backward(create_graph=True)`` a gradient penalty would silently be
+    a constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        return backward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "the compiled ueo_loss is differentiable once: "
+            "use backend='reference' for second derivatives"
+        )
