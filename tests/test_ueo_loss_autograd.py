@@ -1,0 +1,262 @@
+"""The loss inside PyTorch: upstream gradients, graphs, contexts, compilation, memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+from truth import assert_exact
+
+from ueo_fast import ueo_loss, ueo_loss_and_grad
+
+BACKENDS = ("cpp", "reference")
+
+
+def make_logits(dtype=torch.float32, rows=60, columns=37):
+    generator = torch.Generator().manual_seed(0)
+    return (3 * torch.randn(rows, columns, generator=generator)).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("upstream", [0.0, -1.0, 1e-20, 3.7, 1e20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_upstream_gradient(dtype, upstream, backend):
+    logits = make_logits(dtype)
+    (grad,) = torch.autograd.grad(upstream * ueo_loss(logits, backend=backend), logits)
+    assert_exact(ueo_loss(logits.detach()), grad, logits, upstream=upstream)
+
+
+def test_half_gradient_is_scaled_before_it_is_rounded():
+    logits = make_logits(torch.float16, rows=4096)
+    scale = 65536.0
+    (scaled,) = torch.autograd.grad(scale * ueo_loss(logits), logits)
+    (plain,) = torch.autograd.grad(ueo_loss(logits), logits)
+    assert_exact(ueo_loss(logits.detach()), scaled, logits, upstream=scale)
+    # Without the scale most of this gradient is below float16's range: the test has teeth.
+    lost = (plain == 0) & (scaled != 0)
+    assert lost.sum() > 0.05 * lost.numel()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_backward_calls_with_retain_graph(backend):
+    logits = make_logits()
+    loss = ueo_loss(logits, backend=backend)
+    loss.backward(retain_graph=True)
+    first = logits.grad
+    snapshot = first.clone()
+    first.mul_(7)  # somebody else holds and changes what the first call returned
+    logits.grad = None
+    loss.backward(torch.tensor(-2.0))
+    torch.testing.assert_close(logits.grad, -2 * snapshot)
+    assert torch.equal(first, 7 * snapshot)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sum_with_other_losses(backend):
+    logits = make_logits(torch.float64)
+    target = torch.arange(60) % 37
+    loss = 0.3 * ueo_loss(logits, backend=backend) + nn.functional.cross_entropy(logits, target)
+    (grad,) = torch.autograd.grad(loss + ueo_loss(logits * 2, backend=backend), logits)
+    parts = [
+        0.3 * ueo_loss_and_grad(logits)[1],
+        2 * ueo_loss_and_grad(logits * 2)[1],
+        torch.autograd.grad(nn.functional.cross_entropy(logits, target), logits)[0],
+    ]
+    torch.testing.assert_close(grad, sum(parts))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_stride_upstream_gradient(backend):
+    logits = make_logits()
+    losses = ueo_loss(logits, backend=backend).expand(5)
+    (grad,) = torch.autograd.grad(losses, logits, torch.ones(1).expand(5))
+    torch.testing.assert_close(grad, 5 * ueo_loss_and_grad(logits)[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_tracked_without_grad(backend):
+    logits = make_logits()
+    expected = ueo_loss(logits, backend=backend).detach()
+    with torch.no_grad():
+        assert torch.equal(ueo_loss(logits, backend=backend), expected)
+        assert not ueo_loss(logits, backend=backend).requires_grad
+    with torch.inference_mode():
+        loss = ueo_loss(logits, backend=backend)
+        assert loss.is_inference()
+    assert loss == expected
+    assert not ueo_loss(logits.detach(), backend=backend).requires_grad
+
+
+def test_only_forward_runs_when_no_gradient_is_wanted():
+    def ops_of(call):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+        return {event.key for event in profile.key_averages() if "ueo_fast::" in event.key}
+
+    logits = make_logits()
+    forward, backward = "ueo_fast::ueo_loss_forward", "ueo_fast::ueo_loss_backward"
+    assert ops_of(lambda: ueo_loss(logits.detach())) == {forward}
+    assert ops_of(lambda: ueo_loss(logits)) == {forward}  # forward of a graph: nothing of backward
+    assert ops_of(lambda: ueo_loss(logits).backward()) == {forward, backward}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_can_be_written_and_are_not_differentiated(backend):
+    logits = make_logits()
+    loss, stats = ueo_loss(logits, return_stats=True, backend=backend)
+    stats.marginal.zero_()
+    stats.conditional_entropy.fill_(5)
+    loss.backward()
+    torch.testing.assert_close(logits.grad, ueo_loss_and_grad(logits)[1])
+
+
+def test_changing_the_logits_before_backward_is_an_error():
+    logits = make_logits()
+    product = logits * 1
+    loss = ueo_loss(product, backend="cpp")
+    product.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_double_backward_is_a_clear_error_and_the_reference_has_it():
+    logits = make_logits(torch.float64)
+    (grad,) = torch.autograd.grad(ueo_loss(logits, backend="cpp"), logits, create_graph=True)
+    assert torch.equal(grad, ueo_loss_and_grad(logits, backend="cpp")[1])
+    with pytest.raises(RuntimeError, match="differentiable once: use backend='reference'"):
+        (grad**2).sum().backward()
+    loss = ueo_loss(logits, backend="reference")
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    (second,) = torch.autograd.grad((grad**2).sum(), logits)
+    assert second.abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_reaches_a_model_and_hooks(backend):
+    model = nn.Linear(8, 37)
+    seen = []
+    output = model(torch.randn(60, 8))
+    output.register_hook(seen.append)
+    ueo_loss(output, backend=backend).backward()
+    torch.testing.assert_close(seen[0], ueo_loss_and_grad(output)[1])
+    assert model.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, backend):
+    model = nn.Linear(8, 37)
+    images = torch.randn(60, 8)
+    with torch.autocast("cpu", dtype=dtype):
+        logits = model(images)
+        loss = ueo_loss(logits, backend=backend)
+    assert logits.dtype == dtype
+    assert loss.dtype == torch.float32
+    logits.retain_grad()
+    loss.backward()
+    assert_exact(loss.detach(), logits.grad, logits.detach())
+
+
+def test_grad_scaler():
+    model = nn.Linear(8, 37)
+    images = torch.randn(60, 8)
+    ueo_loss(model(images)).backward()
+    expected = model.weight.grad.clone()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(ueo_loss(model(images))).backward()
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(model.weight.grad, expected)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_fullgraph_equals_eager(compiler):
+    def step(logits, confidence, trade_off):
+        loss, stats = ueo_loss(
+            2 * logits, confidence, trade_off=trade_off, eps=1e-5, return_stats=True
+        )
+        return loss, stats.marginal_entropy
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    confidence = torch.rand(60) + 0.1
+    for rows, trade_off in ((60, 0.5), (33, 0.5), (33, 0.25)):  # a new shape, a new number
+        logits = make_logits()
+        eager = make_logits()
+        loss, entropy = compiled(logits[:rows], confidence[:rows], trade_off)
+        loss.backward()
+        expected, expected_entropy = step(eager[:rows], confidence[:rows], trade_off)
+        expected.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(entropy, expected_entropy)
+        torch.testing.assert_close(logits.grad, eager.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_compiled_call_without_gradient_and_with_internal_confidence():
+    compiled = torch.compile(
+        lambda z: ueo_loss(z, confidence_scale=0.1), fullgraph=True, backend="aot_eager"
+    )
+    logits = make_logits().detach()
+    assert torch.equal(compiled(logits), ueo_loss(logits, confidence_scale=0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weights", [False, True])
+def test_opcheck(dtype, weights):
+    logits = make_logits(dtype).detach()
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    confidence = torch.rand(60, dtype=compute) + 0.1 if weights else None
+    ops = torch.ops.ueo_fast
+    forward = (logits, confidence, confidence, 0.5, 1.0, 0.0)
+    torch.library.opcheck(ops.ueo_loss_forward.default, forward)
+    loss, *saved = ops.ueo_loss_forward(*forward)
+    torch.library.opcheck(ops.ueo_loss_backward.default, (loss, logits, *saved, 0.5, 0.0))
+    torch.library.opcheck(ops.max_softmax.default, (logits, 0.5))
+
+
+def test_ops_refuse_what_would_read_foreign_memory():
+    ops = torch.ops.ueo_fast
+    logits = make_logits().detach()
+    loss, summary, marginal, row_stats = ops.ueo_loss_forward(logits, None, None, 1.0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match=r"logits must have shape \(B, C\)"):
+        ops.ueo_loss_forward(logits[0], None, None, 1.0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="logits must be float64, float32, float16 or bfloat16"):
+        ops.ueo_loss_forward(logits.int(), None, None, 1.0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match=r"confidence must have shape \(60,\)"):
+        ops.ueo_loss_forward(logits, torch.ones(59), None, 1.0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="marginal_weights must have the compute dtype"):
+        ops.ueo_loss_forward(logits, None, torch.ones(60).double(), 1.0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match=r"marginal must have shape \(37,\)"):
+        ops.ueo_loss_backward(loss, logits, summary, marginal[1:], row_stats, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="must be those of ueo_loss_forward"):
+        ops.ueo_loss_backward(loss, logits, summary, marginal, row_stats[1:], 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="grad_loss must be 0-d"):
+        ops.ueo_loss_backward(loss[None], logits, summary, marginal, row_stats, 1.0, 0.0)
+
+
+def test_peak_memory_of_forward_and_backward():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc/self/status")
+    script = textwrap.dedent("""
+        import torch
+        from ueo_fast import ueo_loss
+
+        def status(name):
+            with open("/proc/self/status") as lines:
+                return next(int(x.split()[1]) for x in lines if x.startswith(name)) * 1024
+
+        logits = torch.randn(32768, 345, requires_grad=True)
+        ueo_loss(torch.randn(512, 345, requires_grad=True)).backward()
+        before = status("VmRSS")
+        with open("/proc/self/clear_refs", "w") as peak:
+            peak.write("5")
+        ueo_loss(logits).backward()
+        print((status("VmHWM") - before) / (logits.numel() * 4))
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) <= 1.05

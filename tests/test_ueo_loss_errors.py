@@ -1,0 +1,125 @@
+"""Every error names the argument, the value it had, and the way out."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from ueo_fast import UEOLoss, mcm_score, ueo_loss, ueo_loss_and_grad
+
+LOGITS = torch.randn(6, 4)
+
+
+class DTensor(torch.Tensor):
+    """Stands in for torch.distributed.tensor.DTensor, which needs a process group."""
+
+
+BAD_LOGITS = [
+    ([[1.0]], TypeError, "logits must be a torch.Tensor, got list"),
+    (LOGITS.long(), TypeError, "logits must be float64, float32, float16 or bfloat16, got torch.int64"),
+    (LOGITS.bool(), TypeError, "got torch.bool: convert with logits.float()"),
+    (LOGITS.cfloat(), TypeError, "got torch.complex64"),
+    (LOGITS.to_sparse(), TypeError, "dense tensor, got torch.sparse_coo: convert with logits.to_dense()"),
+    (LOGITS.as_subclass(DTensor), TypeError, "logits is a DTensor, whose rows live in several processes: pass the rows of this process with logits.to_local()"),
+    (LOGITS[0], ValueError, "logits must have shape (B, C), got (4,)"),
+    (LOGITS[None], ValueError, "got (1, 6, 4): flatten leading dimensions with logits.flatten(0, -2)"),
+    (torch.tensor(1.0), ValueError, "got (): "),
+    (LOGITS[:, :0], ValueError, "logits must have at least one class, got shape (6, 0): check the list of class names"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", [ueo_loss, ueo_loss_and_grad, UEOLoss()])
+@pytest.mark.parametrize(("logits", "error", "message"), BAD_LOGITS, ids=range(len(BAD_LOGITS)))
+def test_logits(logits, error, message, function):
+    if function is ueo_loss_and_grad and not isinstance(logits, torch.Tensor):
+        logits = np.ones((6, 4))
+        message = "logits must be a torch.Tensor, got ndarray"
+    with pytest.raises(error, match=re.escape(message)):
+        function(logits)
+
+
+BAD_WEIGHTS = [
+    ([1.0] * 6, TypeError, "{} must be a torch.Tensor or None, got list"),
+    (torch.ones(6, dtype=torch.long), TypeError, "{} must be floating point, got torch.int64: convert with {}.float()"),
+    (torch.ones(5), ValueError, "{} must have shape (B,) = (6,) to match logits (6, 4), got (5,)"),
+    (torch.ones(6, 1), ValueError, "got (6, 1)"),
+    (torch.ones(6, device="meta"), ValueError, "{} is on meta but logits are on cpu: move it with {}.to(logits.device)"),
+    (torch.ones(6, requires_grad=True), ValueError, "{} requires grad, but it is a constant of the method: pass {}.detach()"),
+    (torch.tensor([1, 1, math.nan, 1, 1, 1]), ValueError, "{} must be"),
+    (torch.tensor([1, 1, math.inf, 1, 1, 1]), ValueError, "got values from 1.0 to inf"),
+    (torch.tensor([1, 1, -0.5, 1, 1, 1]), ValueError, "got values from -0.5 to 1.0: bound it with {}.clamp(min=1e-6)"),
+    (torch.zeros(6), ValueError, "got values from 0.0 to 0.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("name", ["confidence", "marginal_weights"])
+@pytest.mark.parametrize(("weights", "error", "message"), BAD_WEIGHTS, ids=range(len(BAD_WEIGHTS)))
+def test_weights(weights, error, message, name, backend):
+    with pytest.raises(error, match=re.escape(message.replace("{}", name))):
+        ueo_loss(LOGITS, **{name: weights}, backend=backend)
+
+
+def test_zero_confidence_is_an_error_but_a_zero_marginal_weight_is_not():
+    weights = torch.tensor([1.0, 0, 1, 1, 1, 1])
+    with pytest.raises(
+        ValueError, match=r"confidence must be positive and finite, got values from"
+    ):
+        ueo_loss(LOGITS, weights)
+    assert torch.isfinite(ueo_loss(LOGITS, marginal_weights=weights))
+
+
+BAD_NUMBERS = [
+    ("trade_off", math.nan, ValueError, "trade_off must be finite, got nan"),
+    ("trade_off", math.inf, ValueError, "trade_off must be finite, got inf"),
+    ("trade_off", "1", TypeError, "trade_off must be a number, got str '1'"),
+    ("trade_off", True, TypeError, "trade_off must be a number, got bool True"),
+    ("trade_off", torch.tensor(1.0), TypeError, "got Tensor tensor(1.): convert with float()"),
+    ("confidence_scale", 0, ValueError, "confidence_scale must be finite and > 0, got 0"),
+    ("confidence_scale", -1.0, ValueError, "confidence_scale must be finite and > 0, got -1.0"),
+    ("eps", -1e-5, ValueError, "eps must be finite and >= 0, got -1e-05"),
+    ("eps", None, TypeError, "eps must be a number, got NoneType None"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), BAD_NUMBERS)
+def test_numbers(name, value, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        ueo_loss(LOGITS, **{name: value})
+
+
+def test_numbers_of_other_types_are_numbers():
+    expected = ueo_loss(LOGITS, trade_off=2.0)
+    assert ueo_loss(LOGITS, trade_off=2) == expected
+    assert ueo_loss(LOGITS, trade_off=np.float32(2)) == expected
+
+
+def test_confidence_scale_beside_a_given_confidence():
+    message = "confidence_scale=0.01 has no effect on a given confidence: leave out one of the two"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ueo_loss(LOGITS, torch.ones(6), confidence_scale=0.01)
+
+
+def test_unknown_backend():
+    message = "backend='tpu' is unknown: choose one of auto, cpp, reference"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ueo_loss(LOGITS, backend="tpu")
+
+
+def test_backend_that_does_not_serve_the_device():
+    logits = torch.empty(6, 4, device="meta")
+    message = "backend='cpp' runs on the CPU, but logits are on meta: move them with logits.cpu()"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ueo_loss(logits, backend="cpp")
+    assert ueo_loss(logits).device.type == "meta"
+
+
+def test_mcm_score_names_its_own_arguments():
+    with pytest.raises(ValueError, match=re.escape("cosines must have shape (B, C), got (4,)")):
+        mcm_score(LOGITS[0])
+    with pytest.raises(ValueError, match=re.escape("scale must be finite and > 0, got -1.0")):
+        mcm_score(LOGITS, -1.0)
