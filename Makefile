@@ -1,0 +1,53 @@
+# `make help` lists what there is. Everything happens in .venv/ with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench wheel clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# A system Python may come without ensurepip; its own pip can fill the environment instead.
+.venv/bin/python:
+	$(PYTHON) -m venv .venv || { rm -rf .venv && $(PYTHON) -m venv --without-pip .venv && \
+	  $(PYTHON) -m pip --python .venv/bin/python install pip; }
+
+# Build tools first: the package is then built against the installed torch, without isolation.
+.venv/.installed: constraints.txt pyproject.toml setup.py | .venv/bin/python
+	$(PIP) install --quiet -c constraints.txt setuptools wheel cmake ninja torch
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet -c constraints.txt \
+	  --no-build-isolation -e ".[dev]"
+	@touch $@
+
+ueo_fast/_cpu.so: $(SOURCES) | .venv/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+setup: .venv/.installed ueo_fast/_cpu.so
+.PHONY: setup
+
+demo: setup ## adapt a small CLIP to unlabelled digits with unknown classes among them
+	$(BIN)/ueo-fast demo
+
+test: setup ## every test but the slow extras
+	$(BIN)/python -m pytest
+
+test-all: setup ## every test
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: setup ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup ## measure the loss; writes benchmarks/results/*.csv and the pictures in docs/
+	$(BIN)/python -m benchmarks
+
+wheel: setup ## dist/ueo_fast-*-py3-none-<platform>.whl
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w dist .
+
+clean: ## remove the environment and everything that was built
+	rm -rf .venv build dist *.egg-info ueo_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
