@@ -223,10 +223,11 @@ def ueo_loss_and_grad(
             (grad,) = torch.autograd.grad(loss, leaf)
         loss = loss.detach()
     else:
-        loss, summary, marginal, row_stats = op.forward(*args)
-        one = torch.ones_like(loss)
-        grad = op.backward(one, args[0], summary, marginal, row_stats, args[3], args[5])
-        stats = _stats(summary, marginal)
+        with torch.no_grad():
+            loss, summary, marginal, row_stats = op.forward(*args)
+            one = torch.ones_like(loss)
+            grad = op.backward(one, args[0], summary, marginal, row_stats, args[3], args[5])
+            stats = _stats(summary, marginal)
     return (loss, grad, stats) if return_stats else (loss, grad)
 
 

@@ -57,6 +57,22 @@ struct Ahead {
   }
 };
 
+// The columns of a tile: `whole` of them in place, a multiple of kPad, then kPad more in `tail`
+// where the tile does not end there (null where it does).
+template <class P>
+struct Columns {
+  P whole_data;
+  P tail;
+  int64_t whole;
+};
+
+// Calls step(x, j) on the kPad columns at x, columns j to j + kPad of the tile.
+template <class A, class F>
+inline void for_each_pad(const Columns<const A*>& x, F&& step) {
+  for (int64_t j = 0; j < x.whole; j += kPad) step(x.whole_data + j, j);
+  if (x.tail) step(x.tail, x.whole);
+}
+
 // One row of logits of storage type S, seen as tiles of compute type A.
 template <class A, class S>
 struct RowReader {
@@ -65,7 +81,7 @@ struct RowReader {
   int64_t row_stride;
   int64_t column_stride;
   A* buffer;              // one tile
-  int64_t buffered = -1;  // where the tile in `buffer` begins
+  int64_t buffered = -1;  // where the columns begin of which a copy is in `buffer`
 
   RowReader(const LogitsView& view, int64_t row, A* buffer)
       : data(static_cast<const S*>(view.data) + row * view.row_stride),
@@ -74,26 +90,20 @@ struct RowReader {
         column_stride(view.column_stride),
         buffer(buffer) {}
 
-  // The tile itself where it can be used in place, else a copy padded with -inf: a column of
-  // probability 0. A row of one tile is copied once for all passes over it.
-  const A* read(const Tile& tile) {
-    const S* __restrict source = data + tile.begin * column_stride;
+  // In place where that is possible; else a copy in `buffer`, which serves all passes over a row
+  // of one tile. Padding is -inf: a column of probability 0.
+  Columns<const A*> read(const Tile& tile) {
+    const S* source = data + tile.begin * column_stride;
     if constexpr (std::is_same_v<A, S>) {
-      if (column_stride == 1 && tile.valid == tile.padded) return source;
+      if (column_stride == 1) {
+        const int64_t whole = tile.valid / kPad * kPad;
+        if (whole == tile.valid) return {source, nullptr, whole};
+        copy(source + whole, tile.begin + whole, tile.valid - whole);
+        return {source, buffer, whole};
+      }
     }
-    if (buffered == tile.begin) return buffer;
-    buffered = tile.begin;
-    A* __restrict copy = buffer;
-    if (column_stride == 1) {
-#pragma omp simd
-      for (int64_t j = 0; j < tile.valid; ++j) copy[j] = to_float(source[j]);
-    } else {
-      for (int64_t j = 0; j < tile.valid; ++j) copy[j] = to_float(source[j * column_stride]);
-    }
-    for (int64_t j = tile.valid; j < tile.padded; ++j) {
-      copy[j] = -std::numeric_limits<A>::infinity();
-    }
-    return buffer;
+    copy(source, tile.begin, tile.valid);
+    return {buffer, nullptr, tile.padded};
   }
 
   // The same tile of a later row. (Behind the last row it is nobody's memory: a prefetch of that
@@ -102,6 +112,20 @@ struct RowReader {
     const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(S));
     const int64_t rows_ahead = 1 + kPrefetchBytes / row_bytes;
     return {reinterpret_cast<const char*>(data + rows_ahead * row_stride + tile.begin), sizeof(S)};
+  }
+
+ private:
+  void copy(const S* source, int64_t begin, int64_t valid) {
+    if (buffered == begin) return;
+    buffered = begin;
+    A* __restrict to = buffer;
+    for (int64_t j = valid; j < padded(valid); ++j) to[j] = -std::numeric_limits<A>::infinity();
+    if (column_stride == 1) {
+#pragma omp simd
+      for (int64_t j = 0; j < valid; ++j) to[j] = to_float(source[j]);
+    } else {
+      for (int64_t j = 0; j < valid; ++j) to[j] = to_float(source[j * column_stride]);
+    }
   }
 };
 
@@ -125,23 +149,22 @@ inline A larger(A a, A b) {
   return a > b ? a : b;
 }
 
-// The largest value of n columns, n a multiple of kPad. NaN is ignored here and comes out of the
-// exponentials instead.
+// The largest value of a tile. NaN is ignored here and comes out of the exponentials instead.
 template <class A>
-inline A max_tile(const A* __restrict x, int64_t n) {
-  assume_padded(n);
+inline A max_tile(const Columns<const A*>& x) {
   constexpr int64_t kChains = 4 * kPad;  // enough independent maxima to hide their latency
   A max[kChains];
   for (int64_t l = 0; l < kChains; ++l) max[l] = -std::numeric_limits<A>::infinity();
+  const A* data = x.whole_data;
   int64_t j = 0;
-  for (; j + kChains <= n; j += kChains) {
+  for (; j + kChains <= x.whole; j += kChains) {
 #pragma omp simd
-    for (int64_t l = 0; l < kChains; ++l) max[l] = larger(x[j + l], max[l]);
+    for (int64_t l = 0; l < kChains; ++l) max[l] = larger(data[j + l], max[l]);
   }
-  for (; j < n; j += kPad) {
+  for_each_pad<A>({data + j, x.tail, x.whole - j}, [&](const A* pad, int64_t) {
 #pragma omp simd
-    for (int64_t l = 0; l < kPad; ++l) max[l] = larger(x[j + l], max[l]);
-  }
+    for (int64_t l = 0; l < kPad; ++l) max[l] = larger(pad[l], max[l]);
+  });
   for (int64_t l = 0; l < 2 * kPad; ++l) max[l] = larger(max[l], max[l + 2 * kPad]);
   for (int64_t l = 0; l < kPad; ++l) max[l] = larger(max[l], max[l + kPad]);
   for (int64_t l = 0; l < kPad / 2; ++l) max[l] = larger(max[l], max[l + kPad / 2]);
@@ -153,7 +176,7 @@ template <class A, class S>
 inline A row_max(RowReader<A, S>& row) {
   A max = -std::numeric_limits<A>::infinity();
   for_each_tile(row.columns, [&](const Tile& tile) {
-    const A tile_max = max_tile(row.read(tile), tile.padded);
+    const A tile_max = max_tile(row.read(tile));
     max = tile_max > max ? tile_max : max;
   });
   return max;
@@ -200,25 +223,29 @@ struct RowWriter {
   RowWriter(void* base, int64_t row, int64_t columns, bool stream)
       : data(static_cast<S*>(base) + row * columns), stream(stream) {}
 
-  // Where to compute the tile: in place where that is possible, else in `buffer`.
-  A* target(const Tile& tile, A* buffer) const {
+  // Where to compute the tile: in place as far as that is possible, else in `buffer`.
+  Columns<A*> target(const Tile& tile, A* buffer) const {
     if constexpr (std::is_same_v<A, S>) {
-      if (!stream && tile.valid == tile.padded) return data + tile.begin;
+      if (!stream) return {data + tile.begin, buffer, tile.valid / kPad * kPad};
     }
-    return buffer;
+    return {buffer, nullptr, tile.padded};
   }
 
-  void write(const Tile& tile, const A* __restrict computed) const {
-    S* __restrict out = data + tile.begin;
+  // Stores what is not in place already.
+  void write(const Tile& tile, const Columns<A*>& computed) const {
+    S* out = data + tile.begin;
     if constexpr (std::is_same_v<A, S>) {
-      if (stream) return stream_copy(out, computed, tile.valid * sizeof(A));
-      if (computed == out) return;
-    }
-    S converted[kTileColumns];
-    S* to = stream ? converted : out;
+      if (stream) return stream_copy(out, computed.whole_data, tile.valid * sizeof(A));
+      for (int64_t j = computed.whole; j < tile.valid; ++j) {
+        out[j] = computed.tail[j - computed.whole];
+      }
+    } else {
+      S converted[kTileColumns];
+      S* to = stream ? converted : out;
 #pragma omp simd
-    for (int64_t j = 0; j < tile.valid; ++j) from_float(computed[j], to[j]);
-    if (stream) stream_copy(out, converted, tile.valid * sizeof(S));
+      for (int64_t j = 0; j < tile.valid; ++j) from_float(computed.whole_data[j], to[j]);
+      if (stream) stream_copy(out, converted, tile.valid * sizeof(S));
+    }
   }
 };
 

@@ -31,7 +31,7 @@ struct LogitsView {
 enum RowStat : int64_t {
   kRowMax,      // max_c z_ic
   kRowSum,      // sum_c exp(z_ic - max)
-  kRowEntropy,  // step 4: sum_c p log p; with eps, sum_c p (log(p + eps) + p / (p + eps))
+  kRowMeanLog,  // mean under p of log2(exp(z - max)); with eps, of log(p + eps) + p / (p + eps)
   kRowConfidence,      // w_i
   kRowMarginalWeight,  // v_i
   kRowStats

@@ -15,47 +15,40 @@ using tuning::kRowGroup;
 
 constexpr double kLn2 = 0.6931471805599453;
 
-template <class A>
-const A* row_stat(const A* row_stats, int64_t row) {
-  return row_stats + row * kRowStats;
-}
-
 // e = exp(x - max); adds up e and e * log2(e).
 template <class A>
-inline void exp_tile(const A* __restrict x, A max, int64_t n, const Ahead& ahead,
-                     A* __restrict e, double& sum, double& dot) {
-  assume_padded(n);
+inline void exp_tile(const Columns<const A*>& x, A max, const Ahead& ahead, A* __restrict e,
+                     double& sum, double& dot) {
   const A zero = zero_exponent<A>();
   LaneSums<A> sums;
   LaneSums<A> dots;
-  for (int64_t j = 0; j < n; j += kPad) {
+  for_each_pad<A>(x, [&](const A* __restrict pad, int64_t j) {
     ahead.prefetch(j);
 #pragma omp simd
     for (int64_t l = 0; l < kPad; ++l) {
-      const A t = clamped_exponent(x[j + l] - max, FloatTraits<A>::kLog2e, zero);
+      const A t = clamped_exponent(pad[l] - max, FloatTraits<A>::kLog2e, zero);
       const A value = exp2_clamped(t);
       e[j + l] = value;
       sums.lane[l] += value;
       dots.lane[l] += value * t;
     }
-  }
+  });
   sum += sums.total();
   dot += dots.total();
 }
 
 // sum of exp(scale * (x - max)).
 template <class A>
-inline double scaled_exp_sum_tile(const A* __restrict x, A max, double scale, int64_t n) {
-  assume_padded(n);
-  const A zero = zero_exponent<A>();
+inline double scaled_exp_sum_tile(const Columns<const A*>& x, A max, double scale) {
   const A log2_scale = static_cast<A>(scale * FloatTraits<double>::kLog2e);
+  const A zero = zero_exponent<A>();
   LaneSums<A> sums;
-  for (int64_t j = 0; j < n; j += kPad) {
+  for_each_pad<A>(x, [&](const A* __restrict pad, int64_t) {
 #pragma omp simd
     for (int64_t l = 0; l < kPad; ++l) {
-      sums.lane[l] += exp2_clamped(clamped_exponent(x[j + l] - max, log2_scale, zero));
+      sums.lane[l] += exp2_clamped(clamped_exponent(pad[l] - max, log2_scale, zero));
     }
-  }
+  });
   return sums.total();
 }
 
@@ -106,44 +99,46 @@ inline void forward_row(const ForwardRows<A>& args, int64_t row, A* e, A* buffer
   double sum = 0;
   double dot = 0;
   for_each_tile(z.columns, [&](const Tile& tile) {
-    exp_tile(z.read(tile), max, tile.padded, z.ahead(tile), e + tile.begin, sum, dot);
+    exp_tile(z.read(tile), max, z.ahead(tile), e + tile.begin, sum, dot);
   });
+  const double inverse_sum = 1 / sum;
 
-  double confidence = 1 / sum;
+  double confidence = inverse_sum;
+  double marginal_weight = sum;  // 1 / confidence
   if (args.confidence) {
     confidence = args.confidence[row];
+    marginal_weight = 1 / confidence;
   } else if (options.confidence_scale != 1) {
-    double scaled_sum = 0;
+    marginal_weight = 0;
     for_each_tile(z.columns, [&](const Tile& tile) {
-      scaled_sum += scaled_exp_sum_tile(z.read(tile), max, options.confidence_scale, tile.padded);
+      marginal_weight += scaled_exp_sum_tile(z.read(tile), max, options.confidence_scale);
     });
-    confidence = 1 / scaled_sum;
+    confidence = 1 / marginal_weight;
   }
-  const double marginal_weight =
-      args.marginal_weights ? static_cast<double>(args.marginal_weights[row]) : 1 / confidence;
+  if (args.marginal_weights) marginal_weight = args.marginal_weights[row];
 
-  double plogp = kLn2 * dot / sum - __builtin_log(sum);
-  double entropy_term = plogp;
+  double mean_log = dot * inverse_sum;
+  double plogp = kLn2 * mean_log - log_nonnegative(sum);
   if (options.eps != 0) {
     plogp = 0;
     double ratio = 0;
     for_each_tile(z.columns, [&](const Tile& tile) {
-      entropy_eps_tile(e + tile.begin, static_cast<A>(1 / sum), static_cast<A>(options.eps),
+      entropy_eps_tile(e + tile.begin, static_cast<A>(inverse_sum), static_cast<A>(options.eps),
                        tile.padded, plogp, ratio);
     });
-    entropy_term = plogp + ratio;
+    mean_log = plogp + ratio;
   }
 
   A* stats = args.row_stats + row * kRowStats;
   stats[kRowMax] = max;
   stats[kRowSum] = static_cast<A>(sum);
-  stats[kRowEntropy] = static_cast<A>(entropy_term);
+  stats[kRowMeanLog] = static_cast<A>(mean_log);
   stats[kRowConfidence] = static_cast<A>(confidence);
   stats[kRowMarginalWeight] = static_cast<A>(marginal_weight);
   sums.confidence += confidence;
   sums.marginal_weight += marginal_weight;
   sums.weighted_entropy -= confidence * plogp;
-  column_weight = static_cast<A>(marginal_weight / sum);
+  column_weight = static_cast<A>(marginal_weight * inverse_sum);
 }
 
 template <class A, class S>
@@ -203,23 +198,22 @@ double log_marginal(const A* __restrict q, double eps_option, int64_t n, A* __re
   return sums.total();
 }
 
-// exp(x - max) into e; returns sum of e * log_q.
+// e = exp(x - max); returns the sum of e * log_q.
 template <class A>
-inline double exp_dot_tile(const A* __restrict x, const A* __restrict log_q, A max, int64_t n,
+inline double exp_dot_tile(const Columns<const A*>& x, const A* __restrict log_q, A max,
                            const Ahead& ahead, A* __restrict e) {
-  assume_padded(n);
   const A zero = zero_exponent<A>();
   LaneSums<A> dots;
-  for (int64_t j = 0; j < n; j += kPad) {
+  for_each_pad<A>(x, [&](const A* __restrict pad, int64_t j) {
     ahead.prefetch(j);
 #pragma omp simd
     for (int64_t l = 0; l < kPad; ++l) {
-      const A value =
-          exp2_clamped(clamped_exponent(x[j + l] - max, FloatTraits<A>::kLog2e, zero));
+      const A t = clamped_exponent(pad[l] - max, FloatTraits<A>::kLog2e, zero);
+      const A value = exp2_clamped(t);
       e[j + l] = value;
       dots.lane[l] += value * log_q[j + l];
     }
-  }
+  });
   return dots.total();
 }
 
@@ -230,78 +224,87 @@ template <class A>
 struct GradRow {
   A max;
   A inverse_sum;
+  A eps;
   A entropy;
-  A mean_log_p;  // in the unit of the tile: log2(e), or with eps log(p + eps) + p / (p + eps)
+  A mean_log_p;  // kRowMeanLog; log p enters in the same unit
   A marginal;
   A mean_log_q;
 };
 
+// The gradient of kPad columns.
 template <class A>
-inline void grad_tile(const A* __restrict x, const A* __restrict e, const A* __restrict log_q,
-                      const GradRow<A>& row, int64_t n, A* __restrict out) {
-  assume_padded(n);
-  const A zero = zero_exponent<A>();
+inline void grad_pad(const A* __restrict x, const A* __restrict e, const A* __restrict log_q,
+                     const GradRow<A>& row, A zero, A* __restrict out) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const A t = clamped_exponent(x[j] - row.max, FloatTraits<A>::kLog2e, zero);
-    const A marginal = row.marginal * (log_q[j] - row.mean_log_q);
-    out[j] = e[j] * (row.entropy * (t - row.mean_log_p) + marginal);
+  for (int64_t l = 0; l < kPad; ++l) {
+    const A t = clamped_exponent(x[l] - row.max, FloatTraits<A>::kLog2e, zero);
+    const A marginal = row.marginal * (log_q[l] - row.mean_log_q);
+    out[l] = e[l] * (row.entropy * (t - row.mean_log_p) + marginal);
   }
 }
 
 template <class A>
-inline void grad_eps_tile(const A* __restrict e, const A* __restrict log_q, const GradRow<A>& row,
-                          A eps, int64_t n, A* __restrict out) {
-  assume_padded(n);
+inline void grad_eps_pad(const A* __restrict e, const A* __restrict log_q, const GradRow<A>& row,
+                         A* __restrict out) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const A p = e[j] * row.inverse_sum;
-    const A log_p = log_nonnegative(p + eps) + p / (p + eps);
-    const A marginal = row.marginal * (log_q[j] - row.mean_log_q);
-    out[j] = e[j] * (row.entropy * (log_p - row.mean_log_p) + marginal);
+  for (int64_t l = 0; l < kPad; ++l) {
+    const A p = e[l] * row.inverse_sum;
+    const A log_p = log_nonnegative(p + row.eps) + p / (p + row.eps);
+    const A marginal = row.marginal * (log_q[l] - row.mean_log_q);
+    out[l] = e[l] * (row.entropy * (log_p - row.mean_log_p) + marginal);
+  }
+}
+
+// The gradient of a tile of n padded columns; x and out may end in a tail each.
+template <class A>
+inline void grad_tile(const Columns<const A*>& x, const A* e, const A* log_q,
+                      const GradRow<A>& row, int64_t n, const Columns<A*>& out) {
+  const A zero = zero_exponent<A>();
+  const auto step = [&](const A* pad, int64_t j, A* target) {
+    if (row.eps == 0) {
+      grad_pad(pad, e + j, log_q + j, row, zero, target);
+    } else {
+      grad_eps_pad(e + j, log_q + j, row, target);
+    }
+  };
+  const int64_t whole = x.whole < out.whole ? x.whole : out.whole;
+  for (int64_t j = 0; j < whole; j += kPad) step(x.whole_data + j, j, out.whole_data + j);
+  if (whole < n) {
+    step(whole < x.whole ? x.whole_data + whole : x.tail, whole,
+         whole < out.whole ? out.whole_data + whole : out.tail);
   }
 }
 
 template <class A, class S>
 inline void backward_row(const BackwardRows<A>& args, int64_t row, A* e, A* buffer) {
   RowReader<A, S> z(args.logits, row, buffer);
-  const A* stats = row_stat(args.row_stats, row);
+  const A* stats = args.row_stats + row * kRowStats;
   const A max = stats[kRowMax];
   double dot = 0;
   for_each_tile(z.columns, [&](const Tile& tile) {
-    dot += exp_dot_tile(z.read(tile), args.log_marginal + tile.begin, max, tile.padded,
-                        z.ahead(tile), e + tile.begin);
+    dot += exp_dot_tile(z.read(tile), args.log_marginal + tile.begin, max, z.ahead(tile),
+                        e + tile.begin);
   });
 
   // Step 8 with p = e / sum: constants in double, and the upstream gradient folded into them
   // before anything is rounded.
-  const double sum = stats[kRowSum];
-  const double eps = args.options.eps;
-  const double scale = args.grad_loss / sum;
+  const double inverse_sum = 1 / static_cast<double>(stats[kRowSum]);
+  const double scale = args.grad_loss * inverse_sum;
   const double a = stats[kRowConfidence] / args.confidence_sum;
   const double b = stats[kRowMarginalWeight] / args.marginal_weight_sum;
-  GradRow<A> grad_row;
-  grad_row.max = max;
-  grad_row.inverse_sum = static_cast<A>(1 / sum);
-  grad_row.marginal = static_cast<A>(args.options.trade_off * b * scale);
-  grad_row.mean_log_q = static_cast<A>(dot / sum);
-  if (eps == 0) {  // log p = ln(2) * log2(e) - log(sum)
-    grad_row.entropy = static_cast<A>(-a * scale * kLn2);
-    grad_row.mean_log_p = static_cast<A>((stats[kRowEntropy] + __builtin_log(sum)) / kLn2);
-  } else {
-    grad_row.entropy = static_cast<A>(-a * scale);
-    grad_row.mean_log_p = stats[kRowEntropy];
-  }
-
+  const double log_unit = args.options.eps == 0 ? kLn2 : 1;
+  const GradRow<A> grad_row{max,
+                            static_cast<A>(inverse_sum),
+                            static_cast<A>(args.options.eps),
+                            static_cast<A>(-a * scale * log_unit),
+                            stats[kRowMeanLog],
+                            static_cast<A>(args.options.trade_off * b * scale),
+                            static_cast<A>(dot * inverse_sum)};
   RowWriter<A, S> grad(args.grad, row, z.columns, args.stream);
   for_each_tile(z.columns, [&](const Tile& tile) {
-    A* out = grad.target(tile, buffer + tuning::kTileColumns);
-    const A* log_q = args.log_marginal + tile.begin;
-    if (eps == 0) {
-      grad_tile(z.read(tile), e + tile.begin, log_q, grad_row, tile.padded, out);
-    } else {
-      grad_eps_tile(e + tile.begin, log_q, grad_row, static_cast<A>(eps), tile.padded, out);
-    }
+    const Columns<A*> out = grad.target(tile, buffer + tuning::kTileColumns);
+    grad_tile(z.read(tile), e + tile.begin, args.log_marginal + tile.begin, grad_row, tile.padded,
+              out);
     grad.write(tile, out);
   });
 }
@@ -321,7 +324,7 @@ void max_softmax_rows(const LogitsView& logits, double scale, int64_t begin, int
     const A max = row_max(z);
     double sum = 0;
     for_each_tile(z.columns, [&](const Tile& tile) {
-      sum += scaled_exp_sum_tile(z.read(tile), max, scale, tile.padded);
+      sum += scaled_exp_sum_tile(z.read(tile), max, scale);
     });
     out[row] = static_cast<A>(1 / sum);
   }

@@ -1,0 +1,1 @@
+"""Measurements on pytest-benchmark; `make bench` runs them and writes benchmarks/results/*.csv."""
