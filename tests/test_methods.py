@@ -1,0 +1,172 @@
+"""The adaptation methods: which loss each one is, and what each one may change."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
+from ueo_fast.finetune.methods import (
+    METHODS,
+    UEO,
+    AdaBN,
+    EntMin,
+    InfoMax,
+    LossMethod,
+    ZeroShot,
+    create_method,
+)
+from ueo_fast.finetune.model import ClipClassifier
+from ueo_fast.finetune.prompt import PromptLearner
+from ueo_fast.finetune.trainer import TrainerConfig
+
+
+def make_classifier(tower: str = "bn") -> ClipClassifier:
+    model = tiny_clip(tower, seed=0)
+    return ClipClassifier(model, PromptLearner(model, tiny_tokenizer(), ["one", "two", "three"]))
+
+
+def make_images(count: int = 12) -> torch.Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 5, generator=generator, dtype=torch.float64) * 3
+    confidence = torch.rand(9, generator=generator, dtype=torch.float64) + 0.1
+    return logits, confidence
+
+
+def entropy(p: torch.Tensor) -> torch.Tensor:
+    return -(p * p.log()).sum(dim=-1)
+
+
+def test_entmin_is_the_mean_entropy(batch):
+    logits, confidence = batch
+    expected = entropy(logits.softmax(dim=1)).mean()
+    torch.testing.assert_close(EntMin().loss(logits, confidence), expected)
+
+
+@pytest.mark.parametrize("trade_off", [0.5, 1.0, 3.0])
+def test_infomax_subtracts_the_entropy_of_the_mean(batch, trade_off):
+    logits, confidence = batch
+    p = logits.softmax(dim=1)
+    expected = entropy(p).mean() - trade_off * entropy(p.mean(dim=0))
+    torch.testing.assert_close(InfoMax(trade_off).loss(logits, confidence), expected)
+
+
+@pytest.mark.parametrize("trade_off", [0.5, 1.0, 3.0])
+def test_ueo_weights_entropy_by_confidence_and_marginal_by_its_inverse(batch, trade_off):
+    logits, w = batch
+    p = logits.softmax(dim=1)
+    marginal = (p / w[:, None]).sum(dim=0) / (1 / w).sum()
+    expected = (w * entropy(p)).sum() / w.sum() - trade_off * entropy(marginal)
+    torch.testing.assert_close(UEO(trade_off).loss(logits, w), expected)
+
+
+def test_ueo_without_confidence_takes_the_batch_s_own(batch):
+    logits, _ = batch
+    w = (0.3 * logits).softmax(dim=1).amax(dim=1)
+    torch.testing.assert_close(UEO(confidence_scale=0.3).loss(logits, None), UEO().loss(logits, w))
+
+
+def test_ueo_with_equal_confidence_is_infomax(batch):
+    logits, confidence = batch
+    equal = torch.full_like(confidence, 0.2)
+    torch.testing.assert_close(UEO().loss(logits, equal), InfoMax().loss(logits, equal))
+    assert UEO().loss(logits, confidence) != InfoMax().loss(logits, confidence)
+
+
+def test_eps_reproduces_the_authors_expression(batch):
+    logits, w = batch
+    p = logits.softmax(dim=1)
+    row = torch.sum(-p * torch.log(p + 1e-5), dim=1)
+    mean = torch.mm(torch.diag(1 / w), p).sum(dim=0) / torch.sum(1 / w)
+    expected = torch.sum(row * w) / torch.sum(w) - torch.sum(-mean * torch.log(mean + 1e-5))
+    torch.testing.assert_close(UEO(eps=1e-5).loss(logits, w), expected, rtol=1e-12, atol=0)
+    assert abs(UEO().loss(logits, w) - expected) > 1e-6
+
+
+@pytest.mark.parametrize("name", ["entmin", "infomax", "ueo"])
+def test_loss_methods_train_the_prompt_and_the_affine_parameters_only(name):
+    classifier = make_classifier()
+    before = copy.deepcopy(classifier.state_dict())
+    history = create_method(name).adapt(
+        classifier,
+        make_images(),
+        confidence=torch.linspace(0.2, 0.9, 12),
+        config=TrainerConfig(epochs=1, batch_size=4, prompt_lr=0.1, affine_lr=0.1),
+    )
+    after = classifier.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert len(history) == 3
+    assert "prompt.context" in changed
+    assert "model.visual.bn1.bias" in changed
+    norms = [key for key in changed if key.startswith("model.visual.")]
+    assert all(".bn" in key or ".downsample.1" in key for key in norms)
+    assert len(norms) == len(changed) - 1
+    assert not any("running" in key or "batches" in key for key in changed)
+
+
+def test_zero_shot_changes_nothing():
+    classifier = make_classifier()
+    before = copy.deepcopy(classifier.state_dict())
+    history = ZeroShot().adapt(classifier, make_images())
+    assert len(history) == 0
+    assert all(torch.equal(before[key], value) for key, value in classifier.state_dict().items())
+
+
+def test_adabn_sets_the_statistics_of_the_target_and_no_weight():
+    classifier = make_classifier()
+    images = make_images(20)
+    before = copy.deepcopy(classifier.state_dict())
+    AdaBN(batch_size=20).adapt(classifier, images)
+    visual = classifier.model.visual
+    with torch.no_grad():
+        activations = visual.conv1(images)
+    torch.testing.assert_close(visual.bn1.running_mean, activations.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(
+        visual.bn1.running_var, activations.transpose(0, 1).flatten(1).var(dim=1)
+    )
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    for key, value in classifier.state_dict().items():
+        same = torch.equal(before[key], value)
+        assert same != key.endswith(statistics[:2]) or key.endswith(statistics[2]), key
+    assert not any(module.training for module in classifier.modules())
+    assert visual.bn1.momentum == 0.1
+
+
+def test_adabn_averages_over_batches():
+    one, many = make_classifier(), make_classifier()
+    images = make_images(24)
+    AdaBN(batch_size=24).adapt(one, images)
+    AdaBN(batch_size=8).adapt(many, images)
+    torch.testing.assert_close(
+        many.model.visual.bn1.running_mean, one.model.visual.bn1.running_mean
+    )
+
+
+def test_adabn_needs_batch_norm():
+    with pytest.raises(ValueError, match=r"visual tower has no BatchNorm .*leave the method out"):
+        AdaBN().adapt(make_classifier("vit"), make_images())
+
+
+def test_registry_creates_every_method_by_its_name():
+    assert list(METHODS) == ["zeroshot", "adabn", "entmin", "infomax", "ueo"]
+    for name in METHODS:
+        assert create_method(name).name == name
+    assert create_method("ueo", trade_off=0.5) == UEO(trade_off=0.5)
+    trained = [name for name in METHODS if isinstance(create_method(name), LossMethod)]
+    assert trained == ["entmin", "infomax", "ueo"]
+
+
+def test_registry_names_the_choices():
+    with pytest.raises(ValueError, match=r"unknown method 'tent2': choose one of zeroshot, adabn"):
+        create_method("tent2")
+    with pytest.raises(ValueError, match=r"'entmin' has no option 'trade_off': it has eps"):
+        create_method("entmin", trade_off=1.0)
+    with pytest.raises(ValueError, match=r"'zeroshot' has no option 'eps': it has none"):
+        create_method("zeroshot", eps=1.0)

@@ -1,0 +1,1 @@
+"""A demonstration on real data that needs no download: a tiny CLIP on handwritten digits."""

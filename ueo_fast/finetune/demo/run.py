@@ -1,0 +1,189 @@
+"""The demonstration from beginning to end: pre-train, shift, hide classes, adapt, compare."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ueo_fast import mcm_score
+from ueo_fast.finetune.confidence import zero_shot_confidence
+from ueo_fast.finetune.demo.config import DemoConfig
+from ueo_fast.finetune.demo.digits import DIGIT_NAMES, load_digits
+from ueo_fast.finetune.demo.problem import Problem, make_problem
+from ueo_fast.finetune.demo.report import write_report
+from ueo_fast.finetune.demo.result import MethodResult
+from ueo_fast.finetune.demo.tiny_clip import pretrain, tiny_clip, tiny_tokenizer
+from ueo_fast.finetune.methods import UEO, AdaBN, EntMin, InfoMax, LossMethod, Method, ZeroShot
+from ueo_fast.finetune.metrics import Metrics, compute_metrics
+from ueo_fast.finetune.model import ClipClassifier
+from ueo_fast.finetune.predict import predict_cosines
+from ueo_fast.finetune.prompt import PromptLearner
+from ueo_fast.finetune.run_folder import RunFolder
+
+OnStep = Callable[[int, int, float], None]
+
+
+def demo_methods(config: DemoConfig) -> list[Method]:
+    """The rows of the table, in order; AdaBN where the tower has BatchNorm."""
+    methods: list[Method] = [ZeroShot()]
+    if config.tower == "bn":
+        methods.append(AdaBN())
+    methods.append(EntMin(eps=config.eps))
+    methods.append(InfoMax(trade_off=config.trade_off, eps=config.eps))
+    methods.append(UEO(trade_off=config.trade_off, eps=config.eps))
+    return methods
+
+
+def run_demo(config: DemoConfig) -> Path:
+    """Run the demonstration and print its table.
+
+    Args:
+        config: every choice.
+
+    Returns:
+        The run folder: config.json, environment.json, metrics.jsonl, history.jsonl, results.md
+        and plots.
+
+    Raises:
+        FileExistsError: ``config.out`` exists and is not empty.
+    """
+    started = time.perf_counter()
+    folder = RunFolder.create(config.out, prefix="demo")
+    folder.write_json("config.json", config.as_dict())
+    folder.write_environment(command=config.command(), seeds=config.seeds, threads=config.threads)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        digits = load_digits()
+        problems = [make_problem(config, digits, seed) for seed in config.seeds]
+        results: list[MethodResult] = []
+        with _progress(config, problems) as bar:
+            bar.write(
+                f"tiny CLIP ({config.tower}) on {len(digits.images)} handwritten digits, shift "
+                f"{config.shift} ({config.effective_severity:g}), scenario {config.scenario}, "
+                f"{len(problems)} seed(s); results in {folder.path}"
+            )
+            for problem in problems:
+                for result in run_seed(config, problem, bar):
+                    folder.append_json_line("metrics.jsonl", result.record())
+                    folder.append_json_line("history.jsonl", result.history_record())
+                    results.append(result)
+        seconds = time.perf_counter() - started
+        print(write_report(folder, config, problems, results, seconds=seconds))
+    finally:
+        torch.set_num_threads(threads_before)
+    return folder.path
+
+
+def run_seed(config: DemoConfig, problem: Problem, bar: tqdm[Any]) -> list[MethodResult]:
+    """Pre-train once, then let every method start from the same model."""
+
+    def say(text: str) -> None:
+        bar.write(f"seed {problem.seed}: {text}")
+
+    def on_step(done: int, total: int, loss: float) -> None:
+        bar.update()
+
+    bar.set_description(f"seed {problem.seed}: pre-training")
+    started = time.perf_counter()
+    zero_shot = pretrained_classifier(config, problem, on_step)
+    seconds = time.perf_counter() - started
+    clean = compute_metrics(predict_cosines(zero_shot, problem.clean.images), problem.labels)
+    say(f"pre-trained on all ten digits ({seconds:.1f} s); without the shift: {_brief(clean)}")
+    say(
+        f"known: {', '.join(problem.split.known)}; unlabelled: {len(problem.train.images)} images "
+        f"of {', '.join(problem.split.train)}"
+    )
+    confidence = zero_shot_confidence(zero_shot, problem.train.images, mcm_scale=config.mcm_scale)
+    results = []
+    for method in demo_methods(config):
+        bar.set_description(f"seed {problem.seed}: {method.title}")
+        result = run_method(config, problem, zero_shot, confidence, method, on_step)
+        say(f"{method.title:9} {_brief(result.metrics)}  ({result.seconds:.1f} s)")
+        results.append(result)
+    return results
+
+
+def pretrained_classifier(
+    config: DemoConfig, problem: Problem, on_step: OnStep | None = None
+) -> ClipClassifier:
+    """A tiny CLIP trained on the source domain, with prompts for the known classes only."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_clip(config.tower, problem.seed)
+    pretrain(
+        model,
+        tokenizer,
+        problem.source.images,
+        problem.source.labels,
+        DIGIT_NAMES,
+        steps=config.effective_pretrain_steps,
+        seed=problem.seed,
+        on_step=on_step,
+    )
+    return ClipClassifier(model, PromptLearner(model, tokenizer, problem.split.known))
+
+
+def run_method(
+    config: DemoConfig,
+    problem: Problem,
+    zero_shot: ClipClassifier,
+    confidence: Tensor,
+    method: Method,
+    on_step: OnStep | None = None,
+) -> MethodResult:
+    """Adapt a copy of ``zero_shot`` with ``method`` and test it on the whole shifted target.
+
+    Args:
+        config: of the run.
+        problem: of the seed.
+        zero_shot: where every method starts; left as it is.
+        confidence: (len(problem.train),) from :func:`zero_shot_confidence`.
+        method: a row of the table.
+        on_step: called after each gradient step.
+    """
+    classifier = copy.deepcopy(zero_shot)
+    started = time.perf_counter()
+    history = method.adapt(
+        classifier,
+        problem.train.images,
+        confidence=confidence,
+        config=config.trainer(problem.seed),
+        on_step=on_step,
+    )
+    seconds = time.perf_counter() - started
+    cosines = predict_cosines(classifier, problem.target.images)
+    return MethodResult(
+        seed=problem.seed,
+        method=method.title,
+        known=problem.split.known,
+        metrics=compute_metrics(cosines, problem.labels),
+        scores=mcm_score(cosines),
+        history=history,
+        seconds=seconds,
+    )
+
+
+def _progress(config: DemoConfig, problems: Sequence[Problem]) -> tqdm[Any]:
+    trained = sum(isinstance(method, LossMethod) for method in demo_methods(config))
+    steps = sum(
+        config.effective_pretrain_steps
+        + trained * config.epochs * math.ceil(len(problem.train.images) / config.batch_size)
+        for problem in problems
+    )
+    # disable=None: no bar where the output is a file, so that logs stay readable.
+    return tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
+
+
+def _brief(metrics: Metrics) -> str:
+    text = f"per-class accuracy {100 * metrics.per_class_accuracy:.1f}"
+    if metrics.auroc is not None and metrics.hm is not None:
+        text += f", AUROC {100 * metrics.auroc:.1f}, HM {100 * metrics.hm:.1f}"
+    return text

@@ -1,0 +1,36 @@
+"""Information maximisation: certain predictions, spread over all classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ueo_fast import ueo_loss
+from ueo_fast.finetune.methods.base import LossMethod
+
+
+@dataclass(frozen=True)
+class InfoMax(LossMethod):
+    """``L = mean_i H(p_i) - λ H(mean_i p_i)``: the UEO loss with ``w = 1``.
+
+    With ``λ = 1`` it is minus the mutual information of image and prediction. Known and unknown
+    images count the same.
+
+    Attributes:
+        trade_off: λ.
+        eps: added inside the logarithms; 1e-5 is the authors' released code.
+
+    Source: docs/math.md, step 7 with ``w_i = 1``; ``--noweight`` of the authors' ``demo.py``.
+    """
+
+    trade_off: float = 1.0
+    eps: float = 0.0
+
+    name: ClassVar[str] = "infomax"
+    title: ClassVar[str] = "InfoMax"
+
+    def loss(self, logits: Tensor, confidence: Tensor | None) -> Tensor:
+        ones = logits.new_ones(len(logits))
+        return ueo_loss(logits, ones, trade_off=self.trade_off, eps=self.eps)
