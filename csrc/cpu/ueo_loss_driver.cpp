@@ -1,7 +1,7 @@
 #include "ueo_loss_driver.h"
 
 #include <algorithm>
-#include <memory>
+#include <new>
 #include <vector>
 
 #include "tuning.h"
@@ -20,11 +20,26 @@ int64_t rows_per_block(int64_t rows) {
   return std::clamp(round_up(rows / kTargetBlocks, kRowGroup), kMinRowsPerBlock, kMaxRowsPerBlock);
 }
 
-// Rows for kRowGroup rows of exponentials and two tiles; not initialised, since every loop writes
-// before it reads.
+// Uninitialised memory, aligned so that no register's load or store crosses a cache line: half the
+// time of the column sums, which do little else.
 template <class A>
-std::unique_ptr<A[]> make_scratch(int64_t columns) {
-  return std::unique_ptr<A[]>(new A[kRowGroup * round_up(columns, kPad) + 2 * kTileColumns]);
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<A*>(::operator new(size * sizeof(A), kCacheLine))) {}
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data_, kCacheLine); }
+  A* get() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kCacheLine{64};
+  A* data_;
+};
+
+// kRowGroup rows of exponentials and two tiles.
+int64_t scratch_size(int64_t columns) {
+  return kRowGroup * round_up(columns, kPad) + 2 * kTileColumns;
 }
 
 }  // namespace
@@ -37,14 +52,14 @@ double ueo_forward(const UeoLoops<A>& loops, const ForwardRows<A>& args, A* summ
   const int64_t row_size = round_up(columns, kPad);
   const int64_t block_rows = rows_per_block(rows);
   const int64_t blocks = round_up(rows, block_rows) / block_rows;
-  std::unique_ptr<A[]> column_sums(new A[blocks * row_size]);
+  const Buffer<A> column_sums(blocks * row_size);
   std::vector<BlockSums> sums(blocks);
   parallel_for(blocks, [&](int64_t first, int64_t last) {
-    const auto scratch = make_scratch<A>(columns);
+    const Buffer<A> scratch(scratch_size(columns));
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * block_rows;
       loops.forward(args, begin, std::min(begin + block_rows, rows), &sums[block],
-                    &column_sums[block * row_size], scratch.get());
+                    column_sums.get() + block * row_size, scratch.get());
     }
   });
 
@@ -58,12 +73,12 @@ double ueo_forward(const UeoLoops<A>& loops, const ForwardRows<A>& args, A* summ
   const int64_t tiles = round_up(row_size, kTileColumns) / kTileColumns;
   std::vector<double> tile_entropy(tiles);
   const auto marginal_tiles = [&](int64_t first, int64_t last) {
-    A q[kTileColumns];
-    A log_q[kTileColumns];
+    alignas(64) A q[kTileColumns];
+    alignas(64) A log_q[kTileColumns];
     for (int64_t tile = first; tile < last; ++tile) {
       const int64_t begin = tile * kTileColumns;
       const int64_t n = std::min(kTileColumns, row_size - begin);
-      loops.marginal(&column_sums[begin], blocks, row_size, 1 / total.marginal_weight, n, q);
+      loops.marginal(column_sums.get() + begin, blocks, row_size, 1 / total.marginal_weight, n, q);
       tile_entropy[tile] = -loops.log_marginal(q, args.options.eps, n, log_q);
       std::copy(q, q + std::min(n, columns - begin), marginal + begin);
     }
@@ -91,21 +106,21 @@ void ueo_backward(const UeoLoops<A>& loops, BackwardRows<A> args, const A* margi
   const int64_t rows = args.logits.rows;
   const int64_t columns = args.logits.columns;
   const int64_t row_size = round_up(columns, kPad);
-  std::unique_ptr<A[]> q(new A[2 * row_size]);
-  A* log_q = &q[row_size];
-  std::copy(marginal, marginal + columns, &q[0]);
-  std::fill(&q[columns], &q[row_size], A(0));
+  const Buffer<A> q(row_size);
+  const Buffer<A> log_q(row_size);
+  std::copy(marginal, marginal + columns, q.get());
+  std::fill(q.get() + columns, q.get() + row_size, A(0));
   for (int64_t begin = 0; begin < row_size; begin += kTileColumns) {
     const int64_t n = std::min(kTileColumns, row_size - begin);
-    loops.log_marginal(&q[begin], args.options.eps, n, log_q + begin);
+    loops.log_marginal(q.get() + begin, args.options.eps, n, log_q.get() + begin);
   }
-  args.log_marginal = log_q;
+  args.log_marginal = log_q.get();
 
   // Blocks in reverse: the cache still holds the rows that forward read last.
   const int64_t block_rows = rows_per_block(rows);
   const int64_t blocks = round_up(rows, block_rows) / block_rows;
   parallel_for(blocks, [&](int64_t first, int64_t last) {
-    const auto scratch = make_scratch<A>(columns);
+    const Buffer<A> scratch(scratch_size(columns));
     for (int64_t block = last - 1; block >= first; --block) {
       const int64_t begin = block * block_rows;
       loops.backward(args, begin, std::min(begin + block_rows, rows), scratch.get());
@@ -119,7 +134,7 @@ void max_softmax(const UeoLoops<A>& loops, const LogitsView& logits, double scal
   const int64_t block_rows = rows_per_block(logits.rows);
   const int64_t blocks = round_up(logits.rows, block_rows) / block_rows;
   parallel_for(blocks, [&](int64_t first, int64_t last) {
-    const auto scratch = make_scratch<A>(logits.columns);
+    const Buffer<A> scratch(scratch_size(logits.columns));
     loops.max_softmax(logits, scale, first * block_rows, std::min(last * block_rows, logits.rows),
                       scratch.get(), out);
   });

@@ -1,0 +1,185 @@
+"""Draws docs/images/ueo_loss_cpu.png and the tables of the docs from the CSVs.
+
+    python -m benchmarks.render
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; a test holds what is committed to
+what this script makes of the committed CSVs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import results_file
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = (DOCS / "performance.md", DOCS / "math.md")
+PICTURE = DOCS / "images" / "ueo_loss_cpu.png"
+
+# design targets: at least this many times faster than (b) eager and (c) torch.compile.
+TARGETS = {
+    (64, 345): (6.0, 4.5),
+    (256, 1000): (8.0, 5.5),
+    (1024, 1000): (12.0, 8.0),
+    (4096, 1000): (9.0, 5.0),
+    (65536, 345): (6.0, 4.0),
+    (4096, 21841): (6.5, 4.0),
+}
+Key = tuple[int, int, str]
+
+
+def times(name: str) -> dict[Key, dict[str, float]]:
+    """Median microseconds by case and contender."""
+    table: dict[Key, dict[str, float]] = {}
+    for row in results_file.read(name)[1]:
+        key = int(row["rows"]), int(row["columns"]), row["dtype"]
+        table.setdefault(key, {})[row["contender"]] = float(row["median_us"])
+    return table
+
+
+def _time(microseconds: float) -> str:
+    if microseconds < 1000:
+        return f"{microseconds:.0f} µs"
+    return f"{microseconds / 1000:.1f} ms"
+
+
+def _ratio(value: float, target: float | None) -> str:
+    if target is None:
+        return f"{value:.1f}"
+    return (
+        f"**{value:.1f}** (target {target:g})"
+        if value >= target
+        else f"{value:.1f} (target {target:g}, missed)"
+    )
+
+
+def time_table(name: str, targets: bool) -> list[str]:
+    lines = [
+        "| B x C | dtype | ueo_fast | (b) | (c) | vs (b) | vs (c) | vs (a) | of the floor |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (rows, columns, dtype), by_name in times(name).items():
+        ours = by_name["ueo_fast"]
+        wanted = TARGETS.get((rows, columns)) if targets and dtype == "float32" else None
+        authors = f"{by_name['authors'] / ours:.1f}" if "authors" in by_name else "-"
+        cells = [
+            f"{rows} x {columns}",
+            dtype,
+            _time(ours),
+            _time(by_name["eager"]),
+            _time(by_name["compile"]),
+            _ratio(by_name["eager"] / ours, wanted[0] if wanted else None),
+            _ratio(by_name["compile"] / ours, wanted[1] if wanted else None),
+            authors,
+            f"{100 * by_name['floor'] / ours:.0f}%",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def memory_table() -> list[str]:
+    table: dict[Key, dict[str, str]] = {}
+    for row in results_file.read("ueo_loss_cpu_memory.csv")[1]:
+        key = int(row["rows"]), int(row["columns"]), row["dtype"]
+        table.setdefault(key, {})[row["contender"]] = row["peak_over_logits"]
+    lines = [
+        "| B x C | dtype | ueo_fast | (b) eager | (c) compile |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for (rows, columns, dtype), peak in table.items():
+        cells = [f"{rows} x {columns}", dtype, peak["ueo_fast"], peak["eager"], peak["compile"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def experiments(only: str = "") -> list[str]:
+    lines = [
+        "| change | predicted | B x C | before | after | |",
+        "| --- | --- | --- | ---: | ---: | --- |",
+    ]
+    for row in results_file.read("experiments.csv")[1]:
+        if row["change"].startswith(only):
+            cells = [
+                row["change"],
+                row["prediction"],
+                f"{row['rows']} x {row['columns']}",
+                _time(float(row["before_us"])),
+                _time(float(row["after_us"])),
+                row["verdict"],
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def provenance(name: str) -> list[str]:
+    header = results_file.read(name)[0]
+    facts = ", ".join(f"{key} {value}" for key, value in header.items() if key != "command")
+    return [f"`{header['command']}`: {facts}."]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "tuned": lambda: time_table("ueo_loss_cpu_tuned_allocator.csv", targets=True),
+    "tuned provenance": lambda: provenance("ueo_loss_cpu_tuned_allocator.csv"),
+    "default": lambda: time_table("ueo_loss_cpu_default_allocator.csv", targets=False),
+    "memory": memory_table,
+    "experiments": experiments,
+    "keep": lambda: experiments("backward reads exp"),
+}
+
+
+def rendered(page: str) -> str:
+    """The page with every table made anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match.group(1)
+        body = "\n".join(TABLES[name]())
+        return f"<!-- table: {name} -->\n\n{body}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table: ([a-z ]+) -->.*?<!-- end -->", replace, page, flags=re.DOTALL)
+
+
+def draw() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    table = times("ueo_loss_cpu_tuned_allocator.csv")
+    keys = [(rows, columns, "float32") for rows, columns in TARGETS]
+    header = results_file.read("ueo_loss_cpu_tuned_allocator.csv")[0]
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    for offset, (name, label, colour) in enumerate(
+        (
+            ("eager", "well-written eager PyTorch", "#9aa5b1"),
+            ("compile", "torch.compile", "#4c78a8"),
+        )
+    ):
+        ratios = [table[key][name] / table[key]["ueo_fast"] for key in keys]
+        positions = [place + 0.38 * (offset - 0.5) for place in range(len(keys))]
+        bars = axes.bar(positions, ratios, width=0.36, label=f"against {label}", color=colour)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(keys)), [f"{rows} x {columns}" for rows, columns, _ in keys])
+    axes.set_xlabel("logits (batch x classes), float32")
+    axes.set_ylabel("times faster")
+    axes.set_title(
+        f"ueo_loss, forward + backward, {header['threads']} threads of {header['processor']}",
+        fontsize=10,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
+    draw()
+
+
+if __name__ == "__main__":
+    main()

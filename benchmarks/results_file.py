@@ -1,0 +1,27 @@
+"""CSV files with a commented header: `# key: value` lines, then the table."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "results"
+Row = Mapping[str, object]
+
+
+def write(name: str, header: Mapping[str, str], rows: Sequence[Row]) -> Path:
+    path = FOLDER / name
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in header.items())
+        table = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+def read(name: str) -> tuple[dict[str, str], list[dict[str, str]]]:
+    lines = (FOLDER / name).read_text().splitlines()
+    comments = [line[2:].split(": ", 1) for line in lines if line.startswith("# ")]
+    table = csv.DictReader(line for line in lines if not line.startswith("#"))
+    return dict(comments), list(table)
