@@ -74,13 +74,21 @@ def measure_memory() -> list[dict[str, object]]:
     ]
 
 
+def pin(threads: int) -> str:
+    """Keeps this process and its children on as many processors as there are threads."""
+    if not hasattr(os, "sched_setaffinity"):
+        return ""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
+    return " (one per processor)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     command = f"python -m benchmarks --threads {args.threads} --repeats {args.repeats}"
-    common = {"threads": str(args.threads), "command": command}
+    common = {"threads": f"{args.threads}{pin(args.threads)}", "command": command}
     for name, allocator in (("tuned", TUNED_ALLOCATOR), ("default", {})):
         rows = measure_time(args.threads, args.repeats, allocator)
         setting = " ".join(f"{key}={value}" for key, value in allocator.items()) or "as it comes"

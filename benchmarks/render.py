@@ -165,7 +165,7 @@ def draw() -> None:
     axes.set_xlabel("logits (batch x classes), float32")
     axes.set_ylabel("times faster")
     axes.set_title(
-        f"ueo_loss, forward + backward, {header['threads']} threads of {header['processor']}",
+        f"ueo_loss, forward + backward, {header['threads'].split()[0]} threads of {header['processor']}",
         fontsize=10,
     )
     axes.spines[["top", "right"]].set_visible(False)

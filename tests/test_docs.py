@@ -1,0 +1,42 @@
+"""The figures in the docs are those of the committed CSVs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import render, results_file  # noqa: E402
+
+
+@pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
+def test_tables_are_what_the_csvs_make(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- table: " in text
+    assert render.rendered(text) == text, "run `python -m benchmarks.render`"
+
+
+@pytest.mark.parametrize("path", sorted(results_file.FOLDER.glob("*.csv")), ids=lambda p: p.name)
+def test_results_say_where_they_were_made(path):
+    header, rows = results_file.read(path.name)
+    assert {"date", "processor", "instruction set", "torch", "threads", "command"} <= set(header)
+    assert rows
+
+
+def test_links_of_the_documentation_lead_somewhere():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_first_screen_of_the_readme_names_the_two_commands():
+    first_screen = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40])
+    assert "make demo" in first_screen
+    assert "make test" in first_screen
