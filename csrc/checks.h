@@ -11,9 +11,9 @@
 namespace ueo_fast {
 
 inline void check_logits(const torch::stable::Tensor& logits) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0,
-                  "ueo_fast: logits must have shape (B, C) with C > 0, got ", logits.dim(),
+  STD_TORCH_CHECK(logits.dim() == 2, "ueo_fast: logits must have shape (B, C), got ", logits.dim(),
                   " dimensions");
+  STD_TORCH_CHECK(logits.size(1) > 0, "ueo_fast: logits must have at least one class, got C = 0");
 }
 
 inline void check_vector(const torch::stable::Tensor& tensor, int64_t length, const char* name,

@@ -12,5 +12,6 @@ STABLE_TORCH_LIBRARY(ueo_fast, m) {
       "ueo_loss_backward(Tensor grad_loss, Tensor logits, Tensor summary, Tensor marginal, "
       "Tensor row_stats, float trade_off, float eps) -> Tensor grad_logits");
   m.def("max_softmax(Tensor logits, float scale) -> Tensor");
+  m.def("interface_number() -> int");
   m.def("cpu_capability() -> int");
 }

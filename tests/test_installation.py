@@ -63,6 +63,22 @@ def test_broken_binary(copied):
     assert "backend reference  ready" in done.stdout
 
 
+def test_stale_binary(copied):
+    # What an editable install has after `git pull` without a rebuild.
+    shutil.copy(PACKAGE / "_cpu.so", copied / "ueo_fast")
+    source = copied / "ueo_fast" / "_extension.py"
+    source.write_text(source.read_text().replace("INTERFACE = 1", "INTERFACE = 2"))
+    done = run_copy(copied, "-m", "ueo_fast.info")
+    assert done.returncode == 0, done.stderr
+    assert "unavailable: _cpu.so was built from another version of the sources" in done.stdout
+
+
+def test_the_binary_names_no_folder_of_the_build_machine():
+    binary = (PACKAGE / "_cpu.so").read_bytes()
+    assert str(PACKAGE.parent).encode() not in binary
+    assert str(Path(torch.__file__).parent).encode() not in binary
+
+
 def test_nothing_optional_is_imported():
     script = (
         "import sys, ueo_fast; "

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 from truth import assert_exact
 
-from ueo_fast import UEOLoss, ueo_loss, ueo_loss_and_grad
+from ueo_fast import UEOLoss, mcm_score, ueo_loss, ueo_loss_and_grad
 
 BACKENDS = ("cpp", "reference")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -173,6 +173,28 @@ def test_nan_and_infinity_are_never_a_silent_number(value, column, options, dtyp
     assert stats.marginal_entropy.isnan()
 
 
+# math.nan, all ones, the smallest quiet and signalling payloads, with either sign.
+NAN_BITS = [0x7FC00000, -1, 0x7FC00001, 0x7F800001, -0x7FFFFF]
+
+
+@pytest.mark.parametrize("bits", NAN_BITS, ids=hex)
+@pytest.mark.parametrize("column", [0, 36])
+@pytest.mark.parametrize("options", [{}, {"eps": 1e-5}, {"confidence_scale": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_nan_is_a_nan(dtype, options, column, bits):
+    logits = make_logits((40, 37), dtype)
+    if dtype == torch.float32:
+        logits.view(torch.int32)[11, column] = bits
+    else:
+        logits.view(torch.int64)[11, column] = -1 if bits == -1 else (bits << 32) | 1
+        logits[12, column] = torch.nan
+    assert logits.isnan().any()
+    loss, stats = ueo_loss(logits, return_stats=True, backend="cpp", **options)
+    assert loss.isnan()
+    assert stats.marginal_entropy.isnan()
+    assert mcm_score(logits).isnan().sum() == logits.isnan().sum()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_without_any_class_gives_nan(backend):
     logits = make_logits((40, 37), torch.float32)
@@ -190,6 +212,19 @@ def test_an_empty_batch_gives_zero(dtype, backend):
     assert logits.grad.shape == (0, 7)
     assert all((value == 0).all() for value in stats)
     assert stats.marginal.shape == (7,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["confidence", "marginal_weights"])
+@pytest.mark.parametrize("scale", [2e-38, 1e-20, 1e20, 1e38])
+def test_weights_at_the_ends_of_float32(scale, name, backend):
+    logits = make_logits((64, 100), torch.float32)
+    weights = torch.rand(64) + 1
+    loss, stats = ueo_loss(logits, **{name: scale * weights}, return_stats=True, backend=backend)
+    if name == "confidence":
+        assert float(stats.mean_confidence) == pytest.approx(scale * float(weights.mean()))
+    _, grad = loss_and_grad(logits, **{name: scale * weights}, backend=backend)
+    assert_exact(loss, grad, logits, **{name: weights})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -174,6 +174,42 @@ def test_grad_scaler():
     torch.testing.assert_close(model.weight.grad, expected)
 
 
+def test_func_transforms_and_forward_mode_take_the_reference():
+    logits = make_logits(torch.float64).detach()
+    true = ueo_loss_and_grad(logits, torch.ones(60))[1]
+
+    def loss(z):
+        return ueo_loss(z, torch.ones(60))
+
+    torch.testing.assert_close(torch.func.grad(loss)(logits), true)
+    torch.testing.assert_close(torch.func.jacfwd(loss)(logits), true)
+    tangent = torch.randn_like(logits)
+    _, derivative = torch.func.jvp(loss, (logits,), (tangent,))
+    torch.testing.assert_close(derivative, (true * tangent).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(logits, tangent)
+        derivative = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+        with pytest.raises(RuntimeError, match=r"no rules for torch\.func transforms"):
+            ueo_loss(dual, backend="cpp")
+    torch.testing.assert_close(derivative, (true * tangent).sum())
+
+
+def test_vmap():
+    batches = torch.stack([scale * make_logits().detach() for scale in (1, 2, -1)])
+    confidence = torch.rand(3, 60) + 0.1
+    expected = torch.stack([ueo_loss(z, w) for z, w in zip(batches, confidence, strict=True)])
+    torch.testing.assert_close(torch.vmap(ueo_loss)(batches, confidence), expected)
+
+
+def test_fake_tensors_have_no_values_to_check():
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        logits = torch.empty(6, 4, requires_grad=True)
+        loss = ueo_loss(logits, torch.ones(6))
+        loss.backward()
+    assert loss.shape == ()
+    assert logits.grad.shape == (6, 4)
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile_fullgraph_equals_eager(compiler):
     def step(logits, confidence, trade_off):

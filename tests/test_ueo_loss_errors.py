@@ -25,6 +25,7 @@ BAD_LOGITS = [
     (LOGITS.cfloat(), TypeError, "got torch.complex64"),
     (LOGITS.to_sparse(), TypeError, "dense tensor, got torch.sparse_coo: convert with logits.to_dense()"),
     (LOGITS.as_subclass(DTensor), TypeError, "logits is a DTensor, whose rows live in several processes: pass the rows of this process with logits.to_local()"),
+    (torch.nested.nested_tensor([LOGITS[0], LOGITS[1, :2]]), TypeError, "logits is a nested tensor: pass a (B, C) tensor, e.g. logits.to_padded_tensor(float('-inf'))"),
     (LOGITS[0], ValueError, "logits must have shape (B, C), got (4,)"),
     (LOGITS[None], ValueError, "got (1, 6, 4): flatten leading dimensions with logits.flatten(0, -2)"),
     (torch.tensor(1.0), ValueError, "got (): "),
@@ -51,8 +52,10 @@ BAD_WEIGHTS = [
     (torch.ones(6, requires_grad=True), ValueError, "{} requires grad, but it is a constant of the method: pass {}.detach()"),
     (torch.tensor([1, 1, math.nan, 1, 1, 1]), ValueError, "{} must be"),
     (torch.tensor([1, 1, math.inf, 1, 1, 1]), ValueError, "got values from 1.0 to inf"),
-    (torch.tensor([1, 1, -0.5, 1, 1, 1]), ValueError, "got values from -0.5 to 1.0: bound it with {}.clamp(min=1e-6)"),
+    (torch.tensor([1, 1, -0.5, 1, 1, 1]), ValueError, "got values from -0.5 to 1.0: bound it with {}.clamp(1e-6, 1e6)"),
     (torch.zeros(6), ValueError, "got values from 0.0 to 0.0"),
+    (torch.full((6,), 1e-300, dtype=torch.float64), ValueError, "in float32, got values from 0.0 to 0.0"),
+    (torch.full((6,), 1e300, dtype=torch.float64), ValueError, "in float32, got values from inf to inf"),
 ]  # fmt: skip
 
 
@@ -67,21 +70,29 @@ def test_weights(weights, error, message, name, backend):
 def test_zero_confidence_is_an_error_but_a_zero_marginal_weight_is_not():
     weights = torch.tensor([1.0, 0, 1, 1, 1, 1])
     with pytest.raises(
-        ValueError, match=r"confidence must be positive and finite, got values from"
+        ValueError, match="confidence must be positive and finite in float32, got values from"
     ):
         ueo_loss(LOGITS, weights)
     assert torch.isfinite(ueo_loss(LOGITS, marginal_weights=weights))
 
 
 BAD_NUMBERS = [
-    ("trade_off", math.nan, ValueError, "trade_off must be finite, got nan"),
-    ("trade_off", math.inf, ValueError, "trade_off must be finite, got inf"),
+    ("trade_off", math.nan, ValueError, "trade_off must be from -1e+30 to 1e+30, got nan"),
+    ("trade_off", math.inf, ValueError, "got inf"),
     ("trade_off", "1", TypeError, "trade_off must be a number, got str '1'"),
     ("trade_off", True, TypeError, "trade_off must be a number, got bool True"),
     ("trade_off", torch.tensor(1.0), TypeError, "got Tensor tensor(1.): convert with float()"),
-    ("confidence_scale", 0, ValueError, "confidence_scale must be finite and > 0, got 0"),
-    ("confidence_scale", -1.0, ValueError, "confidence_scale must be finite and > 0, got -1.0"),
-    ("eps", -1e-5, ValueError, "eps must be finite and >= 0, got -1e-05"),
+    ("confidence_scale", 0, ValueError, "confidence_scale must be from 1e-30 to 1e+30, got 0"),
+    (
+        "confidence_scale",
+        -1.0,
+        ValueError,
+        "confidence_scale must be from 1e-30 to 1e+30, got -1.0",
+    ),
+    ("eps", -1e-5, ValueError, "eps must be 0 or from 1e-30 to 1e+30, got -1e-05"),
+    ("eps", 1e-46, ValueError, "eps must be 0 or from 1e-30 to 1e+30, got 1e-46"),
+    ("confidence_scale", 1e39, ValueError, "confidence_scale must be from 1e-30 to 1e+30"),
+    ("trade_off", 10**400, ValueError, "trade_off must be from -1e+30 to 1e+30, got 1000"),
     ("eps", None, TypeError, "eps must be a number, got NoneType None"),
 ]
 
@@ -104,6 +115,15 @@ def test_confidence_scale_beside_a_given_confidence():
         ueo_loss(LOGITS, torch.ones(6), confidence_scale=0.01)
 
 
+@pytest.mark.parametrize(
+    "options", [{"eps": -1.0}, {"confidence_scale": -5.0}, {"trade_off": math.inf}], ids=str
+)
+def test_a_bad_number_is_an_error_while_compiling_too(options):
+    compiled = torch.compile(lambda z: ueo_loss(z, **options), backend="aot_eager")
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        compiled(LOGITS)
+
+
 def test_unknown_backend():
     message = "backend='tpu' is unknown: choose one of auto, cpp, reference"
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -121,5 +141,5 @@ def test_backend_that_does_not_serve_the_device():
 def test_mcm_score_names_its_own_arguments():
     with pytest.raises(ValueError, match=re.escape("cosines must have shape (B, C), got (4,)")):
         mcm_score(LOGITS[0])
-    with pytest.raises(ValueError, match=re.escape("scale must be finite and > 0, got -1.0")):
+    with pytest.raises(ValueError, match=re.escape("scale must be from 1e-30 to 1e+30, got -1.0")):
         mcm_score(LOGITS, -1.0)

@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 
 OLDEST_TORCH = (2, 10)
+INTERFACE = 1
+"""Of the ops that this Python code calls; kInterface in csrc/cpu/ueo_loss.cpp."""
+
 REBUILD = "pip install --no-build-isolation -e . (in a clone), or reinstall the ueo_fast wheel"
 
 
@@ -21,8 +24,11 @@ def _load(name: str) -> str | None:
         return f"{path.name} was not built: {REBUILD}"
     try:
         torch.ops.load_library(str(path))
-    except (OSError, RuntimeError) as error:
+        interface = torch.ops.ueo_fast.interface_number()
+    except (OSError, RuntimeError, AttributeError) as error:
         return f"{path.name} did not load ({error}): {REBUILD}"
+    if interface != INTERFACE:
+        return f"{path.name} was built from another version of the sources: {REBUILD}"
     return None
 
 

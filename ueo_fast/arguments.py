@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ def check_matrix(name: str, value: Tensor) -> None:
         raise TypeError(
             f"{name} is a DTensor, whose rows live in several processes: "
             f"pass the rows of this process with {name}.to_local()"
+        )
+    if value.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor: pass a (B, C) tensor, e.g. "
+            f"{name}.to_padded_tensor(float('-inf')), whose padding counts as masked classes"
         )
     if value.dtype not in _FLOATING:
         raise TypeError(
@@ -70,36 +76,52 @@ def check_weights(
         raise ValueError(
             f"{name} requires grad, but it is a constant of the method: pass {name}.detach()"
         )
+    value = value.to(compute_dtype(logits.dtype))
     # Values are looked at only where that needs no device sync and nothing is being traced.
     if value.device.type == "cpu" and value.shape[0] > 0 and not torch.compiler.is_compiling():
         _check_values(name, value, positive)
-    return value.to(compute_dtype(logits.dtype))
+    return value
 
 
 def _check_values(name: str, value: Tensor, positive: bool) -> None:
-    low, high = (float(extreme) for extreme in torch.aminmax(value))  # NaN wins both
+    try:
+        low, high = (float(extreme) for extreme in torch.aminmax(value))  # NaN wins both
+    except RuntimeError:  # under vmap, make_fx or a fake mode there are no values to look at
+        return
     above = low > 0 if positive else low >= 0 and high > 0
     if above and high < math.inf:
         return
     wanted = "positive and finite" if positive else "finite, not negative and not all zero"
+    dtype = str(value.dtype).removeprefix("torch.")
     raise ValueError(
-        f"{name} must be {wanted}, got values from {low} to {high}: "
-        f"bound it with {name}.clamp(min=1e-6), or look for the NaN where it was computed"
+        f"{name} must be {wanted} in {dtype}, got values from {low} to {high}: "
+        f"bound it with {name}.clamp(1e-6, 1e6), or look for the NaN where it was computed"
     )
 
 
+LARGEST = 1e30
+"""Numbers beyond this, and factors closer to 0 than its inverse, would not survive float32."""
+
+
 def check_number(
-    name: str, value: float, *, above: float = -math.inf, or_equal: bool = False
+    name: str, value: float, *, sign: Literal["any", "positive", "not negative"]
 ) -> float:
-    """A finite number greater than ``above`` (``or_equal``: or equal to it)."""
-    if torch.compiler.is_compiling():  # may be symbolic; eager calls have checked it
-        return value
-    if type(value) is not float:
+    """A number of a magnitude up to 1e30; with a sign asked for, also 0 or at least 1e-30."""
+    if not isinstance(value, float | int) or isinstance(value, bool):
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             kind = type(value).__name__
             raise TypeError(f"{name} must be a number, got {kind} {value!r}: convert with float()")
         value = float(value)
-    if math.isfinite(value) and (value > above or (or_equal and value == above)):
-        return value
-    bound = "" if above == -math.inf else f" and {'>=' if or_equal else '>'} {above:g}"
-    raise ValueError(f"{name} must be finite{bound}, got {value}")
+    # Comparisons only: while torch.compile traces, the number may be a symbol.
+    if sign == "any":
+        fits = -LARGEST <= value <= LARGEST
+        wanted = "from -1e+30 to 1e+30"
+    elif sign == "positive":
+        fits = 1 / LARGEST <= value <= LARGEST
+        wanted = "from 1e-30 to 1e+30"
+    else:
+        fits = value == 0 or 1 / LARGEST <= value <= LARGEST
+        wanted = "0 or from 1e-30 to 1e+30"
+    if not fits:
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+    return float(value)

@@ -41,7 +41,7 @@ def _check(
     eps: float,
 ) -> _Arguments:
     check_matrix("logits", logits)
-    scale = check_number("confidence_scale", confidence_scale, above=0)
+    scale = check_number("confidence_scale", confidence_scale, sign="positive")
     if confidence is not None and scale != 1:
         raise ValueError(
             f"confidence_scale={scale} has no effect on a given confidence: "
@@ -51,9 +51,9 @@ def _check(
         logits,
         check_weights("confidence", confidence, logits, positive=True),
         check_weights("marginal_weights", marginal_weights, logits, positive=False),
-        check_number("trade_off", trade_off),
+        check_number("trade_off", trade_off, sign="any"),
         scale,
-        check_number("eps", eps, above=0, or_equal=True),
+        check_number("eps", eps, sign="not negative"),
     )
 
 
@@ -137,7 +137,8 @@ def ueo_loss(
             (float64 for float64). ``-inf`` masks a class: probability and gradient are 0. NaN or
             ``+inf``, or a row that is masked whole, gives a NaN loss.
         confidence: (B,) positive constants ``w`` on the logits' device. ``None``: the maximum of
-            ``softmax(confidence_scale * logits)``, recomputed here, as a constant.
+            ``softmax(confidence_scale * logits)``, recomputed here, as a constant. Values are
+            checked on the CPU in eager mode, nowhere else.
         marginal_weights: (B,) constants ``v``, not negative; ``None`` means ``1 / w``.
         trade_off: λ, any sign. With all confidences 1, ``trade_off=1`` is InfoMax and
             ``trade_off=0`` is EntMin.
@@ -146,7 +147,7 @@ def ueo_loss(
         eps: added inside every logarithm: 0 is the paper's entropy, 1e-5 the authors' code.
         return_stats: also return :class:`UEOStats`.
         backend: ``auto``, ``cpp`` (CPU) or ``reference`` (plain PyTorch, any device,
-            differentiable twice).
+            differentiable twice, and under ``torch.func`` transforms).
 
     Returns:
         The loss, 0-d, float32 (float64 for float64 logits); with ``return_stats`` the pair
@@ -161,7 +162,7 @@ def ueo_loss(
     github.com/tim-learn/UEO.
     """
     args = _check(logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
-    if backends.choose(backend, logits.device) == "reference":
+    if backends.choose(backend, logits) == "reference":
         loss, stats = _reference(*args)
         return (loss, stats) if return_stats else loss
     if logits.requires_grad and torch.is_grad_enabled():
@@ -216,7 +217,7 @@ def ueo_loss_and_grad(
         dlogits (B, C) contiguous in the logits' dtype.
     """
     args = _check(logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
-    if backends.choose(backend, logits.device) == "reference":
+    if backends.choose(backend, logits) == "reference":
         with torch.inference_mode(False), torch.enable_grad():
             leaf = args[0].detach().clone(memory_format=torch.contiguous_format).requires_grad_()
             loss, stats = _reference(leaf, *args[1:])
@@ -250,8 +251,8 @@ def mcm_score(cosines: Tensor, scale: float = 1.0) -> Tensor:
     Representations*, NeurIPS 2022, equation 1.
     """
     check_matrix("cosines", cosines)
-    factor = check_number("scale", scale, above=0)
+    factor = check_number("scale", scale, sign="positive")
     needs_grad = cosines.requires_grad and torch.is_grad_enabled()
-    if needs_grad or backends.choose("auto", cosines.device) == "reference":
+    if needs_grad or backends.choose("auto", cosines) == "reference":
         return reference.max_softmax(cosines, factor)
     return op.max_softmax(cosines, factor)

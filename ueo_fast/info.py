@@ -52,7 +52,7 @@ def collect() -> dict[str, str]:
     )
     for backend in backends.BACKENDS:
         if backend == "auto":
-            facts["backend auto"] = f"{backends.choose('auto', torch.device('cpu'))} on the CPU"
+            facts["backend auto"] = f"{backends.choose('auto', torch.empty(0))} on the CPU"
         else:
             reason = backends.unavailable_reason(backend)
             facts[f"backend {backend}"] = "ready" if reason is None else f"unavailable: {reason}"

@@ -23,10 +23,12 @@ inline float to_float(BFloat16 value) {
 inline float to_float(Half value) {
   const uint32_t magnitude = value.bits & 0x7fffu;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  // Multiplying by 2^112 re-biases the exponent, subnormals included.
-  const float scaled = __builtin_bit_cast(float, magnitude << 13) * 0x1p112f;
-  const uint32_t finite = __builtin_bit_cast(uint32_t, scaled);
+  const uint32_t normal = (magnitude << 13) + (112u << 23);  // the exponent re-biased
+  // 2^-14 + magnitude * 2^-24, less 2^-14: no subnormal float that a flush mode could take.
+  const float shifted = __builtin_bit_cast(float, (magnitude << 13) + (113u << 23)) - 0x1p-14f;
+  const uint32_t subnormal = __builtin_bit_cast(uint32_t, shifted);
   const uint32_t special = (magnitude << 13) | 0x7f800000u;
+  const uint32_t finite = magnitude < 0x400u ? subnormal : normal;
   return __builtin_bit_cast(float, sign | (magnitude >= 0x7c00u ? special : finite));
 }
 

@@ -1,5 +1,5 @@
-// Rows of any storage type and stride, read and written in padded tiles of the compute type, so
-// that the loops over them never meet a remainder, a conversion or a stride.
+// Rows of any storage type, read and written in padded tiles of the compute type, so
+// that the loops over them never meet a remainder or a conversion.
 //
 // Internal linkage throughout: see half.h.
 #pragma once
@@ -79,7 +79,6 @@ struct RowReader {
   const S* data;
   int64_t columns;
   int64_t row_stride;
-  int64_t column_stride;
   A* buffer;              // one tile
   int64_t buffered = -1;  // where the columns begin of which a copy is in `buffer`
 
@@ -87,23 +86,21 @@ struct RowReader {
       : data(static_cast<const S*>(view.data) + row * view.row_stride),
         columns(view.columns),
         row_stride(view.row_stride),
-        column_stride(view.column_stride),
         buffer(buffer) {}
 
   // In place where that is possible; else a copy in `buffer`, which serves all passes over a row
   // of one tile. Padding is -inf: a column of probability 0.
   Columns<const A*> read(const Tile& tile) {
-    const S* source = data + tile.begin * column_stride;
     if constexpr (std::is_same_v<A, S>) {
-      if (column_stride == 1) {
-        const int64_t whole = tile.valid / kPad * kPad;
-        if (whole == tile.valid) return {source, nullptr, whole};
-        copy(source + whole, tile.begin + whole, tile.valid - whole);
-        return {source, buffer, whole};
-      }
+      const A* source = data + tile.begin;
+      const int64_t whole = tile.valid / kPad * kPad;
+      if (whole == tile.valid) return {source, nullptr, whole};
+      copy(tile.begin + whole, tile.valid - whole);
+      return {source, buffer, whole};
+    } else {
+      copy(tile.begin, tile.valid);
+      return {buffer, nullptr, tile.padded};
     }
-    copy(source, tile.begin, tile.valid);
-    return {buffer, nullptr, tile.padded};
   }
 
   // The same tile of a later row. (Behind the last row it is nobody's memory: a prefetch of that
@@ -115,17 +112,13 @@ struct RowReader {
   }
 
  private:
-  void copy(const S* source, int64_t begin, int64_t valid) {
+  void copy(int64_t begin, int64_t valid) {
     if (buffered == begin) return;
     buffered = begin;
     A* __restrict to = buffer;
     for (int64_t j = valid; j < padded(valid); ++j) to[j] = -std::numeric_limits<A>::infinity();
-    if (column_stride == 1) {
 #pragma omp simd
-      for (int64_t j = 0; j < valid; ++j) to[j] = to_float(source[j]);
-    } else {
-      for (int64_t j = 0; j < valid; ++j) to[j] = to_float(source[j * column_stride]);
-    }
+    for (int64_t j = 0; j < valid; ++j) to[j] = to_float(data[begin + j]);
   }
 };
 

@@ -20,7 +20,7 @@ struct FloatTraits<float> {
   static constexpr float kLog2e = 1.44269504f;
   static constexpr float kLn2High = 0.693359375f;  // few bits: k * kLn2High is exact
   static constexpr float kLn2Low = -2.12194440e-4f;
-  static constexpr float kZeroExponent = -127.0f;
+  static constexpr float kBias = 127.0f;  // of the exponent field
   static constexpr Bits kOne = 0x3f800000u;
   static constexpr Bits kSqrtHalf = 0x3f3504f3u;
   // (2^r - 1) / r on |r| <= 1/2: least maximum error of 2^r (Lawson's iteration), 9.2e-8.
@@ -49,7 +49,7 @@ struct FloatTraits<double> {
   static constexpr double kLog2e = 1.4426950408889634;
   static constexpr double kLn2High = 6.93147180369123816490e-01;
   static constexpr double kLn2Low = 1.90821492927058770002e-10;
-  static constexpr double kZeroExponent = -1023.0;
+  static constexpr double kBias = 1023.0;
   static constexpr Bits kOne = 0x3ff0000000000000u;
   static constexpr Bits kSqrtHalf = 0x3fe6a09e667f3bcdu;
   // (2^r - 1) / r on |r| <= 1/2: Taylor's ln(2)^k / k!, the first term left out below 2^-57.
@@ -86,7 +86,7 @@ struct FloatTraits<double> {
 // in clamped_exponent: a loop with a branch is not vectorised. Read it before a loop.
 template <class A>
 inline A zero_exponent() {
-  const volatile A value = FloatTraits<A>::kZeroExponent;
+  const volatile A value = -FloatTraits<A>::kBias;
   return value;
 }
 
@@ -97,20 +97,19 @@ inline A clamped_exponent(A x, A scale, A zero) {
   return t < zero ? zero : t;
 }
 
-// 2^t for kZeroExponent <= t <= 0 or NaN. Exactly 1 at t = 0 and exactly 0 at kZeroExponent, so
-// that a masked class has probability 0; below the smallest normal number only the order of
-// magnitude is right.
+// 2^t for zero_exponent() <= t <= 0 or NaN. Exactly 1 at t = 0, and exactly 0 from half a unit
+// above zero_exponent() down, so that a masked class has probability 0.
 template <class A>
 inline A exp2_clamped(A t) {
   using T = FloatTraits<A>;
   using Bits = typename T::Bits;
-  const A rounded = t + T::kRound;
-  const A r = t - (rounded - T::kRound);
+  constexpr A kBiasedRound = T::kRound + T::kBias;
+  const A rounded = t + kBiasedRound;
+  const A r = t - (rounded - kBiasedRound);
   const A fraction = T::exp2_slope(r) * r + A(1);
-  // The integer part stands in the low bits of `rounded`; adding it to the exponent field of
-  // 2^r multiplies by its power of two.
-  const Bits exponent = __builtin_bit_cast(Bits, rounded) << T::kMantissa;
-  return __builtin_bit_cast(A, __builtin_bit_cast(Bits, fraction) + exponent);
+  // The biased integer part stands in the low bits of `rounded`: shifted, it is 2^n. Multiplied,
+  // not added to the exponent field, so that every NaN stays one.
+  return fraction * __builtin_bit_cast(A, __builtin_bit_cast(Bits, rounded) << T::kMantissa);
 }
 
 // log(x) for x >= 0 or NaN; below the smallest normal number (0 included) the log of that number,

@@ -26,7 +26,7 @@ inline constexpr int64_t kRowGroup = 4;
 // Rows per block of column sums. Blocks depend on the shape alone, never on the number of threads:
 // the same input gives the same bits on any number of threads. At most 256 float additions meet
 // in one sum before it is added in double; at least 32 rows keep the partial sums below 1/32 of
-// the logits; 64 blocks are enough to balance many threads.
+// the logits (and leave a batch of few rows to few threads); 64 blocks balance many threads.
 inline constexpr int64_t kMinRowsPerBlock = 32;
 inline constexpr int64_t kMaxRowsPerBlock = 256;
 inline constexpr int64_t kTargetBlocks = 64;

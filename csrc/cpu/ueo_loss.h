@@ -17,14 +17,13 @@ struct UeoOptions {
   double eps = 0.0;               // added inside every logarithm
 };
 
-// (rows, columns) logits with any strides, in elements.
+// (rows, columns) logits; the elements of a row are adjacent, rows are row_stride elements apart.
 struct LogitsView {
   const void* data;
   Storage storage;
   int64_t rows;
   int64_t columns;
   int64_t row_stride;
-  int64_t column_stride;
 };
 
 // One row of what forward keeps for backward; kRowStats numbers of the compute type.
@@ -32,8 +31,8 @@ enum RowStat : int64_t {
   kRowMax,      // max_c z_ic
   kRowSum,      // sum_c exp(z_ic - max)
   kRowMeanLog,  // mean under p of log2(exp(z - max)); with eps, of log(p + eps) + p / (p + eps)
-  kRowConfidence,      // w_i
-  kRowMarginalWeight,  // v_i
+  kRowConfidence,      // w_i, up to the scale of a given w
+  kRowMarginalWeight,  // v_i, up to a scale
   kRowStats
 };
 
@@ -42,8 +41,8 @@ enum Summary : int64_t {
   kConditionalEntropy,  // sum_i a_i H_i
   kMarginalEntropy,     // H(q)
   kMeanConfidence,      // sum_i w_i / B
-  kConfidenceSum,       // sum_i w_i
-  kMarginalWeightSum,   // sum_i v_i
+  kConfidenceSum,       // sum_i of kRowConfidence
+  kMarginalWeightSum,   // sum_i of kRowMarginalWeight
   kSummary
 };
 
@@ -62,6 +61,11 @@ struct ForwardRows {
   const A* confidence;        // (rows,) or null
   const A* marginal_weights;  // (rows,) or null
   A* row_stats;               // (rows, kRowStats)
+  // Of the given weights, so that they can be scaled to at most 1 (the shares of step 3 do not
+  // notice) and no sum of them overflows or vanishes. 1 where nothing is given.
+  double largest_confidence = 1;
+  double smallest_confidence = 1;
+  double largest_marginal_weight = 1;
 };
 
 template <class A>

@@ -45,9 +45,18 @@ int64_t scratch_size(int64_t columns) {
 }  // namespace
 
 template <class A>
-double ueo_forward(const UeoLoops<A>& loops, const ForwardRows<A>& args, A* summary, A* marginal,
+double ueo_forward(const UeoLoops<A>& loops, ForwardRows<A> args, A* summary, A* marginal,
                    const ParallelFor& parallel_for) {
   const int64_t rows = args.logits.rows;
+  if (args.confidence) {
+    const auto [low, high] = std::minmax_element(args.confidence, args.confidence + rows);
+    args.smallest_confidence = *low;
+    args.largest_confidence = *high;
+  }
+  if (args.marginal_weights) {
+    args.largest_marginal_weight =
+        *std::max_element(args.marginal_weights, args.marginal_weights + rows);
+  }
   const int64_t columns = args.logits.columns;
   const int64_t row_size = round_up(columns, kPad);
   const int64_t block_rows = rows_per_block(rows);
@@ -94,7 +103,8 @@ double ueo_forward(const UeoLoops<A>& loops, const ForwardRows<A>& args, A* summ
   const double conditional_entropy = total.weighted_entropy / total.confidence;
   summary[kConditionalEntropy] = static_cast<A>(conditional_entropy);
   summary[kMarginalEntropy] = static_cast<A>(marginal_entropy);
-  summary[kMeanConfidence] = static_cast<A>(total.confidence / static_cast<double>(rows));
+  summary[kMeanConfidence] =
+      static_cast<A>(total.confidence / static_cast<double>(rows) * args.largest_confidence);
   summary[kConfidenceSum] = static_cast<A>(total.confidence);
   summary[kMarginalWeightSum] = static_cast<A>(total.marginal_weight);
   return conditional_entropy - args.options.trade_off * marginal_entropy;
@@ -141,7 +151,7 @@ void max_softmax(const UeoLoops<A>& loops, const LogitsView& logits, double scal
 }
 
 #define UEO_FAST_INSTANTIATE(A)                                                                   \
-  template double ueo_forward<A>(const UeoLoops<A>&, const ForwardRows<A>&, A*, A*,               \
+  template double ueo_forward<A>(const UeoLoops<A>&, ForwardRows<A>, A*, A*,                      \
                                  const ParallelFor&);                                             \
   template void ueo_backward<A>(const UeoLoops<A>&, BackwardRows<A>, const A*,                    \
                                 const ParallelFor&);                                              \

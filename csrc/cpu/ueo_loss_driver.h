@@ -14,7 +14,7 @@ using ParallelFor = std::function<void(int64_t n, const std::function<void(int64
 // Steps 1 to 7. Writes row_stats (rows, kRowStats), summary (kSummary,) and marginal (columns,);
 // returns the loss. The result does not depend on how parallel_for splits its range.
 template <class A>
-double ueo_forward(const UeoLoops<A>& loops, const ForwardRows<A>& args, A* summary, A* marginal,
+double ueo_forward(const UeoLoops<A>& loops, ForwardRows<A> args, A* summary, A* marginal,
                    const ParallelFor& parallel_for);
 
 // Step 8, from what forward wrote. args.log_marginal is computed here from `marginal`.

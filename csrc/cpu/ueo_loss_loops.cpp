@@ -106,8 +106,8 @@ inline void forward_row(const ForwardRows<A>& args, int64_t row, A* e, A* buffer
   double confidence = inverse_sum;
   double marginal_weight = sum;  // 1 / confidence
   if (args.confidence) {
-    confidence = args.confidence[row];
-    marginal_weight = 1 / confidence;
+    confidence = args.confidence[row] / args.largest_confidence;
+    marginal_weight = args.smallest_confidence / args.confidence[row];
   } else if (options.confidence_scale != 1) {
     marginal_weight = 0;
     for_each_tile(z.columns, [&](const Tile& tile) {
@@ -115,7 +115,9 @@ inline void forward_row(const ForwardRows<A>& args, int64_t row, A* e, A* buffer
     });
     confidence = 1 / marginal_weight;
   }
-  if (args.marginal_weights) marginal_weight = args.marginal_weights[row];
+  if (args.marginal_weights) {
+    marginal_weight = args.marginal_weights[row] / args.largest_marginal_weight;
+  }
 
   double mean_log = dot * inverse_sum;
   double plogp = kLn2 * mean_log - log_nonnegative(sum);

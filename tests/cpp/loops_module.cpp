@@ -92,8 +92,7 @@ py::dict run(const py::array& logits, Storage storage, const std::optional<py::a
                         storage,
                         rows,
                         columns,
-                        logits.strides(0) / logits.itemsize(),
-                        logits.strides(1) / logits.itemsize()};
+                        logits.strides(0) / logits.itemsize()};
   py::array_t<A> row_stats({rows, int64_t{kRowStats}});
   py::array_t<A> summary(int64_t{kSummary});
   py::array_t<A> marginal(columns);

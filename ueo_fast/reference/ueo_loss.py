@@ -25,6 +25,12 @@ def max_softmax(logits: Tensor, scale: float = 1.0) -> Tensor:
     return torch.softmax(scaled, dim=1).amax(dim=1)
 
 
+def _shares(weights: Tensor) -> Tensor:
+    """Weights divided by their sum, which must not overflow: scaled to at most 1 before."""
+    scaled = weights / weights.amax()
+    return scaled / scaled.sum()
+
+
 def _plogp(p: Tensor, log_p: Tensor) -> Tensor:
     """p log p with 0 log 0 = 0, and no NaN from 0 * inf in any order of derivative."""
     return p * log_p.masked_fill(p == 0, 0.0)
@@ -56,14 +62,15 @@ def ueo_terms(
         w = max_softmax(z.detach(), confidence_scale)
     else:
         w = confidence.detach().to(z.dtype)
-    v = 1.0 / w if marginal_weights is None else marginal_weights.detach().to(z.dtype)
-    a = w / w.sum()  # step 3
-    b = v / v.sum()
+    # Any multiple of 1 / w will do; this one cannot overflow.
+    v = w.amin() / w if marginal_weights is None else marginal_weights.detach().to(z.dtype)
+    a = _shares(w)  # step 3
+    b = _shares(v)
     row_entropy = -_plogp(p, log_p if eps == 0 else torch.log(p + eps)).sum(dim=1)  # step 4
     conditional = (a * row_entropy).sum()
     q = (b[:, None] * p).sum(dim=0)  # step 5
     marginal_entropy = -_plogp(q, _safe_log(q, eps)).sum()  # step 6
-    return conditional, marginal_entropy, w.mean(), q
+    return conditional, marginal_entropy, (w / w.amax()).mean() * w.amax(), q
 
 
 def ueo_loss(
