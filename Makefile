@@ -12,11 +12,14 @@ help: ## list the targets
 
 # A system Python may come without ensurepip; its own pip can fill the environment instead.
 .venv/bin/python:
-	$(PYTHON) -m venv .venv || { rm -rf .venv && $(PYTHON) -m venv --without-pip .venv && \
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+	  { echo "$(PYTHON) is older than 3.10: make PYTHON=python3.12 (say)"; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv && $(PYTHON) -m venv --without-pip .venv && \
 	  $(PYTHON) -m pip --python .venv/bin/python install pip; }
 
 # Build tools first: the package is then built against the installed torch, without isolation.
 .venv/.installed: constraints.txt pyproject.toml setup.py | .venv/bin/python
+	@echo "Installing PyTorch and what goes with it into .venv/: some 6 GB on disk, a few minutes."
 	$(PIP) install --quiet -c constraints.txt setuptools wheel cmake ninja torch
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet -c constraints.txt \
 	  --no-build-isolation -e ".[dev]"
@@ -47,6 +50,7 @@ bench: setup ## measure the loss; writes benchmarks/results/*.csv and the pictur
 	$(BIN)/python -m benchmarks
 
 wheel: setup ## dist/ueo_fast-*-py3-none-<platform>.whl
+	rm -rf build/lib* build/bdist*  # setuptools would ship what was deleted since the last build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w dist .
 
 clean: ## remove the environment and everything that was built

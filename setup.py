@@ -14,8 +14,14 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        "ueo_fast builds with setuptools >= 77: `pip install -U setuptools wheel cmake ninja`"
+    ) from error
 
 ROOT = Path(__file__).resolve().parent
 NO_TORCH = (

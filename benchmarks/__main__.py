@@ -1,7 +1,7 @@
 """`python -m benchmarks`: measures the loss, writes benchmarks/results/*.csv, redraws the docs.
 
 The pytest-benchmark run happens twice, in processes of their own: with an allocator that keeps
-its memory, and with the allocator as a process comes. Some eight minutes on two cores.
+its memory, and with the allocator as a process comes. About five minutes on two cores.
 """
 
 from __future__ import annotations

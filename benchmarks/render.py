@@ -99,17 +99,17 @@ def experiments(only: str = "") -> list[str]:
         "| change | predicted | B x C | before | after | |",
         "| --- | --- | --- | ---: | ---: | --- |",
     ]
+    last = ""
     for row in results_file.read("experiments.csv")[1]:
-        if row["change"].startswith(only):
-            cells = [
-                row["change"],
-                row["prediction"],
-                f"{row['rows']} x {row['columns']}",
-                _time(float(row["before_us"])),
-                _time(float(row["after_us"])),
-                row["verdict"],
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+        change = row["change"]
+        if not change.startswith(only):
+            continue
+        words = [change, row["prediction"]] if change != last else ["", ""]
+        size = f"{row['rows']} x {row['columns']}"
+        spent = [_time(float(row["before_us"])), _time(float(row["after_us"]))]
+        verdict = row["verdict"] if change != last else ""
+        lines.append(f"| {' | '.join([*words, size, *spent, verdict])} |")
+        last = change
     return lines
 
 
@@ -164,9 +164,9 @@ def draw() -> None:
     axes.set_xticks(range(len(keys)), [f"{rows} x {columns}" for rows, columns, _ in keys])
     axes.set_xlabel("logits (batch x classes), float32")
     axes.set_ylabel("times faster")
+    threads = header["threads"].split()[0]
     axes.set_title(
-        f"ueo_loss, forward + backward, {header['threads'].split()[0]} threads of {header['processor']}",
-        fontsize=10,
+        f"ueo_loss, forward + backward, {threads} threads of {header['processor']}", fontsize=10
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
