@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from pathlib import Path
 
 import torch
@@ -18,10 +19,12 @@ from ueo_fast.finetune.confidence import zero_shot_confidence
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.digits import load_digits
 from ueo_fast.finetune.demo.problem import make_problem
+from ueo_fast.finetune.demo.report import machine_line
 from ueo_fast.finetune.demo.run import pretrained_classifier, run_method
 from ueo_fast.finetune.methods import UEO, InfoMax, Method, ZeroShot
 from ueo_fast.finetune.results_table import Spread
 
+THREADS = 2
 SEEDS = (100, 101, 102, 103, 104)
 RECIPES = (("bn", "contrast"), ("vit", "noise"))
 AFFINE_LR = (1e-2, 3e-2, 1e-1)
@@ -49,17 +52,20 @@ def grid(base: DemoConfig) -> list[str]:
         return Spread.of([value for value in results if value is not None]).percent()
 
     title = f"{base.tower} + {base.shift}"
-    rows = [f"| {title} | - | - | - | {hm(base, ZeroShot())} (zero-shot) | |"]
+    rows = [f"| {title} | - | - | - | {hm(base, ZeroShot())} | - | - |"]
     for epochs, affine_lr, prompt_lr in itertools.product(EPOCHS, AFFINE_LR, PROMPT_LR):
         config = dataclasses.replace(base, epochs=epochs, affine_lr=affine_lr, prompt_lr=prompt_lr)
         infomax, ueo = (hm(config, method) for method in METHODS)
-        rows.append(f"| {title} | {epochs} | {affine_lr:g} | {prompt_lr:g} | {infomax} | {ueo} |")
+        rows.append(
+            f"| {title} | {epochs} | {affine_lr:g} | {prompt_lr:g} | - | {infomax} | {ueo} |"
+        )
         print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
+    started = time.perf_counter()
     rows = [
         row
         for tower, shift in RECIPES
@@ -74,12 +80,15 @@ def main() -> None:
                 f"HM in percent (known as positive), mean ± standard deviation over seeds {seeds}, "
                 "OPDA. Command: `python benchmarks/demo_grid.py`.",
                 "",
-                "| recipe | epochs | affine lr | prompt lr | InfoMax | UEO |",
-                "| --- | ---: | ---: | ---: | ---: | ---: |",
+                "| recipe | epochs | affine lr | prompt lr | zero-shot | InfoMax | UEO |",
+                "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
                 *rows,
                 "",
+                machine_line(THREADS, time.perf_counter() - started),
+                "",
             ]
-        )
+        ),
+        encoding="utf-8",
     )
 
 

@@ -25,13 +25,20 @@ RECIPES = (
     DemoConfig(tower="vit", shift="noise"),
     DemoConfig(tower="bn", shift="rotation"),
 )
+FILES = tuple(f"demo_{recipe.tower}_{recipe.shift}" for recipe in RECIPES)
 PLOTS = ("mcm_histogram", "per_class_accuracy", "samples")  # of the default run
+
+
+def generated_block(tables: list[str]) -> str:
+    """What stands in docs/demo.md from :data:`BEGIN` to :data:`END`, both included."""
+    # A heading of a run becomes one below the page's own two levels.
+    body = "\n".join(table.replace("# ", "### ", 1) for table in tables)
+    return f"{BEGIN}\n\n{body}\n{END}"
 
 
 def main() -> None:
     tables = []
-    for recipe in RECIPES:
-        name = f"demo_{recipe.tower}_{recipe.shift}"
+    for recipe, name in zip(RECIPES, FILES, strict=True):
         with tempfile.TemporaryDirectory() as folder:
             # `out` is no part of the command that results.md shows.
             run = run_demo(DemoConfig(**{**recipe.as_dict(), "out": folder}))
@@ -43,9 +50,7 @@ def main() -> None:
     page = DOCS / "demo.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    # A heading of a run becomes one below the page's own two levels.
-    body = "\n".join(table.replace("# ", "### ", 1) for table in tables)
-    page.write_text(f"{before}{BEGIN}\n\n{body}\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{generated_block(tables)}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
@@ -16,6 +18,7 @@ import ueo_fast
 from ueo_fast.cli import INTERRUPTED, main
 from ueo_fast.finetune.demo import run as demo_run
 from ueo_fast.finetune.demo.config import DemoConfig
+from ueo_fast.finetune.trainer import NonFiniteLossError
 
 # Finds the package from another folder, whether it is installed or not.
 ENVIRONMENT = {
@@ -92,6 +95,9 @@ def test_a_saved_config_is_read_back(configs, tmp_path, capsys):
         ("--severity 3", "severity must lie in [0, 1], got 3.0"),
         ("--epochs 0", "epochs must be at least 1, got 0"),
         ("--wrong 1", "--wrong"),
+        ("--eps=-1", "eps must be finite and not negative, got -1.0"),
+        ("--seeds -1", "seeds must lie in 0..2**63-1, got -1"),
+        ("--out=", "out is empty: name a folder"),
     ],
 )
 def test_wrong_options_exit_with_2_and_a_reason(configs, capsys, words, message):
@@ -105,6 +111,60 @@ def test_a_folder_with_content_is_refused(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path)]) == 2
     assert "is not empty, and nothing is overwritten" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["results.md"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "runs"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        NonFiniteLossError("the loss became nan at step 2 of 6"),
+    ],
+)
+def test_what_stops_a_run_is_said_in_one_line(monkeypatch, capsys, error):
+    def fails(config):
+        raise error
+
+    monkeypatch.setattr(demo_run, "run_demo", fails)
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().err == f"ueo-fast demo: {error}\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes are closed differently elsewhere")
+def test_a_reader_that_leaves_is_no_error_message(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "ueo_fast.cli", "--help"],
+            cwd=tmp_path,
+            env={**ENVIRONMENT, "PYTHONUNBUFFERED": ""},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_a_broken_pipe_in_the_demonstration_is_not_reported_either(monkeypatch, capfd):
+    def fails(config):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(demo_run, "run_demo", fails)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # without a file descriptor to redirect
+    assert main(["demo"]) == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_an_ascii_terminal_does_not_stop_a_run(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(demo_run, "run_demo", lambda config: print("90.1 ± 3.9"))
+    assert main(["demo"]) == 0
+    assert raw.getvalue() == b"90.1 ? 3.9\n"
 
 
 @pytest.mark.parametrize("module", ["jsonargparse", "open_clip", "sklearn"])
@@ -126,7 +186,9 @@ def test_a_missing_extra_is_named_with_the_way_out(module, tmp_path):
     assert not list(tmp_path.iterdir())
     assert result.returncode == 1, result.stderr
     assert f"needs the module '{module}', which is not installed" in result.stderr
-    assert 'pip install "ueo_fast[demo]"' in result.stderr
+    assert "In a clone of the repository" in result.stderr  # the package is on no index
+    assert 'pip install ".[demo]"' in result.stderr
+    assert "make setup" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -162,18 +224,27 @@ def test_importing_the_command_line_imports_no_extra():
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_ctrl_c_exits_with_130_and_no_traceback(tmp_path):
+    # A shell script that starts tests in the background has SIGINT ignored, and children inherit
+    # that: the child asks for Python's handler itself.
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from ueo_fast.cli import main; sys.exit(main())"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "ueo_fast.cli", "demo", "--pretrain-steps", "100000"],
+        [sys.executable, "-c", script, "demo", "--pretrain-steps", "2000"],
         cwd=tmp_path,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    first_line = process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        assert process.stdout is not None
+        first_line = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert "tiny CLIP (bn)" in first_line
     assert process.returncode == INTERRUPTED
     assert "interrupted" in errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -20,10 +21,15 @@ from ueo_fast.finetune.demo.digits import (
     split_domains,
 )
 from ueo_fast.finetune.demo.problem import make_problem
-from ueo_fast.finetune.demo.run import pretrained_classifier, run_demo, run_method
+from ueo_fast.finetune.demo.run import (
+    demo_methods,
+    pretrained_classifier,
+    run_demo,
+    run_method,
+)
 from ueo_fast.finetune.demo.tiny_clip import pretrain, tiny_clip, tiny_tokenizer
-from ueo_fast.finetune.demo.verdict import compare, verdict
-from ueo_fast.finetune.methods import UEO, ZeroShot
+from ueo_fast.finetune.demo.verdict import RULE, compare, verdict
+from ueo_fast.finetune.methods import UEO, AdaBN, InfoMax, LossMethod, ZeroShot
 
 ALL_SCENARIOS = ("CSDA", "CDA", "PDA", "ODA", "OPDA")
 
@@ -155,10 +161,30 @@ def test_the_known_digits_differ_between_seeds(digits):
     assert len({problem.split.known for problem in problems}) == 4
 
 
+@pytest.mark.parametrize("scenario", ["PDA", "OPDA"])
+def test_a_seed_has_the_same_known_digits_under_every_shift(digits, scenario):
+    for seed in (0, 1):
+        problems = [
+            make_problem(DemoConfig(tower=tower, shift=shift, scenario=scenario), digits, seed)
+            for tower in ("bn", "vit")
+            for shift in SHIFTS
+        ]
+        assert len({problem.split for problem in problems}) == 1
+        assert len({tuple(problem.train.index.tolist()) for problem in problems}) == 1
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         ({"seeds": ()}, "seeds is empty"),
+        ({"seeds": (0, -1)}, r"seeds must lie in 0\.\.2\*\*63-1, got -1"),
+        ({"seeds": (2**63,)}, r"seeds must lie in 0\.\.2\*\*63-1, got 9223372036854775808"),
+        ({"out": ""}, "out is empty: name a folder, or leave it out"),
+        ({"eps": -1e-5}, "eps must be finite and not negative, got -1e-05"),
+        ({"eps": math.inf}, "eps must be finite and not negative, got inf"),
+        ({"eps": math.nan}, "eps must be finite and not negative, got nan"),
+        ({"trade_off": math.nan}, "trade_off must be finite, got nan"),
+        ({"trade_off": math.inf}, "trade_off must be finite, got inf"),
         ({"seeds": (1, 1)}, "seeds has repetitions"),
         ({"severity": -0.1}, r"severity must lie in \[0, 1\], got -0.1"),
         ({"known_classes": 10}, r"known_classes must lie in 2..9.*use --scenario CSDA"),
@@ -172,6 +198,11 @@ def test_the_known_digits_differ_between_seeds(digits):
 def test_config_errors_name_the_option(option, message):
     with pytest.raises(ValueError, match=message):
         DemoConfig(**option)
+
+
+def test_the_largest_seed_is_one_that_torch_takes():
+    (seed,) = DemoConfig(seeds=(2**63 - 1,)).seeds
+    generator(seed)
 
 
 def test_config_prints_the_command_that_repeats_it():
@@ -234,7 +265,9 @@ def test_demo_runs_and_leaves_a_complete_folder(tmp_path, capsys, tower, shift, 
         assert "known as positive" in text
     assert f"`{config.command()}`" in markdown
     assert "says nothing about CLIP on photographs" in markdown
-    assert "no clear difference" in markdown  # one seed can claim nothing
+    assert "too few seeds to tell" in markdown
+    assert "no clear difference" not in markdown  # nor can one seed claim that
+    assert RULE in markdown
     assert str(out) in printed
 
 
@@ -249,6 +282,63 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
     torch.manual_seed(99)  # the global state plays no part
     assert numbers("b", 5) == first
     assert numbers("c", 6) != first
+
+
+@pytest.fixture(scope="module")
+def start(digits):
+    """A small problem: config, problem, zero-shot classifier, confidence."""
+    config = DemoConfig(pretrain_steps=10, epochs=1, batch_size=320)
+    problem = make_problem(config, digits, 5)
+    zero_shot = pretrained_classifier(config, problem)
+    return config, problem, zero_shot, zero_shot_confidence(zero_shot, problem.train.images)
+
+
+def test_methods_share_no_state(start):
+    zero_shot = start[2]
+    before = copy.deepcopy(zero_shot.state_dict())
+    alone = run_method(*start, UEO())
+    for other in (AdaBN(), InfoMax(), UEO()):
+        run_method(*start, other)
+        after = zero_shot.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(before[key], value) for key, value in after.items()), other.title
+    again = run_method(*start, UEO())
+    assert again.history == alone.history
+    assert torch.equal(again.scores, alone.scores)
+
+
+def test_options_reach_the_methods():
+    methods = demo_methods(DemoConfig(trade_off=2, eps=1e-5))
+    trained = {method.title: method for method in methods if isinstance(method, LossMethod)}
+    assert list(trained) == ["EntMin", "InfoMax", "UEO"]
+    assert all(method.eps == 1e-5 for method in trained.values())
+    assert trained["InfoMax"].trade_off == trained["UEO"].trade_off == 2
+
+
+def test_mcm_scale_changes_ueo_and_not_infomax(start):
+    config, problem, zero_shot, _ = start
+
+    def history(method, mcm_scale):
+        images = problem.train.images
+        confidence = zero_shot_confidence(zero_shot, images, mcm_scale=mcm_scale)
+        return run_method(config, problem, zero_shot, confidence, method).history
+
+    assert history(UEO(), 1.0) != history(UEO(), 10.0)
+    assert history(InfoMax(), 1.0) == history(InfoMax(), 10.0)
+
+
+def test_an_interrupted_run_keeps_what_was_done(tmp_path, monkeypatch, capsys):
+    def interrupted(self, *args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(InfoMax, "adapt", interrupted)
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(DemoConfig(tower="vit", seeds=(5,), out=str(out), **SMALL))
+    for name in ("metrics.jsonl", "history.jsonl"):
+        records = [json.loads(line) for line in (out / name).read_text().splitlines()]
+        assert [record["method"] for record in records] == ["zero-shot", "EntMin"]
+    assert "EntMin" in capsys.readouterr().out
 
 
 def test_the_thread_count_of_the_process_is_restored(tmp_path):
@@ -278,7 +368,8 @@ def records_of(**hm_by_method: list[float]) -> list[dict[str, object]]:
         ([-0.10, -0.12, -0.11, -0.10, 0.01], "mostly worse"),
         ([0.30, -0.25, 0.02], "unclear"),
         ([0.004, 0.003, 0.004], "unclear"),  # every seed agrees, on next to nothing
-        ([0.2, 0.2], "unclear"),  # two seeds are too few
+        ([0.2, 0.2], "too few"),
+        ([0.001], "too few"),
     ],
 )
 def test_outcome_needs_size_and_agreement(differences, outcome):
@@ -309,8 +400,19 @@ def test_verdict_says_when_ueo_is_beaten_and_when_it_hurts():
     assert "EntMin is worse than zero-shot on every seed" in text
     text = verdict(records_of(zero_shot=high, EntMin=high, InfoMax=middle, UEO=middle))
     assert "UEO hurts: it is worse than zero-shot on every seed" in text
-    assert "no clear difference to InfoMax" in text
+    assert "no clear difference from InfoMax" in text
     assert "AdaBN" not in text
+
+
+def test_verdict_of_two_seeds_measures_and_judges_nothing():
+    text = verdict(records_of(zero_shot=[0.5, 0.5], EntMin=[0.4, 0.4], UEO=[0.6, 0.8]))
+    assert text.startswith(
+        "There are too few seeds to tell the methods apart (UEO minus zero-shot: HM +20.0 ± 14.1 "
+        "points, higher on 2 of 2 seeds; EntMin minus zero-shot: HM -10.0 ± 0.0 points, higher on "
+        "0 of 2 seeds). This is a tiny model"
+    )
+    for claim in ("no clear difference", "improves", "worse"):
+        assert claim not in text
 
 
 def test_verdict_without_unknown_classes_speaks_of_accuracy():

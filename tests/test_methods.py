@@ -7,17 +7,9 @@ import copy
 import pytest
 import torch
 
+from ueo_fast.finetune.batches import even_loader
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
-from ueo_fast.finetune.methods import (
-    METHODS,
-    UEO,
-    AdaBN,
-    EntMin,
-    InfoMax,
-    LossMethod,
-    ZeroShot,
-    create_method,
-)
+from ueo_fast.finetune.methods import UEO, AdaBN, EntMin, InfoMax, ZeroShot
 from ueo_fast.finetune.model import ClipClassifier
 from ueo_fast.finetune.prompt import PromptLearner
 from ueo_fast.finetune.trainer import TrainerConfig
@@ -90,11 +82,11 @@ def test_eps_reproduces_the_authors_expression(batch):
     assert abs(UEO().loss(logits, w) - expected) > 1e-6
 
 
-@pytest.mark.parametrize("name", ["entmin", "infomax", "ueo"])
-def test_loss_methods_train_the_prompt_and_the_affine_parameters_only(name):
+@pytest.mark.parametrize("method", [EntMin(), InfoMax(), UEO()], ids=lambda method: method.title)
+def test_loss_methods_train_the_prompt_and_the_affine_parameters_only(method):
     classifier = make_classifier()
     before = copy.deepcopy(classifier.state_dict())
-    history = create_method(name).adapt(
+    history = method.adapt(
         classifier,
         make_images(),
         confidence=torch.linspace(0.2, 0.9, 12),
@@ -139,34 +131,80 @@ def test_adabn_sets_the_statistics_of_the_target_and_no_weight():
     assert visual.bn1.momentum == 0.1
 
 
-def test_adabn_averages_over_batches():
-    one, many = make_classifier(), make_classifier()
-    images = make_images(24)
-    AdaBN(batch_size=24).adapt(one, images)
-    AdaBN(batch_size=8).adapt(many, images)
-    torch.testing.assert_close(
-        many.model.visual.bn1.running_mean, one.model.visual.bn1.running_mean
-    )
+@pytest.mark.parametrize(("count", "batch_size"), [(24, 8), (23, 8), (17, 8), (9, 8), (5, 2)])
+def test_adabn_weighs_every_image_the_same_however_ragged_the_batches(count, batch_size):
+    """The first layer sees the images themselves: its mean is known, and its variance too."""
+    classifier = make_classifier()
+    visual = classifier.model.visual
+    images = make_images(count)
+    AdaBN(batch_size=batch_size).adapt(classifier, images)
+    with torch.no_grad():
+        activations = visual.conv1(images).transpose(0, 1)  # (channels, images, H, W)
+    torch.testing.assert_close(visual.bn1.running_mean, activations.mean(dim=(1, 2, 3)))
+    loader = even_loader(images, batch_size, seed=TrainerConfig().seed)
+    pooled = sum(len(index) * activations[:, index].flatten(1).var(dim=1) for _, index in loader)
+    torch.testing.assert_close(visual.bn1.running_var, pooled / count)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "sizes"),
+    [
+        (300, 256, [150, 150]),
+        (257, 256, [129, 128]),
+        (7, 3, [3, 2, 2]),
+        (2, 256, [2]),
+        (5, 2, [3, 2]),
+    ],
+)
+def test_even_batches_cover_every_image_once(count, batch_size, sizes):
+    images = torch.arange(float(count))[:, None, None, None].expand(count, 3, 2, 2)
+    indices = []
+    for batch, index in even_loader(images, batch_size, seed=4):
+        assert torch.equal(batch[:, 0, 0, 0], index.float())
+        indices.append(index)
+    assert [len(index) for index in indices] == sizes
+    assert sorted(torch.cat(indices).tolist()) == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "message"),
+    [
+        (0, 256, r"images has 0 image\(s\).*at least 2; give more images"),
+        (1, 256, r"images has 1 image\(s\)"),
+        (4, 1, "batch_size must be at least 2.*got 1"),
+    ],
+)
+def test_adabn_refuses_what_has_no_spread(count, batch_size, message):
+    classifier = make_classifier()
+    before = copy.deepcopy(classifier.state_dict())
+    with pytest.raises(ValueError, match=message):
+        AdaBN(batch_size=batch_size).adapt(classifier, make_images(count))
+    assert all(torch.equal(before[key], value) for key, value in classifier.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_adabn_that_fails_leaves_the_classifier_as_it_was(training, monkeypatch):
+    classifier = make_classifier().train(training)
+    layers = [m for m in classifier.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    layers[0].momentum = 0.25
+    before = copy.deepcopy(classifier.state_dict())
+    batches = []
+    image_features = classifier.image_features
+
+    def fails_at_the_second_batch(batch):
+        batches.append(len(batch))
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return image_features(batch)
+
+    monkeypatch.setattr(classifier, "image_features", fails_at_the_second_batch)
+    with pytest.raises(KeyboardInterrupt):
+        AdaBN(batch_size=4).adapt(classifier, make_images(8))
+    assert all(torch.equal(before[key], value) for key, value in classifier.state_dict().items())
+    assert {layer.training for layer in layers} == {training}
+    assert [layer.momentum for layer in layers] == [0.25] + [0.1] * (len(layers) - 1)
 
 
 def test_adabn_needs_batch_norm():
     with pytest.raises(ValueError, match=r"visual tower has no BatchNorm .*leave the method out"):
         AdaBN().adapt(make_classifier("vit"), make_images())
-
-
-def test_registry_creates_every_method_by_its_name():
-    assert list(METHODS) == ["zeroshot", "adabn", "entmin", "infomax", "ueo"]
-    for name in METHODS:
-        assert create_method(name).name == name
-    assert create_method("ueo", trade_off=0.5) == UEO(trade_off=0.5)
-    trained = [name for name in METHODS if isinstance(create_method(name), LossMethod)]
-    assert trained == ["entmin", "infomax", "ueo"]
-
-
-def test_registry_names_the_choices():
-    with pytest.raises(ValueError, match=r"unknown method 'tent2': choose one of zeroshot, adabn"):
-        create_method("tent2")
-    with pytest.raises(ValueError, match=r"'entmin' has no option 'trade_off': it has eps"):
-        create_method("entmin", trade_off=1.0)
-    with pytest.raises(ValueError, match=r"'zeroshot' has no option 'eps': it has none"):
-        create_method("zeroshot", eps=1.0)

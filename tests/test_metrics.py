@@ -133,6 +133,14 @@ def test_labels_at_or_above_the_number_of_classes_are_unknown_as_in_the_authors_
     assert compute_metrics(cosines, other) == compute_metrics(cosines, labels)
 
 
+def test_unsigned_labels_are_measured_as_signed_ones_are() -> None:
+    cosines, labels = random_test_set(1)
+    labels[labels == -1] = 255
+    expected = compute_metrics(cosines, labels)
+    assert expected.unknown_images > 0
+    assert compute_metrics(cosines, labels.to(torch.uint8)) == expected
+
+
 def test_without_unknown_images_detection_is_none() -> None:
     cosines, labels = random_test_set(2)
     known = labels >= 0

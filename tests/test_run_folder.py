@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -130,3 +133,24 @@ def test_plots_are_small_png_files(tmp_path):
     plot_samples(tmp_path / "s.png", {"source": row, "target": row})
     for name in ("h", "closed", "a", "s"):
         assert png_size(tmp_path / f"{name}.png") < 150_000
+
+
+@pytest.mark.parametrize("value", [0.25, 0.0])
+def test_equal_scores_are_drawn_without_a_warning(tmp_path, value):
+    scores = torch.full((20,), value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_mcm_histograms(tmp_path / "h.png", {"all": (scores, torch.arange(20) < 12)})
+    assert png_size(tmp_path / "h.png") > 0
+
+
+def test_plots_leave_the_program_its_own_backend():
+    code = "import sys, ueo_fast.finetune.plots\nprint('matplotlib.pyplot' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "False"

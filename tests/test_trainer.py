@@ -142,6 +142,21 @@ def test_statistics_of_batch_norm_stay_frozen(images):
         assert torch.equal(value, before[name]), name
 
 
+def test_a_frozen_prompt_is_encoded_in_evaluation_mode(images, monkeypatch):
+    classifier = make_classifier().train()
+    text_features = classifier.text_features
+    modes = []
+
+    def spied():
+        modes.append(classifier.training)
+        return text_features()
+
+    monkeypatch.setattr(classifier, "text_features", spied)
+    config = TrainerConfig(epochs=1, prompt_lr=0.0, affine_lr=0.05)
+    train(classifier, images, InfoMax().loss, config=config)
+    assert modes == [False]
+
+
 @pytest.mark.parametrize("frozen", ["prompt_lr", "affine_lr"])
 def test_a_learning_rate_of_zero_freezes(images, frozen):
     classifier = make_classifier()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,8 +22,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``ueo-fast``; ``None`` takes them from the command line.
 
     Returns:
-        The exit status: 0, 1 (cannot run), 2 (wrong usage) or 130 (interrupted).
+        The exit status: 0, 1 (cannot run, or nobody reads the output), 2 (wrong usage) or 130
+        (interrupted).
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show "±" shows "?", and the run goes on.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        status = _run(argv)
+        sys.stdout.flush()  # here, where a closed pipe can be caught, not while Python exits
+        return status
+    except BrokenPipeError:  # `ueo-fast demo | head`: the reader has seen enough
+        # What is still buffered has nowhere to go; without this Python would complain at exit.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -50,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package in ("", "ueo_fast"):  # a fault of ours, not a missing extra
             raise
         print(
-            f"ueo-fast {name} needs the module {package!r}, which is not installed:\n"
-            '    pip install "ueo_fast[demo]"',
+            f"ueo-fast {name} needs the module {package!r}, which is not installed. In a clone of "
+            'the repository:\n    pip install ".[demo]"\nor, for an environment of its own:\n'
+            "    make setup",
             file=sys.stderr,
         )
         return 1
@@ -92,12 +113,18 @@ def _demo(words: Sequence[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     from ueo_fast.finetune.demo.run import run_demo
+    from ueo_fast.finetune.trainer import NonFiniteLossError
 
     try:
         run_demo(config)
+    except BrokenPipeError:  # an OSError too, but no fault of the run folder's
+        raise
     except FileExistsError as error:
         print(f"ueo-fast demo: {error}", file=sys.stderr)
         return 2
+    except (OSError, NonFiniteLossError) as error:
+        print(f"ueo-fast demo: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

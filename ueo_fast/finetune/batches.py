@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sized
 from typing import Any, cast
 
@@ -59,5 +60,41 @@ def indexed_loader(
         batch_size=batch_size,
         shuffle=generator is not None,
         generator=generator,
+        num_workers=num_workers,
+    )
+
+
+def even_loader(
+    images: Dataset[Any] | Tensor, batch_size: int, *, seed: int, num_workers: int = 0
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """One shuffled pass in batches whose sizes differ by at most one, none of a single image.
+
+    For statistics of batches, which a small last batch would spoil.
+
+    Args:
+        images: as for :class:`IndexedImages`, at least two.
+        batch_size: the most images per batch; at 2 an odd one out joins a pair.
+        seed: of the order.
+        num_workers: worker processes.
+
+    Raises:
+        ValueError: fewer than two images, or ``batch_size`` below 2.
+    """
+    dataset = IndexedImages(images)
+    count = len(dataset)
+    if count < 2:
+        raise ValueError(
+            f"images has {count} image(s), but the statistics of a batch need at least 2; give "
+            "more images"
+        )
+    if batch_size < 2:
+        raise ValueError(
+            f"batch_size must be at least 2, as one image has no spread, got {batch_size}"
+        )
+    batches = min(math.ceil(count / batch_size), count // 2)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(
+        cast("Dataset[tuple[Tensor, Tensor]]", dataset),
+        batch_sampler=[rows.tolist() for rows in order.tensor_split(batches)],
         num_workers=num_workers,
     )

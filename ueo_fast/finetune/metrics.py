@@ -87,10 +87,10 @@ def compute_metrics(cosines: Tensor, labels: Tensor, *, mcm_scale: float = 1.0) 
     # In double, so that rounding in the softmax does not order images whose scores are all but
     # equal, as they are at scale 1; on the CPU, because not every device has doubles.
     cosines = cosines.detach().cpu().double()
-    labels = labels.cpu()
+    labels = labels.cpu().long()
     classes = cosines.shape[1]
     is_known = (labels >= 0) & (labels < classes)
-    known_labels = labels[is_known].long()
+    known_labels = labels[is_known]
     correct = cosines[is_known].argmax(dim=1) == known_labels
     counts = torch.bincount(known_labels, minlength=classes).tolist()
     hits = torch.bincount(known_labels[correct], minlength=classes).tolist()
@@ -169,6 +169,7 @@ def _check(cosines: Tensor, labels: Tensor) -> None:
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels has dtype {labels.dtype}; expected integer class indices")
+    labels = labels.long()  # an unsigned type cannot be compared with -1
     if (labels < -1).any():
         raise ValueError(
             f"labels has {int(labels.min())}; expected 0..{cosines.shape[1] - 1} for a known class "

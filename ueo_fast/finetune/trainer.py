@@ -13,6 +13,9 @@ from torch.utils.data import Dataset
 from ueo_fast.finetune.batches import indexed_loader
 from ueo_fast.finetune.model import ClipClassifier
 
+OnStep = Callable[[int, int, float], None]
+"""Called after each step with (steps done, steps in all, loss)."""
+
 
 class BatchLoss(Protocol):
     """A loss of one batch: ``(logits (B, C), confidence (B,) or None) -> 0-d``."""
@@ -80,7 +83,7 @@ def train(
     *,
     confidence: Tensor | None = None,
     config: TrainerConfig | None = None,
-    on_step: Callable[[int, int, float], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> History:
     """Train ``classifier`` in place on unlabelled images.
 
@@ -122,12 +125,12 @@ def train(
     optimizer = _optimizer(classifier, config)
     total = config.epochs * len(loader)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    classifier.eval()  # before anything is computed: the fixed text features must have no dropout
     fixed_text = None
     if config.prompt_lr == 0:
         with torch.no_grad():
             fixed_text = classifier.text_features()
 
-    classifier.eval()
     history = History()
     for _ in range(config.epochs):
         for batch, index in loader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -83,10 +84,18 @@ class DemoConfig:
         metadata=_help("pre-training steps on the source domain; default: 150 (bn) or 300 (vit)"),
     )
     known_classes: int = field(
-        default=6, metadata=_help("how many of the ten digits are on the user's list of classes")
+        default=6,
+        metadata=_help(
+            "how many of the ten digits are on the user's list of classes; has no effect under "
+            "CSDA, where all ten are"
+        ),
     )
     epochs: int = field(
-        default=10, metadata=_help("passes over the unlabelled images, the same for every method")
+        default=10,
+        metadata=_help(
+            "passes over the unlabelled images; EntMin, InfoMax and UEO take the same gradient "
+            "steps, AdaBN one pass without gradients"
+        ),
     )
     batch_size: int = field(default=64, metadata=_help("images per step"))
     prompt_lr: float = field(
@@ -123,6 +132,13 @@ class DemoConfig:
             raise ValueError(
                 f"seeds has repetitions, which would fake a small spread: {self.seeds}"
             )
+        for seed in self.seeds:
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"seeds must lie in 0..2**63-1, got {seed}")
+        if self.out == "":
+            raise ValueError(
+                "out is empty: name a folder, or leave it out for a new one under runs/"
+            )
         if self.severity is not None and not 0.0 <= self.severity <= 1.0:
             raise ValueError(f"severity must lie in [0, 1], got {self.severity}")
         if not 2 <= self.known_classes <= 9:
@@ -136,6 +152,10 @@ class DemoConfig:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
         if not self.mcm_scale > 0:
             raise ValueError(f"mcm_scale must be positive, got {self.mcm_scale}")
+        if not math.isfinite(self.trade_off):
+            raise ValueError(f"trade_off must be finite, got {self.trade_off}")
+        if not 0 <= self.eps < math.inf:
+            raise ValueError(f"eps must be finite and not negative, got {self.eps}")
         if self.prompt_lr == 0 and self.affine_lr == 0:
             raise ValueError("nothing to train: prompt_lr and affine_lr are both 0")
         self.trainer(seed=0)
@@ -143,6 +163,13 @@ class DemoConfig:
     @property
     def effective_severity(self) -> float:
         """``severity``, or the value suited to tower and shift."""
+        for seed in self.seeds:
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"seeds must lie in 0..2**63-1, got {seed}")
+        if self.out == "":
+            raise ValueError(
+                "out is empty: name a folder, or leave it out for a new one under runs/"
+            )
         if self.severity is not None:
             return self.severity
         return _SEVERITY[self.tower][self.shift]

@@ -36,16 +36,18 @@ class Problem:
 
 
 def make_problem(config: DemoConfig, digits: Domain, seed: int) -> Problem:
-    """Draw the halves, the shift and the known digits of ``seed``.
+    """Draw the halves, the known digits and the shift of ``seed``.
 
-    Which digits are known differs between seeds, so that a result is not about one lucky choice.
-    As in the authors' code on Office and VisDA, the unlabelled training images are also test
-    images (the method never sees a label).
+    The halves and the known digits are the same under every shift and tower. Which digits are known
+    differs between seeds, so that a result is not about one lucky choice. As in the authors' code
+    on Office and VisDA, the unlabelled training images are also test images: the setting is
+    transductive (the method never sees a label).
     """
     generator = torch.Generator().manual_seed(seed)
     source, clean = split_domains(digits, generator)
-    target = apply_shift(clean, config.shift, config.effective_severity, generator)
+    # Before the shift, which draws from the generator under noise and texture only.
     order = torch.randperm(len(DIGIT_NAMES), generator=generator).tolist()
+    target = apply_shift(clean, config.shift, config.effective_severity, generator)
     names = [DIGIT_NAMES[position] for position in order]
     known = names if config.scenario == "CSDA" else names[: config.known_classes]
     split = split_classes(config.scenario, known, names)

@@ -12,7 +12,7 @@ from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.digits import DIGIT_NAMES
 from ueo_fast.finetune.demo.problem import Problem
 from ueo_fast.finetune.demo.result import MethodResult
-from ueo_fast.finetune.demo.verdict import verdict
+from ueo_fast.finetune.demo.verdict import RULE, verdict
 from ueo_fast.finetune.plots import (
     plot_mcm_histograms,
     plot_per_class_accuracy,
@@ -24,7 +24,10 @@ from ueo_fast.finetune.run_folder import RunFolder, environment
 _CONVENTIONS = (
     "Percent, mean ± sample standard deviation over seeds. AUROC is of the MCM score with known "
     "images as the positive class; HM is the harmonic mean of per-class accuracy and AUROC. Every "
-    "method starts from the same pre-trained model and has the same budget."
+    "method starts from the same pre-trained model. EntMin, InfoMax and UEO take the same gradient "
+    "steps; AdaBN, where there is one, takes one pass without gradients. The unlabelled images are "
+    "part of the test set (transductive, as the authors' on Office and VisDA); labels are never "
+    f"used in adaptation. {RULE}"
 )
 
 
@@ -65,7 +68,7 @@ def write_report(
                 table.markdown(),
                 _CONVENTIONS,
                 paragraph,
-                _machine(config, seconds),
+                machine_line(config.threads, seconds),
             ]
         )
         + "\n",
@@ -130,15 +133,21 @@ def _plot_domains(folder: RunFolder, problem: Problem) -> None:
     )
 
 
-def _machine(config: DemoConfig, seconds: float) -> str:
-    facts = environment(config.threads)
+def machine_line(threads: int, seconds: float) -> str:
+    """What the numbers and the time of a run depend on, as a sentence.
+
+    Args:
+        threads: that the run used.
+        seconds: wall time of the run.
+    """
+    facts = environment(threads)
     versions = facts["versions"]
     return (
-        f"{seconds:.0f} s on {config.threads} thread(s) of {facts['cpu']} "
-        f"({facts['cpu_capability']}); torch {versions['torch']}, open_clip "
-        f"{versions['open_clip_torch']}, Python {facts['python']}."
+        f"{seconds:.0f} s on {threads} thread(s) of {facts['cpu']} ({facts['cpu_capability']}); "
+        f"torch {versions['torch']}, open_clip {versions['open_clip_torch']}, "
+        f"Python {facts['python']}."
     )
 
 
 def _wrap(text: str) -> str:
-    return textwrap.fill(text, width=96)
+    return textwrap.fill(text, width=96, break_on_hyphens=False)

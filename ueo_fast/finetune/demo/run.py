@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,7 @@ from ueo_fast.finetune.model import ClipClassifier
 from ueo_fast.finetune.predict import predict_cosines
 from ueo_fast.finetune.prompt import PromptLearner
 from ueo_fast.finetune.run_folder import RunFolder
-
-OnStep = Callable[[int, int, float], None]
+from ueo_fast.finetune.trainer import OnStep
 
 
 def demo_methods(config: DemoConfig) -> list[Method]:
@@ -54,6 +53,7 @@ def run_demo(config: DemoConfig) -> Path:
 
     Raises:
         FileExistsError: ``config.out`` exists and is not empty.
+        NonFiniteLossError: a method diverged; the results before it are in the folder.
     """
     started = time.perf_counter()
     folder = RunFolder.create(config.out, prefix="demo")
@@ -83,8 +83,12 @@ def run_demo(config: DemoConfig) -> Path:
     return folder.path
 
 
-def run_seed(config: DemoConfig, problem: Problem, bar: tqdm[Any]) -> list[MethodResult]:
-    """Pre-train once, then let every method start from the same model."""
+def run_seed(config: DemoConfig, problem: Problem, bar: tqdm[Any]) -> Iterator[MethodResult]:
+    """Pre-train once, then let every method start from the same model.
+
+    Yields each result as soon as it is there, before its line is printed: what the reader has seen
+    the caller has stored.
+    """
 
     def say(text: str) -> None:
         bar.write(f"seed {problem.seed}: {text}")
@@ -103,13 +107,11 @@ def run_seed(config: DemoConfig, problem: Problem, bar: tqdm[Any]) -> list[Metho
         f"of {', '.join(problem.split.train)}"
     )
     confidence = zero_shot_confidence(zero_shot, problem.train.images, mcm_scale=config.mcm_scale)
-    results = []
     for method in demo_methods(config):
         bar.set_description(f"seed {problem.seed}: {method.title}")
         result = run_method(config, problem, zero_shot, confidence, method, on_step)
+        yield result
         say(f"{method.title:9} {_brief(result.metrics)}  ({result.seconds:.1f} s)")
-        results.append(result)
-    return results
 
 
 def pretrained_classifier(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
+
+from ueo_fast.finetune.trainer import OnStep
 
 CONTEXT_LENGTH = 16
 EMBED_DIM = 64
@@ -64,7 +66,7 @@ def pretrain(
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     seed: int = 0,
-    on_step: Callable[[int, int, float], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> float:
     """Train ``model`` in place on images and their captions, with CLIP's image-to-text loss.
 

@@ -8,12 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# A mean difference below half a point is called none: it is less than three of the target's 900
-# images.
+# In per-class accuracy half a point is fewer than three of the target's known images (six digits of
+# some 90 images each): less than what another order of the batches moves.
 _EQUAL = 0.005
 
+# A spread can be computed from two seeds, but it says next to nothing.
+_FEWEST_SEEDS = 3
 
-Outcome = Literal["better", "mostly better", "unclear", "mostly worse", "worse"]
+RULE = (
+    "Better or worse needs at least 3 seeds, a mean difference of half a point, and all seeds "
+    "agreeing or a mean beyond two standard errors."
+)
+"""The rule of :attr:`Comparison.outcome`, for the reader of a report."""
+
+Outcome = Literal["better", "mostly better", "unclear", "mostly worse", "worse", "too few"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,13 @@ class Comparison:
 
         ``better``: mean of half a point or more, and higher on every seed. ``mostly better``: such
         a mean, not on every seed, but more than two standard errors from 0. ``worse`` and ``mostly
-        worse`` accordingly. ``unclear``: everything else, and always for fewer than three seeds.
+        worse`` accordingly. ``too few``: fewer than three seeds, whatever the differences.
+        ``unclear``: everything else.
         """
         count = len(self.differences)
-        if count < 3 or abs(self.mean) < _EQUAL:
+        if count < _FEWEST_SEEDS:
+            return "too few"
+        if abs(self.mean) < _EQUAL:
             return "unclear"
         losses = sum(difference < 0 for difference in self.differences)
         if self.wins == count:
@@ -84,7 +95,8 @@ def compare(
 def verdict(records: Sequence[Mapping[str, Any]]) -> str:
     """A paragraph about the records of one run.
 
-    Differences are paired by seed; :attr:`Comparison.outcome` has the rule for "better".
+    Differences are paired by seed; :data:`RULE` says what "better" needs. Comparisons over too few
+    seeds are not judged: one sentence has what was measured.
 
     Args:
         records: lines of ``metrics.jsonl``: seed, method, metrics as fractions.
@@ -92,11 +104,20 @@ def verdict(records: Sequence[Mapping[str, Any]]) -> str:
     has_unknown = any(record["hm"] is not None for record in records)
     metric, name = ("hm", "HM") if has_unknown else ("per_class_accuracy", "per-class accuracy")
     sentences = []
+    too_few = []
     for first, second, words in _SENTENCES:
         comparison = compare(records, first, second, metric)
-        if comparison is not None:
-            figures = f"({first} minus {second}: {name} {comparison.figures()})"
-            sentences.append(words[comparison.outcome].format(figures=figures))
+        if comparison is None:
+            continue
+        measured = f"{first} minus {second}: {name} {comparison.figures()}"
+        if comparison.outcome == "too few":
+            too_few.append(measured)
+        else:
+            sentences.append(words[comparison.outcome].format(figures=f"({measured})"))
+    if too_few:
+        sentences.append(
+            f"There are too few seeds to tell the methods apart ({'; '.join(too_few)})."
+        )
     return " ".join([*sentences, _SCOPE])
 
 
@@ -132,7 +153,7 @@ _SENTENCES: tuple[tuple[str, str, dict[Outcome, str]], ...] = (
         {
             "better": f"UEO beats AdaBN, {_MERE}, on every seed {{figures}}.",
             "mostly better": f"UEO beats AdaBN, {_MERE}, on average {{figures}}.",
-            "unclear": f"There is no clear difference to AdaBN, {_MERE} {{figures}}.",
+            "unclear": f"There is no clear difference from AdaBN, {_MERE} {{figures}}.",
             "mostly worse": f"AdaBN, {_MERE}, beats UEO on average {{figures}}: {_NO_EVIDENCE}.",
             "worse": f"AdaBN, {_MERE}, beats UEO on every seed {{figures}}: {_NO_EVIDENCE}.",
         },
@@ -144,7 +165,7 @@ _SENTENCES: tuple[tuple[str, str, dict[Outcome, str]], ...] = (
             "better": f"UEO beats InfoMax, {_EQUAL_WEIGHTS}, on every seed {{figures}}.",
             "mostly better": f"UEO beats InfoMax, {_EQUAL_WEIGHTS}, on average {{figures}}.",
             "unclear": (
-                f"There is no clear difference to InfoMax, {_EQUAL_WEIGHTS} {{figures}}: "
+                f"There is no clear difference from InfoMax, {_EQUAL_WEIGHTS} {{figures}}: "
                 f"{_CONFIDENCE}."
             ),
             "mostly worse": f"InfoMax, {_EQUAL_WEIGHTS}, beats UEO on average {{figures}}.",
@@ -157,7 +178,7 @@ _SENTENCES: tuple[tuple[str, str, dict[Outcome, str]], ...] = (
         {
             "better": "EntMin improves on zero-shot on every seed {figures}.",
             "mostly better": "EntMin improves on zero-shot on average {figures}.",
-            "unclear": "EntMin shows no clear difference to zero-shot {figures}.",
+            "unclear": "EntMin shows no clear difference from zero-shot {figures}.",
             "mostly worse": "EntMin is worse than zero-shot on average {figures}.",
             "worse": "EntMin is worse than zero-shot on every seed {figures}.",
         },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
-from ueo_fast.finetune.batches import indexed_loader
+from ueo_fast.finetune.batches import even_loader
 from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.trainer import History, TrainerConfig
+from ueo_fast.finetune.trainer import History, OnStep, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,19 @@ class AdaBN(Method):
 
     It repairs a shift that only moves and scales activations (brightness, contrast) and has
     nothing to do with entropy: a baseline that says how much of a gain is mere re-normalisation.
-    The statistics are the mean over shuffled batches of ``batch_size`` images, one pass.
+    One pass over shuffled batches of all but equal size. The mean is that of all images; the
+    variance is the average of the batches' own, as BatchNorm estimates it (what their means differ
+    by is left out). Both weigh every image the same. Layers after the first see activations that
+    were normalised with the batch's statistics, as in training.
 
     Attributes:
-        batch_size: images per batch of statistics.
+        batch_size: the most images per batch of statistics, at least 2.
 
     Source: Li et al., *Revisiting Batch Normalization for Practical Domain Adaptation*, 2016.
     """
 
     batch_size: int = 256
 
-    name: ClassVar[str] = "adabn"
     title: ClassVar[str] = "AdaBN"
 
     @torch.no_grad()
@@ -44,12 +46,13 @@ class AdaBN(Method):
         *,
         confidence: Tensor | None = None,
         config: TrainerConfig | None = None,
-        on_step: Callable[[int, int, float], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> History:
         """As :meth:`Method.adapt`; of ``config`` only the seed and the workers are used.
 
         Raises:
-            ValueError: the visual tower has no BatchNorm with running statistics.
+            ValueError: the visual tower has no BatchNorm with running statistics, or there are
+                fewer than two images. Whatever is raised, ``classifier`` is as it was.
         """
         layers = [
             module
@@ -62,20 +65,31 @@ class AdaBN(Method):
                 "(a ViT, for example): leave the method out, or take a ResNet tower"
             )
         config = config or TrainerConfig()
-        loader = indexed_loader(
-            images, self.batch_size, shuffle_seed=config.seed, num_workers=config.num_workers
+        loader = even_loader(
+            images, self.batch_size, seed=config.seed, num_workers=config.num_workers
         )
         device = classifier.logit_scale.device
-        momenta = [layer.momentum for layer in layers]
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # PyTorch's cumulative average over batches
-            layer.train()
+        before = [(copy.deepcopy(dict(layer.named_buffers())), layer.momentum) for layer in layers]
+        modes = [layer.training for layer in layers]
         try:
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.train()
+            seen = 0
             for batch, _ in loader:
+                seen += len(batch)
+                for layer in layers:
+                    # The running average over images: PyTorch's own cumulative one, momentum None,
+                    # is over batches, whatever their sizes.
+                    layer.momentum = len(batch) / seen
                 classifier.image_features(batch.to(device))
+        except BaseException:
+            for layer, (buffers, _) in zip(layers, before, strict=True):
+                for name, value in layer.named_buffers():
+                    value.copy_(buffers[name])
+            raise
         finally:
-            for layer, momentum in zip(layers, momenta, strict=True):
+            for layer, (_, momentum), mode in zip(layers, before, modes, strict=True):
                 layer.momentum = momentum
-                layer.eval()
+                layer.train(mode)
         return History()

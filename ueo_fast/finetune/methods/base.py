@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.trainer import History, TrainerConfig, train
+from ueo_fast.finetune.trainer import History, OnStep, TrainerConfig, train
 
 
 class Method(ABC):
     """Adapts a classifier to unlabelled images.
 
     Attributes:
-        name: how the method is asked for on the command line.
         title: how it is written in tables.
     """
 
-    name: ClassVar[str]
     title: ClassVar[str]
 
     @abstractmethod
@@ -32,7 +29,7 @@ class Method(ABC):
         *,
         confidence: Tensor | None = None,
         config: TrainerConfig | None = None,
-        on_step: Callable[[int, int, float], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> History:
         """Change ``classifier`` in place.
 
@@ -62,7 +59,7 @@ class LossMethod(Method):
         *,
         confidence: Tensor | None = None,
         config: TrainerConfig | None = None,
-        on_step: Callable[[int, int, float], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> History:
         return train(
             classifier,

@@ -26,7 +26,6 @@ class EntMin(LossMethod):
 
     eps: float = 0.0
 
-    name: ClassVar[str] = "entmin"
     title: ClassVar[str] = "EntMin"
 
     def loss(self, logits: Tensor, confidence: Tensor | None) -> Tensor:

@@ -28,7 +28,6 @@ class InfoMax(LossMethod):
     trade_off: float = 1.0
     eps: float = 0.0
 
-    name: ClassVar[str] = "infomax"
     title: ClassVar[str] = "InfoMax"
 
     def loss(self, logits: Tensor, confidence: Tensor | None) -> Tensor:

@@ -31,7 +31,6 @@ class UEO(LossMethod):
     confidence_scale: float = 1.0
     eps: float = 0.0
 
-    name: ClassVar[str] = "ueo"
     title: ClassVar[str] = "UEO"
 
     def loss(self, logits: Tensor, confidence: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,14 +10,13 @@ from torch.utils.data import Dataset
 
 from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.trainer import History, TrainerConfig
+from ueo_fast.finetune.trainer import History, OnStep, TrainerConfig
 
 
 @dataclass(frozen=True)
 class ZeroShot(Method):
     """Leaves the classifier as it is."""
 
-    name: ClassVar[str] = "zeroshot"
     title: ClassVar[str] = "zero-shot"
 
     def adapt(
@@ -28,6 +26,6 @@ class ZeroShot(Method):
         *,
         confidence: Tensor | None = None,
         config: TrainerConfig | None = None,
-        on_step: Callable[[int, int, float], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> History:
         return History()
