@@ -26,7 +26,7 @@ _CONVENTIONS = (
     "images as the positive class; HM is the harmonic mean of per-class accuracy and AUROC. Every "
     "method starts from the same pre-trained model. EntMin, InfoMax and UEO take the same gradient "
     "steps; AdaBN, where there is one, takes one pass without gradients. The unlabelled images are "
-    "part of the test set (transductive, as the authors' on Office and VisDA); labels are never "
+    "part of the test set (transductive); labels are never "
     f"used in adaptation. {RULE}"
 )
 
