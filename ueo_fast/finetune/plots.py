@@ -77,7 +77,7 @@ def plot_per_class_accuracy(
         offset = (i - (len(accuracies) - 1) / 2) * width
         axis.bar(places + offset, heights, width, label=method, color=colours[i])
     axis.set_xticks(places, classes)
-    for place, name in zip(places, classes, strict=True):
+    for place, name in enumerate(classes):
         if not any(name in values for values in accuracies.values()):
             axis.text(place, 2, "not known", rotation=90, ha="center", fontsize=7, color="grey")
     axis.set_xlim(-0.6, len(classes) - 0.4)
