@@ -30,6 +30,18 @@ def test_any_upstream_gradient(dtype, upstream, backend):
     assert_exact(ueo_loss(logits.detach()), grad, logits, upstream=upstream)
 
 
+@pytest.mark.parametrize("options", [{}, {"eps": 1e-5, "trade_off": -0.3}], ids=str)
+def test_gradcheck_of_the_kernel(options):
+    logits = make_logits(torch.float64, rows=6, columns=19)
+    # The confidence is a constant of the method: hold it, or finite differences would see it.
+    confidence = torch.rand(6, dtype=torch.float64) + 0.1
+
+    def loss(z):
+        return ueo_loss(z, confidence, backend="cpp", **options)
+
+    assert torch.autograd.gradcheck(loss, (logits,))
+
+
 def test_half_gradient_is_scaled_before_it_is_rounded():
     logits = make_logits(torch.float16, rows=4096)
     scale = 65536.0
