@@ -9,6 +9,8 @@
 
 namespace {
 
+constexpr double kLn2 = 0.6931471805599453;
+
 template <class A>
 struct FloatTraits;
 
