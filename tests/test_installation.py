@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ueo_fast
-from ueo_fast import backends
+from ueo_fast import _extension, backends
 
 PACKAGE = Path(ueo_fast.__file__).parent
 LOSS = "import torch; from ueo_fast import *; print(float(ueo_loss(torch.eye(3), {})))"
@@ -50,7 +50,7 @@ def test_missing_binary(copied):
         "RuntimeError: backend='cpp' cannot run: _cpu.so was not built: pip install" in done.stderr
     )
     done = run_copy(copied, "-m", "ueo_fast.info")
-    assert "backend auto       reference on the CPU" in done.stdout
+    assert "backend auto       reference on cpu" in done.stdout
     assert "backend cpp        unavailable: _cpu.so was not built" in done.stdout
     assert "instruction set    none: the C++ library is not there" in done.stdout
 
@@ -67,7 +67,9 @@ def test_stale_binary(copied):
     # What an editable install has after `git pull` without a rebuild.
     shutil.copy(PACKAGE / "_cpu.so", copied / "ueo_fast")
     source = copied / "ueo_fast" / "_extension.py"
-    source.write_text(source.read_text().replace("INTERFACE = 1", "INTERFACE = 2"))
+    source.write_text(
+        source.read_text().replace(f"INTERFACE = {_extension.INTERFACE}", "INTERFACE = -1")
+    )
     done = run_copy(copied, "-m", "ueo_fast.info")
     assert done.returncode == 0, done.stderr
     assert "unavailable: _cpu.so was built from another version of the sources" in done.stdout
@@ -96,7 +98,7 @@ def test_info_of_this_installation():
     facts = {name: value.strip() for name, value in lines.items()}
     assert facts["ueo_fast"] == ueo_fast.__version__
     assert facts["backend cpp"] == "ready"
-    assert facts["backend auto"] == "cpp on the CPU"
+    assert facts["backend auto"] == "cpp on cpu"
     assert facts["instruction set"] in backends.CAPABILITIES
     assert int(facts["threads"]) >= 1
 

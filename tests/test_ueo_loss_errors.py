@@ -125,14 +125,16 @@ def test_a_bad_number_is_an_error_while_compiling_too(options):
 
 
 def test_unknown_backend():
-    message = "backend='tpu' is unknown: choose one of auto, cpp, reference"
+    message = "backend='tpu' is unknown: choose one of auto, cpp, cuda, triton, reference"
     with pytest.raises(ValueError, match=re.escape(message)):
         ueo_loss(LOGITS, backend="tpu")
 
 
 def test_backend_that_does_not_serve_the_device():
     logits = torch.empty(6, 4, device="meta")
-    message = "backend='cpp' runs on the CPU, but logits are on meta: move them with logits.cpu()"
+    message = (
+        "backend='cpp' runs on cpu tensors, but logits are on meta: move them with logits.cpu()"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         ueo_loss(logits, backend="cpp")
     assert ueo_loss(logits).device.type == "meta"

@@ -2,19 +2,98 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ueo_fast import _extension
 
-BACKENDS = ("auto", "cpp", "reference")
 CAPABILITIES = ("base", "avx2", "avx512")
+
+OLDEST_TRITON = (3, 5)
+OLDEST_GPU = (8, 0)
+"""Compute capability from which our GPU kernels run (asynchronous copies, bfloat16)."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One compiled implementation of the ops."""
+
+    name: str
+    device: str  # type of the tensors that it serves
+    namespace: str  # of its ops below torch.ops
+    move: str  # how a user brings a tensor to its device
+
+
+COMPILED = {
+    backend.name: backend
+    for backend in (  # the fastest first
+        Backend("cpp", "cpu", "ueo_fast", "logits.cpu()"),
+        Backend("cuda", "cuda", "ueo_fast", "logits.cuda()"),
+        Backend("triton", "cuda", "ueo_fast_triton", "logits.cuda()"),
+    )
+}
+
+
+def names() -> tuple[str, ...]:
+    """What users may ask for."""
+    return ("auto", *COMPILED, "reference")
+
+
+def is_triton_interpreted() -> bool:
+    """Whether Triton kernels run as plain Python on the CPU (tests do that)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.lru_cache(maxsize=1)
+def _triton_error() -> str | None:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}): pip install triton"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"Triton {triton.__version__} is older than {oldest}: pip install -U triton"
+    return None
+
+
+def _library_error(backend: str) -> str | None:
+    """Why the code of ``backend`` is not there, whatever the device; None if it is."""
+    if backend == "triton":
+        return _triton_error()
+    if backend == "cuda":
+        return _extension.cuda_error
+    return _extension.cpu_error if backend == "cpp" else None
+
+
+@functools.lru_cache(maxsize=64)
+def _device_error(backend: str, index: int) -> str | None:
+    """Why the GPU cannot run the kernels; None if it can."""
+    if torch.version.hip is not None:
+        return None if backend == "triton" else "it is for NVIDIA GPUs, torch is built for ROCm"
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= OLDEST_GPU:
+        return None
+    oldest, found = (".".join(map(str, version)) for version in (OLDEST_GPU, capability))
+    return f"it needs a GPU of compute capability {oldest} or newer, cuda:{index} has {found}"
 
 
 def unavailable_reason(backend: str) -> str | None:
     """Why ``backend`` cannot run on this machine; None if it can."""
-    return _extension.cpu_error if backend == "cpp" else None
+    error = _library_error(backend)
+    if error is not None or backend not in COMPILED or COMPILED[backend].device == "cpu":
+        return error
+    if backend == "triton" and is_triton_interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "no GPU is present that torch can use (torch.cuda.is_available() is False)"
+    return _device_error(backend, torch.cuda.current_device())
 
 
 def cpu_capability() -> str | None:
@@ -35,6 +114,26 @@ def _is_transformed(tensor: Tensor) -> bool:
     return wrapped or forward_ad._current_level >= 0
 
 
+def _error(backend: str, device: torch.device) -> str | None:
+    """Why ``backend``, which serves the device's type, cannot run there; None if it can."""
+    error = _library_error(backend)
+    if error is not None or device.type == "cpu":
+        return error
+    return _device_error(
+        backend, torch.cuda.current_device() if device.index is None else device.index
+    )
+
+
+def _automatic(tensor: Tensor) -> str:
+    if _is_transformed(tensor):
+        return "reference"
+    device = tensor.device
+    for name, backend in COMPILED.items():
+        if backend.device == device.type and _error(name, device) is None:
+            return name
+    return "reference"
+
+
 def choose(backend: str, tensor: Tensor) -> str:
     """The backend to run on ``tensor``: ``auto`` becomes the fastest one that can.
 
@@ -44,24 +143,26 @@ def choose(backend: str, tensor: Tensor) -> str:
     """
     if backend == "reference":
         return backend
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
-    on_cpu = tensor.device.type == "cpu"
     if backend == "auto":
-        can_run = on_cpu and _extension.cpu_error is None and not _is_transformed(tensor)
-        return "cpp" if can_run else "reference"
-    if _extension.cpu_error is not None:
-        raise RuntimeError(
-            f"backend='cpp' cannot run: {_extension.cpu_error}; or use backend='auto'"
-        )
-    if not on_cpu:
+        return _automatic(tensor)
+    if backend not in COMPILED:
+        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(names())}")
+    error = _library_error(backend)
+    if error is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run: {error}; or use backend='auto'")
+    device = tensor.device
+    wanted = COMPILED[backend]
+    interpreted = backend == "triton" and is_triton_interpreted() and device.type == "cpu"
+    if device.type != wanted.device and not interpreted:
         raise ValueError(
-            f"backend='cpp' runs on the CPU, but logits are on {tensor.device}: "
-            "move them with logits.cpu(), or use backend='auto'"
+            f"backend={backend!r} runs on {wanted.device} tensors, but logits are on {device}: "
+            f"move them with {wanted.move}, or use backend='auto'"
         )
+    if not interpreted and (error := _error(backend, device)) is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run: {error}; or use backend='auto'")
     if _is_transformed(tensor):
         raise RuntimeError(
-            "backend='cpp' has no rules for torch.func transforms and forward-mode "
+            f"backend={backend!r} has no rules for torch.func transforms and forward-mode "
             "differentiation: use backend='reference' or 'auto'"
         )
     return backend

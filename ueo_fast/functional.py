@@ -146,13 +146,14 @@ def ueo_loss(
             100 x cosine into the authors' MCM score.
         eps: added inside every logarithm: 0 is the paper's entropy, 1e-5 the authors' code.
         return_stats: also return :class:`UEOStats`.
-        backend: ``auto``, ``cpp`` (CPU) or ``reference`` (plain PyTorch, any device,
-            differentiable twice, and under ``torch.func`` transforms).
+        backend: ``auto``, ``cpp`` (CPU), ``cuda`` or ``triton`` (GPU), or ``reference`` (plain
+            PyTorch, any device, differentiable twice, and under ``torch.func`` transforms).
+            ``auto`` takes the first of them that can run on the logits' device.
 
     Returns:
         The loss, 0-d, float32 (float64 for float64 logits); with ``return_stats`` the pair
-        ``(loss, UEOStats)``. An empty batch gives 0 and zero gradients. The C++ backend gives
-        the same bits for the same input on any number of threads.
+        ``(loss, UEOStats)``. An empty batch gives 0 and zero gradients. A compiled backend gives
+        the same bits for the same input on the same machine; ``cpp`` on any number of threads.
 
     Raises:
         TypeError, ValueError: an argument is unusable; the message says which, and the way out.
@@ -162,13 +163,14 @@ def ueo_loss(
     github.com/tim-learn/UEO.
     """
     args = _check(logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
-    if backends.choose(backend, logits) == "reference":
+    chosen = backends.choose(backend, logits)
+    if chosen == "reference":
         loss, stats = _reference(*args)
         return (loss, stats) if return_stats else loss
     if logits.requires_grad and torch.is_grad_enabled():
-        result = op.UEOLossFunction.apply(*args, return_stats)
+        result = op.UEOLossFunction.apply(chosen, *args, return_stats)
         return (result[0], _stats(*result[1:])) if return_stats else result
-    loss, summary, marginal, _ = op.forward(*args)
+    loss, summary, marginal, _ = op.forward(chosen, *args)
     return (loss, _stats(summary, marginal)) if return_stats else loss
 
 
@@ -217,7 +219,8 @@ def ueo_loss_and_grad(
         dlogits (B, C) contiguous in the logits' dtype.
     """
     args = _check(logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
-    if backends.choose(backend, logits) == "reference":
+    chosen = backends.choose(backend, logits)
+    if chosen == "reference":
         with torch.inference_mode(False), torch.enable_grad():
             leaf = args[0].detach().clone(memory_format=torch.contiguous_format).requires_grad_()
             loss, stats = _reference(leaf, *args[1:])
@@ -225,9 +228,7 @@ def ueo_loss_and_grad(
         loss = loss.detach()
     else:
         with torch.no_grad():
-            loss, summary, marginal, row_stats = op.forward(*args)
-            one = torch.ones_like(loss)
-            grad = op.backward(one, args[0], summary, marginal, row_stats, args[3], args[5])
+            loss, summary, marginal, grad = op.loss_and_grad(chosen, *args)
             stats = _stats(summary, marginal)
     return (loss, grad, stats) if return_stats else (loss, grad)
 
@@ -253,6 +254,7 @@ def mcm_score(cosines: Tensor, scale: float = 1.0) -> Tensor:
     check_matrix("cosines", cosines)
     factor = check_number("scale", scale, sign="positive")
     needs_grad = cosines.requires_grad and torch.is_grad_enabled()
-    if needs_grad or backends.choose("auto", cosines) == "reference":
+    chosen = "reference" if needs_grad else backends.choose("auto", cosines)
+    if chosen == "reference":
         return reference.max_softmax(cosines, factor)
-    return op.max_softmax(cosines, factor)
+    return op.max_softmax(chosen, cosines, factor)

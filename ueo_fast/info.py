@@ -9,7 +9,7 @@ import platform
 import torch
 
 import ueo_fast
-from ueo_fast import backends
+from ueo_fast import _extension, backends
 
 _OPTIONAL = ("open_clip_torch", "torchvision", "triton", "torchmetrics", "scikit-learn", "numpy")
 _CAPABILITY_VARIABLE = "UEO_FAST_CPU_CAPABILITY"
@@ -35,6 +35,19 @@ def _capability() -> str:
     return f"{chosen} ({_CAPABILITY_VARIABLE}={wanted} ignored: not one of {known})"
 
 
+def _cuda_library() -> str:
+    build = _extension.cuda_build
+    if not build:
+        return "not built"
+    return f"built with CUDA {build['cuda']} for {build['architectures']}"
+
+
+def _automatic() -> str:
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    chosen = {device: backends.choose("auto", torch.empty(0, device=device)) for device in devices}
+    return ", ".join(f"{backend} on {device}" for device, backend in chosen.items())
+
+
 def collect() -> dict[str, str]:
     """Names and values, in the order in which they are printed."""
     facts = {
@@ -45,14 +58,15 @@ def collect() -> dict[str, str]:
         "torch CUDA": torch.version.cuda or "built without CUDA",
     }
     facts |= {name: _version(name) for name in _OPTIONAL}
+    facts["CUDA library"] = _cuda_library()
     facts["threads"] = str(torch.get_num_threads())
     facts["instruction set"] = _capability()
     facts["devices"] = ", ".join(
         ["cpu"] + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     )
-    for backend in backends.BACKENDS:
+    for backend in backends.names():
         if backend == "auto":
-            facts["backend auto"] = f"{backends.choose('auto', torch.empty(0))} on the CPU"
+            facts["backend auto"] = _automatic()
         else:
             reason = backends.unavailable_reason(backend)
             facts[f"backend {backend}"] = "ready" if reason is None else f"unavailable: {reason}"

@@ -18,7 +18,7 @@
 
 namespace {
 
-using ueo_fast::cpu::LogitsView;
+using ueo_fast::LogitsView;
 using ueo_fast::cpu::tuning::kPad;
 using ueo_fast::cpu::tuning::kPrefetchBytes;
 using ueo_fast::cpu::tuning::kTileColumns;

@@ -6,7 +6,8 @@
 #include <optional>
 #include <tuple>
 
-#include "../checks.h"
+#include "../interface.h"
+#include "../logits.h"
 #include "../tensors.h"
 #include "threads.h"
 #include "tuning.h"
@@ -15,63 +16,10 @@
 namespace ueo_fast::cpu {
 namespace {
 
-// Raised together with INTERFACE in ueo_fast/_extension.py whenever a schema, or the meaning of a
-// tensor that ops hand to each other, changes: a stale binary is then told apart.
-constexpr int64_t kInterface = 1;
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Storage storage_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::kFloat;
-    case ScalarType::Double:
-      return Storage::kDouble;
-    case ScalarType::Half:
-      return Storage::kHalf;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "ueo_fast: logits must be float64, float32, float16 or bfloat16");
-  }
-}
-
-// Logits whose rows are not adjacent elements are copied once: gathering them in the loops, a
-// cache line per element, takes three times as long.
-Tensor with_adjacent_columns(const Tensor& logits) {
-  check_logits(logits);
-  const bool adjacent = logits.stride(1) == 1 || logits.size(1) == 1;
-  return adjacent ? logits : torch::stable::contiguous(logits);
-}
-
-LogitsView view_of(const Tensor& logits) {
-  return {logits.const_data_ptr(), storage_of(logits), logits.size(0), logits.size(1),
-          logits.stride(0)};
-}
-
 ParallelFor threads_for(const LogitsView& logits) {
   return [elements = logits.rows * logits.columns](int64_t n, const auto& body) {
     parallel_for(n, elements, body);
   };
-}
-
-// The compute type's version of a function template, chosen by the logits.
-template <class F>
-auto with_compute_type(Storage storage, F&& f) {
-  return storage == Storage::kDouble ? f(double{}) : f(float{});
-}
-
-template <class A>
-constexpr ScalarType kComputeDtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-
-template <class A>
-const A* optional_weights(const std::optional<Tensor>& weights, std::optional<Tensor>& contiguous,
-                          int64_t rows, const char* name) {
-  if (!weights) return nullptr;
-  check_vector(*weights, rows, name, kComputeDtype<A>);
-  contiguous = torch::stable::contiguous(*weights);
-  return contiguous->template const_data_ptr<A>();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ueo_loss_forward(
@@ -108,40 +56,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ueo_loss_forward(
   });
 }
 
+// The gradient times grad_loss, from what forward returned.
+template <class A>
+Tensor gradient(A grad_loss, const Tensor& logits, const Tensor& summary, const Tensor& marginal,
+                const Tensor& row_stats, double trade_off, double eps) {
+  const LogitsView view = view_of(logits);
+  Tensor grad = empty<2>(logits, {view.rows, view.columns}, logits.scalar_type());
+  if (view.rows == 0) return grad;
+  const A* totals = summary.const_data_ptr<A>();
+  const int64_t bytes = view.rows * view.columns * static_cast<int64_t>(logits.element_size());
+  const BackwardRows<A> args{view,
+                             {trade_off, 1.0, eps},
+                             grad_loss,
+                             row_stats.const_data_ptr<A>(),
+                             nullptr,
+                             totals[kConfidenceSum],
+                             totals[kMarginalWeightSum],
+                             grad.mutable_data_ptr(),
+                             bytes >= tuning::kStreamBytes};
+  ueo_backward<A>(ueo_loops<A>(capability()), args, marginal.const_data_ptr<A>(),
+                  threads_for(view));
+  return grad;
+}
+
 Tensor ueo_loss_backward(const Tensor& grad_loss, const Tensor& any_logits, const Tensor& summary,
                          const Tensor& marginal, const Tensor& row_stats, double trade_off,
                          double eps) {
   const Tensor logits = with_adjacent_columns(any_logits);
-  const LogitsView view = view_of(logits);
-  return with_compute_type(view.storage, [&](auto type) {
+  check_saved(logits, grad_loss, summary, marginal, row_stats);
+  return with_compute_type(storage_of(logits), [&](auto type) {
     using A = decltype(type);
-    constexpr ScalarType dtype = kComputeDtype<A>;
-    STD_TORCH_CHECK(grad_loss.dim() == 0 && grad_loss.scalar_type() == dtype,
-                    "ueo_fast: grad_loss must be 0-d with the dtype of the loss");
-    check_vector(summary, kSummary, "summary", dtype);
-    check_vector(marginal, view.columns, "marginal", dtype);
-    STD_TORCH_CHECK(row_stats.dim() == 2 && row_stats.size(0) == view.rows &&
-                        row_stats.size(1) == kRowStats && row_stats.scalar_type() == dtype &&
-                        row_stats.is_contiguous() && summary.is_contiguous() &&
-                        marginal.is_contiguous(),
-                    "ueo_fast: row_stats, summary and marginal must be those of ueo_loss_forward");
-    Tensor grad = empty<2>(logits, {view.rows, view.columns}, logits.scalar_type());
-    if (view.rows == 0) return grad;
-    const A* totals = summary.const_data_ptr<A>();
-    const int64_t bytes = view.rows * view.columns * static_cast<int64_t>(logits.element_size());
-    const BackwardRows<A> args{view,
-                               {trade_off, 1.0, eps},
-                               *grad_loss.const_data_ptr<A>(),
-                               row_stats.const_data_ptr<A>(),
-                               nullptr,
-                               totals[kConfidenceSum],
-                               totals[kMarginalWeightSum],
-                               grad.mutable_data_ptr(),
-                               bytes >= tuning::kStreamBytes};
-    ueo_backward<A>(ueo_loops<A>(capability()), args, marginal.const_data_ptr<A>(),
-                    threads_for(view));
-    return grad;
+    return gradient<A>(*grad_loss.const_data_ptr<A>(), logits, summary, marginal, row_stats,
+                       trade_off, eps);
   });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ueo_loss_and_grad(
+    const Tensor& any_logits, const std::optional<Tensor>& confidence,
+    const std::optional<Tensor>& marginal_weights, double trade_off, double confidence_scale,
+    double eps) {
+  const Tensor logits = with_adjacent_columns(any_logits);
+  const auto forward =
+      ueo_loss_forward(logits, confidence, marginal_weights, trade_off, confidence_scale, eps);
+  Tensor grad = with_compute_type(storage_of(logits), [&](auto type) {
+    return gradient<decltype(type)>(1, logits, std::get<1>(forward), std::get<2>(forward),
+                                    std::get<3>(forward), trade_off, eps);
+  });
+  return {std::get<0>(forward), std::get<1>(forward), std::get<2>(forward), grad};
 }
 
 Tensor max_softmax_cpu(const Tensor& any_logits, double scale) {
@@ -165,6 +126,7 @@ int64_t cpu_capability() { return static_cast<int64_t>(capability()); }
 STABLE_TORCH_LIBRARY_IMPL(ueo_fast, CPU, m) {
   m.impl("ueo_loss_forward", TORCH_BOX(&ueo_loss_forward));
   m.impl("ueo_loss_backward", TORCH_BOX(&ueo_loss_backward));
+  m.impl("ueo_loss_and_grad", TORCH_BOX(&ueo_loss_and_grad));
   m.impl("max_softmax", TORCH_BOX(&max_softmax_cpu));
 }
 

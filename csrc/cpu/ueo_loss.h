@@ -4,47 +4,10 @@
 
 #include <cstdint>
 
+#include "../ueo_loss.h"
 #include "capability.h"
 
 namespace ueo_fast::cpu {
-
-enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
-
-// Options shared by all rows.
-struct UeoOptions {
-  double trade_off = 1.0;         // lambda
-  double confidence_scale = 1.0;  // multiplies the logits before the internal confidence
-  double eps = 0.0;               // added inside every logarithm
-};
-
-// (rows, columns) logits; the elements of a row are adjacent, rows are row_stride elements apart.
-struct LogitsView {
-  const void* data;
-  Storage storage;
-  int64_t rows;
-  int64_t columns;
-  int64_t row_stride;
-};
-
-// One row of what forward keeps for backward; kRowStats numbers of the compute type.
-enum RowStat : int64_t {
-  kRowMax,      // max_c z_ic
-  kRowSum,      // sum_c exp(z_ic - max)
-  kRowMeanLog,  // mean under p of log2(exp(z - max)); with eps, of log(p + eps) + p / (p + eps)
-  kRowConfidence,      // w_i, up to the scale of a given w
-  kRowMarginalWeight,  // v_i, up to a scale
-  kRowStats
-};
-
-// What the batch sums up to; kSummary numbers of the compute type.
-enum Summary : int64_t {
-  kConditionalEntropy,  // sum_i a_i H_i
-  kMarginalEntropy,     // H(q)
-  kMeanConfidence,      // sum_i w_i / B
-  kConfidenceSum,       // sum_i of kRowConfidence
-  kMarginalWeightSum,   // sum_i of kRowMarginalWeight
-  kSummary
-};
 
 // Partial sums of one block of rows.
 struct BlockSums {

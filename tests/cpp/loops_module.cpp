@@ -15,6 +15,7 @@
 #include "ueo_loss_driver.h"
 
 namespace py = pybind11;
+using namespace ueo_fast;
 using namespace ueo_fast::cpu;
 
 namespace {

@@ -6,16 +6,17 @@ docs/math.md, "Where the gradient is computed", has the measurement.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ueo_fast import _extension
+from ueo_fast import _extension, backends
 from ueo_fast.reference import compute_dtype
 
-ROW_STATS = 5  # csrc/cpu/ueo_loss.h, enum RowStat
-SUMMARY = 5  # csrc/cpu/ueo_loss.h, enum Summary
+ROW_STATS = 5  # csrc/ueo_loss.h, enum RowStat
+SUMMARY = 5  # csrc/ueo_loss.h, enum Summary
 
 
 def _forward_fake(
@@ -48,17 +49,74 @@ def _backward_fake(
     return logits.new_empty(logits.shape)
 
 
+def _loss_and_grad_fake(
+    logits: Tensor,
+    confidence: Tensor | None,
+    marginal_weights: Tensor | None,
+    trade_off: float,
+    confidence_scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, summary, marginal, _ = _forward_fake(
+        logits, confidence, marginal_weights, trade_off, confidence_scale, eps
+    )
+    return loss, summary, marginal, logits.new_empty(logits.shape)
+
+
 def _max_softmax_fake(logits: Tensor, scale: float) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=compute_dtype(logits.dtype))
 
 
+FAKES: dict[str, Callable[..., Any]] = {
+    "ueo_loss_forward": _forward_fake,
+    "ueo_loss_backward": _backward_fake,
+    "ueo_loss_and_grad": _loss_and_grad_fake,
+    "max_softmax": _max_softmax_fake,
+}
+"""Shapes and dtypes of what each op returns; their signatures are those of csrc/library.cpp."""
+
 if _extension.cpu_error is None:
-    torch.library.register_fake("ueo_fast::ueo_loss_forward", _forward_fake)
-    torch.library.register_fake("ueo_fast::ueo_loss_backward", _backward_fake)
-    torch.library.register_fake("ueo_fast::max_softmax", _max_softmax_fake)
+    for _name, _fake in FAKES.items():
+        torch.library.register_fake(f"ueo_fast::{_name}", _fake)
+
+
+def define_in_python(namespace: str, kernels: Callable[[str], Callable[..., Any]]) -> None:
+    """The same ops below ``torch.ops.<namespace>``, computed by ``kernels(name)(*arguments)``.
+
+    ``kernels`` is called when an op runs, not before.
+    """
+
+    def kernel(name: str) -> Callable[..., Any]:
+        return lambda *arguments: kernels(name)(*arguments)
+
+    library = torch.library.Library(namespace, "DEF")
+    _libraries.append(library)  # an op lives as long as its library
+    for name, fake in FAKES.items():
+        library.define(name + torch.library.infer_schema(fake, mutates_args=()))
+        library.impl(name, kernel(name), "CUDA")
+        library.impl(name, kernel(name), "CPU")
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+
+
+_libraries: list[torch.library.Library] = []
+
+
+def _triton_kernels(name: str) -> Callable[..., Any]:
+    from ueo_fast.triton import ueo_loss  # imports triton: only once an op of it runs
+
+    kernels: dict[str, Callable[..., Any]] = ueo_loss.KERNELS
+    return kernels[name]
+
+
+define_in_python("ueo_fast_triton", _triton_kernels)
+
+
+def _ops(backend: str) -> Any:
+    return getattr(torch.ops, backends.COMPILED[backend].namespace)
 
 
 def forward(
+    backend: str,
     logits: Tensor,
     confidence: Tensor | None,
     marginal_weights: Tensor | None,
@@ -67,12 +125,13 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss without autograd: loss, summary (5,), marginal (C,), row statistics (B, 5)."""
-    return torch.ops.ueo_fast.ueo_loss_forward(
+    return _ops(backend).ueo_loss_forward(
         logits, confidence, marginal_weights, trade_off, confidence_scale, eps
     )
 
 
 def backward(
+    backend: str,
     grad_loss: Tensor,
     logits: Tensor,
     summary: Tensor,
@@ -82,14 +141,29 @@ def backward(
     eps: float,
 ) -> Tensor:
     """The gradient (B, C) in the logits' dtype, from what :func:`forward` returned."""
-    return torch.ops.ueo_fast.ueo_loss_backward(
+    return _ops(backend).ueo_loss_backward(
         grad_loss, logits, summary, marginal, row_stats, trade_off, eps
     )
 
 
-def max_softmax(logits: Tensor, scale: float) -> Tensor:
+def loss_and_grad(
+    backend: str,
+    logits: Tensor,
+    confidence: Tensor | None,
+    marginal_weights: Tensor | None,
+    trade_off: float,
+    confidence_scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, summary (5,), marginal (C,), and the gradient (B, C) for an upstream gradient of 1."""
+    return _ops(backend).ueo_loss_and_grad(
+        logits, confidence, marginal_weights, trade_off, confidence_scale, eps
+    )
+
+
+def max_softmax(backend: str, logits: Tensor, scale: float) -> Tensor:
     """max_c softmax(scale * logits)_c, (B,), without autograd."""
-    return torch.ops.ueo_fast.max_softmax(logits, scale)
+    return _ops(backend).max_softmax(logits, scale)
 
 
 class UEOLossFunction(torch.autograd.Function):
@@ -102,6 +176,7 @@ class UEOLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         logits: Tensor,
         confidence: Tensor | None,
         marginal_weights: Tensor | None,
@@ -111,9 +186,10 @@ class UEOLossFunction(torch.autograd.Function):
         return_stats: bool,
     ) -> Any:
         loss, summary, marginal, row_stats = forward(
-            logits, confidence, marginal_weights, trade_off, confidence_scale, eps
+            backend, logits, confidence, marginal_weights, trade_off, confidence_scale, eps
         )
         ctx.save_for_backward(logits, summary, marginal, row_stats)
+        ctx.backend = backend
         ctx.options = (trade_off, eps)
         if not return_stats:
             return loss
@@ -127,9 +203,10 @@ class UEOLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 6
         if grad_loss is None:  # the loss is not part of what is differentiated
-            return None, *nothing
+            return None, None, *nothing
         compute = _OnceDifferentiable.apply if torch.is_grad_enabled() else backward
-        return compute(grad_loss, *ctx.saved_tensors, *ctx.options), *nothing
+        grad = compute(ctx.backend, grad_loss, *ctx.saved_tensors, *ctx.options)
+        return None, grad, *nothing
 
 
 class _OnceDifferentiable(torch.autograd.Function):

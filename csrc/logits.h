@@ -1,0 +1,79 @@
+// From tensors to what kernels take: storage types, views, weights. The same on every device.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "checks.h"
+#include "ueo_loss.h"
+
+namespace ueo_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Storage storage_of(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::kFloat;
+    case ScalarType::Double:
+      return Storage::kDouble;
+    case ScalarType::Half:
+      return Storage::kHalf;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "ueo_fast: logits must be float64, float32, float16 or bfloat16");
+  }
+}
+
+// Logits whose rows are not adjacent elements are copied once: gathering them in the loops, a
+// cache line per element, takes three times as long.
+inline Tensor with_adjacent_columns(const Tensor& logits) {
+  check_logits(logits);
+  const bool adjacent = logits.stride(1) == 1 || logits.size(1) == 1;
+  return adjacent ? logits : torch::stable::contiguous(logits);
+}
+
+inline LogitsView view_of(const Tensor& logits) {
+  return {logits.const_data_ptr(), storage_of(logits), logits.size(0), logits.size(1),
+          logits.stride(0)};
+}
+
+// The compute type's version of a function template, chosen by the logits.
+template <class F>
+auto with_compute_type(Storage storage, F&& f) {
+  return storage == Storage::kDouble ? f(double{}) : f(float{});
+}
+
+template <class A>
+constexpr ScalarType kComputeDtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+
+template <class A>
+const A* optional_weights(const std::optional<Tensor>& weights, std::optional<Tensor>& contiguous,
+                          int64_t rows, const char* name) {
+  if (!weights) return nullptr;
+  check_vector(*weights, rows, name, kComputeDtype<A>);
+  contiguous = torch::stable::contiguous(*weights);
+  return contiguous->template const_data_ptr<A>();
+}
+
+// Refuses what a backward pass would read beyond its end.
+inline void check_saved(const Tensor& logits, const Tensor& grad_loss, const Tensor& summary,
+                        const Tensor& marginal, const Tensor& row_stats) {
+  const ScalarType dtype = logits.scalar_type() == ScalarType::Double ? ScalarType::Double
+                                                                      : ScalarType::Float;
+  STD_TORCH_CHECK(grad_loss.dim() == 0 && grad_loss.scalar_type() == dtype,
+                  "ueo_fast: grad_loss must be 0-d with the dtype of the loss");
+  check_vector(summary, kSummary, "summary", dtype);
+  check_vector(marginal, logits.size(1), "marginal", dtype);
+  STD_TORCH_CHECK(row_stats.dim() == 2 && row_stats.size(0) == logits.size(0) &&
+                      row_stats.size(1) == kRowStats && row_stats.scalar_type() == dtype &&
+                      row_stats.is_contiguous() && summary.is_contiguous() &&
+                      marginal.is_contiguous(),
+                  "ueo_fast: row_stats, summary and marginal must be those of ueo_loss_forward");
+}
+
+}  // namespace ueo_fast

@@ -1,0 +1,47 @@
+// What the loss is told and what it keeps, the same on every device. No torch header. Steps are those
+// of docs/math.md.
+#pragma once
+
+#include <cstdint>
+
+namespace ueo_fast {
+
+enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
+
+// Options shared by all rows.
+struct UeoOptions {
+  double trade_off = 1.0;         // lambda
+  double confidence_scale = 1.0;  // multiplies the logits before the internal confidence
+  double eps = 0.0;               // added inside every logarithm
+};
+
+// (rows, columns) logits; the elements of a row are adjacent, rows are row_stride elements apart.
+struct LogitsView {
+  const void* data;
+  Storage storage;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+};
+
+// One row of what forward keeps for backward; kRowStats numbers of the compute type.
+enum RowStat : int64_t {
+  kRowMax,      // max_c z_ic
+  kRowSum,      // sum_c exp(z_ic - max)
+  kRowMeanLog,  // mean under p of log2(exp(z - max)); with eps, of log(p + eps) + p / (p + eps)
+  kRowConfidence,      // w_i, up to the scale of a given w
+  kRowMarginalWeight,  // v_i, up to a scale
+  kRowStats
+};
+
+// What the batch sums up to; kSummary numbers of the compute type.
+enum Summary : int64_t {
+  kConditionalEntropy,  // sum_i a_i H_i
+  kMarginalEntropy,     // H(q)
+  kMeanConfidence,      // sum_i w_i / B
+  kConfidenceSum,       // sum_i of kRowConfidence
+  kMarginalWeightSum,   // sum_i of kRowMarginalWeight
+  kSummary
+};
+
+}  // namespace ueo_fast

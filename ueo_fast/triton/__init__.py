@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs: a machine without our CUDA library, or ROCm."""
