@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+SOURCES := CMakeLists.txt $(foreach end,h cpp cu cuh,$(wildcard csrc/*.$(end) csrc/*/*.$(end)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench wheel clean
+.PHONY: help demo test test-all lint bench bench-gpu wheel clean always
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,7 +25,13 @@ help: ## list the targets
 	  --no-build-isolation -e ".[dev]"
 	@touch $@
 
-ueo_fast/_cpu.so: $(SOURCES) | .venv/.installed
+# Another wish (`make CUDA=0 setup`, say) is a reason to build again; written only where it changed.
+build/wish: always
+	@mkdir -p build; wish='$(CUDA) $(CUDACXX) $(UEO_FAST_CUDA_ARCHITECTURES)'; \
+	  test "$$(cat $@ 2>/dev/null)" = "$$wish" || echo "$$wish" > $@
+
+# Stands for _cuda.so as well, which is not built everywhere.
+ueo_fast/_cpu.so: $(SOURCES) build/wish | .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
@@ -49,9 +55,13 @@ lint: setup ## formatting, lint and types
 bench: setup ## measure the loss; writes benchmarks/results/*.csv and the pictures in docs/
 	$(BIN)/python -m benchmarks
 
+bench-gpu: ## on a machine with a GPU: build, test, sanitise and measure (benchmarks/gpu.sh)
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+
 wheel: setup ## dist/ueo_fast-*-py3-none-<platform>.whl
 	rm -rf build/lib* build/bdist*  # setuptools would ship what was deleted since the last build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w dist .
 
 clean: ## remove the environment and everything that was built
-	rm -rf .venv build dist *.egg-info ueo_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info ueo_fast/*.so ueo_fast/_cuda.json \
+	  .pytest_cache .mypy_cache .ruff_cache .hypothesis

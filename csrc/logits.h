@@ -51,6 +51,11 @@ auto with_compute_type(Storage storage, F&& f) {
 template <class A>
 constexpr ScalarType kComputeDtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
 
+// Of everything that is computed from the logits.
+inline ScalarType dtype_of(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 template <class A>
 const A* optional_weights(const std::optional<Tensor>& weights, std::optional<Tensor>& contiguous,
                           int64_t rows, const char* name) {
@@ -63,8 +68,7 @@ const A* optional_weights(const std::optional<Tensor>& weights, std::optional<Te
 // Refuses what a backward pass would read beyond its end.
 inline void check_saved(const Tensor& logits, const Tensor& grad_loss, const Tensor& summary,
                         const Tensor& marginal, const Tensor& row_stats) {
-  const ScalarType dtype = logits.scalar_type() == ScalarType::Double ? ScalarType::Double
-                                                                      : ScalarType::Float;
+  const ScalarType dtype = dtype_of(logits);
   STD_TORCH_CHECK(grad_loss.dim() == 0 && grad_loss.scalar_type() == dtype,
                   "ueo_fast: grad_loss must be 0-d with the dtype of the loss");
   check_vector(summary, kSummary, "summary", dtype);

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.metadata
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -50,23 +51,30 @@ def is_triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.lru_cache(maxsize=1)
 def _triton_error() -> str | None:
-    try:
-        triton = importlib.import_module("triton")
-    except ImportError as error:
-        return f"Triton cannot be imported ({error}): pip install triton"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < OLDEST_TRITON:
-        oldest = ".".join(map(str, OLDEST_TRITON))
-        return f"Triton {triton.__version__} is older than {oldest}: pip install -U triton"
+    """Why Triton cannot be used; found out without importing it, which takes a while."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    for distribution in ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton"):
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+            oldest = ".".join(map(str, OLDEST_TRITON))
+            return f"Triton {version} is older than {oldest}: pip install -U {distribution}"
+        break
     return None
+
+
+triton_error: str | None = _triton_error()
+"""Why Triton is not there; None if it is. A constant, so that torch.compile can follow."""
 
 
 def _library_error(backend: str) -> str | None:
     """Why the code of ``backend`` is not there, whatever the device; None if it is."""
     if backend == "triton":
-        return _triton_error()
+        return triton_error
     if backend == "cuda":
         return _extension.cuda_error
     return _extension.cpu_error if backend == "cpp" else None
@@ -82,6 +90,11 @@ def _device_error(backend: str, index: int) -> str | None:
         return None
     oldest, found = (".".join(map(str, version)) for version in (OLDEST_GPU, capability))
     return f"it needs a GPU of compute capability {oldest} or newer, cuda:{index} has {found}"
+
+
+# What torch.compiler.assume_constant_result does, without importing the whole compiler for it: a
+# graph need not know how the answer was found.
+_device_error._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unavailable_reason(backend: str) -> str | None:

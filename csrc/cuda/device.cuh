@@ -1,0 +1,84 @@
+// What kernels use of CUDA, by name. Compiled by nvcc these are CUDA's own; compiled by a host
+// compiler they come from tests/cpp/cuda_host, with a thread of control per CUDA thread. Kernels
+// include nothing of CUDA but this file.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
+
+#define UEO_FAST_KERNEL __global__ void
+
+namespace ueo_fast::cuda {
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+// The block's shared memory, 16-byte aligned; its size is part of the launch.
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+
+// Waits for every thread of the grid (a cooperative launch); what they wrote is then visible.
+__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+
+// Starts to copy 16 bytes, both addresses aligned to 16, past the registers. The copy is visible to
+// the thread that started it once the thread has waited for it, to others after a barrier that
+// follows the wait.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  __pipeline_memcpy_async(shared, global, 16);
+}
+// Closes a group of the thread's copies.
+__device__ __forceinline__ void copies_commit() { __pipeline_commit(); }
+// Waits until at most the last kPending groups of the thread's copies are under way.
+template <int kPending>
+__device__ __forceinline__ void copies_wait_prior() {
+  __pipeline_wait_prior(kPending);
+}
+// Waits for all of the thread's copies.
+__device__ __forceinline__ void copies_wait() {
+  copies_commit();
+  copies_wait_prior<0>();
+}
+
+// A 16-byte store that will not be read again soon: first to leave the cache.
+__device__ __forceinline__ void store_streaming(uint4* global, uint4 value) {
+  __stcs(global, value);
+}
+
+__device__ __forceinline__ float to_compute(float x) { return x; }
+__device__ __forceinline__ double to_compute(double x) { return x; }
+__device__ __forceinline__ float to_compute(Half x) { return __half2float(x); }
+__device__ __forceinline__ float to_compute(BFloat16 x) { return __bfloat162float(x); }
+
+// Rounds to nearest even.
+template <class T>
+__device__ __forceinline__ T to_storage(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else if constexpr (std::is_same_v<T, Half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+template <class T>
+__device__ __forceinline__ T to_storage(double x) {
+  return x;
+}
+
+}  // namespace ueo_fast::cuda
+
+#else
+
+#include "host_device.h"
+
+#endif

@@ -1,0 +1,62 @@
+// What glue needs of the GPU that a tensor is on. Host code of the libraries' glue only.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <mutex>
+#include <optional>
+
+#include "launch.h"
+
+namespace ueo_fast::cuda {
+
+inline void check(int error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "ueo_fast: CUDA error ", error, ": ",
+                  cudaGetErrorString(static_cast<cudaError_t>(error)));
+}
+
+inline int attribute_of(int index, cudaDeviceAttr attribute) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, index));
+  return value;
+}
+
+// Asked once per GPU: an attribute takes longer than a launch.
+inline const Device& device_of(int index) {
+  constexpr int kMost = 64;
+  static std::array<std::optional<Device>, kMost> devices;
+  static std::mutex mutex;
+  STD_TORCH_CHECK(index >= 0 && index < kMost, "ueo_fast: no GPU number ", index, " is expected");
+  const std::lock_guard lock(mutex);
+  std::optional<Device>& device = devices[static_cast<size_t>(index)];
+  if (!device) {
+    device = Device{attribute_of(index, cudaDevAttrMultiProcessorCount),
+                    attribute_of(index, cudaDevAttrMaxThreadsPerMultiProcessor),
+                    attribute_of(index, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                    attribute_of(index, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                    attribute_of(index, cudaDevAttrL2CacheSize),
+                    attribute_of(index, cudaDevAttrCooperativeLaunch) != 0};
+  }
+  return *device;
+}
+
+// Makes the tensor's GPU the current one, for as long as it lives; its properties and PyTorch's
+// current stream on it.
+struct OnGpuOf {
+  int index;
+  torch::stable::accelerator::DeviceGuard guard;
+  const Device& device;
+  void* stream = nullptr;
+
+  explicit OnGpuOf(const torch::stable::Tensor& tensor)
+      : index(tensor.get_device_index()), guard(index), device(device_of(index)) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  }
+};
+
+}  // namespace ueo_fast::cuda

@@ -1,0 +1,195 @@
+// The loss's CUDA ops: tensors in, tensors out, around the kernels. Nothing here waits for the GPU.
+#include "ueo_loss.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "../interface.h"
+#include "../logits.h"
+#include "../tensors.h"
+#include "gpu.h"
+
+namespace ueo_fast::cuda {
+namespace {
+
+// Calls f with the storage type as a template argument.
+template <class F>
+int with_storage(Storage storage, F&& f) {
+  switch (storage) {
+    case Storage::kFloat:
+      return f.template operator()<Storage::kFloat>();
+    case Storage::kDouble:
+      return f.template operator()<Storage::kDouble>();
+    case Storage::kHalf:
+      return f.template operator()<Storage::kHalf>();
+    default:
+      return f.template operator()<Storage::kBFloat16>();
+  }
+}
+
+Tensor checked(const Tensor& any_logits) {
+  const Tensor logits = with_adjacent_columns(any_logits);
+  STD_TORCH_CHECK(logits.size(1) <= std::numeric_limits<int>::max() / 2,
+                  "ueo_fast: the CUDA kernels take up to 2^30 classes, got ", logits.size(1));
+  return logits;
+}
+
+void check_same_gpu(const Tensor& logits, const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == logits.get_device_index(),
+                  "ueo_fast: ", name, " must be on the logits' GPU");
+}
+
+// Outputs and inputs of a forward pass; owns what the call points to.
+struct Forward {
+  Tensor loss;
+  Tensor summary;
+  Tensor marginal;
+  std::optional<Tensor> row_stats;
+  std::optional<Tensor> confidence;
+  std::optional<Tensor> marginal_weights;
+  std::optional<Tensor> workspace;
+  ForwardCall call;
+
+  template <class A>
+  static const A* given(const Tensor& logits, const std::optional<Tensor>& weights,
+                        std::optional<Tensor>& contiguous, const char* name) {
+    if (weights) check_same_gpu(logits, *weights, name);
+    return optional_weights<A>(weights, contiguous, logits.size(0), name);
+  }
+
+  Forward(const Tensor& logits, const std::optional<Tensor>& w, const std::optional<Tensor>& v,
+          const UeoOptions& options, int64_t workspace_bytes, bool keeps_rows)
+      : loss(empty<0>(logits, {}, dtype_of(logits))),
+        summary(empty<1>(logits, {kSummary}, dtype_of(logits))),
+        marginal(empty<1>(logits, {logits.size(1)}, dtype_of(logits))) {
+    call.logits = view_of(logits);
+    call.options = options;
+    with_compute_type(call.logits.storage, [&](auto type) {
+      using A = decltype(type);
+      call.confidence = given<A>(logits, w, confidence, "confidence");
+      call.marginal_weights = given<A>(logits, v, marginal_weights, "marginal_weights");
+    });
+    if (keeps_rows) row_stats = empty<2>(logits, {logits.size(0), kRowStats}, dtype_of(logits));
+    call.loss = loss.mutable_data_ptr();
+    call.summary = summary.mutable_data_ptr();
+    call.marginal = marginal.mutable_data_ptr();
+    call.row_stats = row_stats ? row_stats->mutable_data_ptr() : nullptr;
+    if (logits.size(0) == 0) {
+      torch::stable::zero_(loss);
+      torch::stable::zero_(summary);
+      torch::stable::zero_(marginal);
+      return;
+    }
+    workspace = empty<1>(logits, {workspace_bytes}, ScalarType::Byte);
+    call.workspace = workspace->mutable_data_ptr();
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& any_logits,
+                                                   const std::optional<Tensor>& confidence,
+                                                   const std::optional<Tensor>& marginal_weights,
+                                                   double trade_off, double confidence_scale,
+                                                   double eps) {
+  const Tensor logits = checked(any_logits);
+  const OnGpuOf gpu(logits);
+  const LogitsView view = view_of(logits);
+  const Forward forward(logits, confidence, marginal_weights, {trade_off, confidence_scale, eps},
+                        forward_workspace(gpu.device, view), true);
+  if (view.rows > 0) {
+    check(with_storage(view.storage, [&]<Storage storage>() {
+      return ueo_forward<storage>(gpu.device, gpu.stream, forward.call);
+    }));
+  }
+  return {forward.loss, forward.summary, forward.marginal, *forward.row_stats};
+}
+
+// grad_loss: null for 1.
+Tensor gradient(const OnGpuOf& gpu, const Tensor& logits, const void* grad_loss,
+                const Tensor& summary, const Tensor& marginal, const Tensor& row_stats,
+                double trade_off, double eps) {
+  const LogitsView view = view_of(logits);
+  Tensor grad = empty<2>(logits, {view.rows, view.columns}, logits.scalar_type());
+  if (view.rows == 0) return grad;
+  const BackwardCall call{view,
+                          {trade_off, 1.0, eps},
+                          grad_loss,
+                          summary.const_data_ptr(),
+                          marginal.const_data_ptr(),
+                          row_stats.const_data_ptr(),
+                          grad.mutable_data_ptr()};
+  check(with_storage(view.storage, [&]<Storage storage>() {
+    return ueo_backward<storage>(gpu.device, gpu.stream, call);
+  }));
+  return grad;
+}
+
+Tensor backward(const Tensor& grad_loss, const Tensor& any_logits, const Tensor& summary,
+                const Tensor& marginal, const Tensor& row_stats, double trade_off, double eps) {
+  const Tensor logits = checked(any_logits);
+  check_saved(logits, grad_loss, summary, marginal, row_stats);
+  check_same_gpu(logits, grad_loss, "grad_loss");
+  check_same_gpu(logits, row_stats, "row_stats");
+  check_same_gpu(logits, summary, "summary");
+  check_same_gpu(logits, marginal, "marginal");
+  const OnGpuOf gpu(logits);
+  return gradient(gpu, logits, grad_loss.const_data_ptr(), summary, marginal, row_stats, trade_off,
+                  eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_grad(
+    const Tensor& any_logits, const std::optional<Tensor>& confidence,
+    const std::optional<Tensor>& marginal_weights, double trade_off, double confidence_scale,
+    double eps) {
+  const Tensor logits = checked(any_logits);
+  const OnGpuOf gpu(logits);
+  const LogitsView view = view_of(logits);
+  if (view.rows == 0 || !one_pass_of(gpu.device, view).fits) {
+    // The workspace of forward is free again before the gradient is allocated.
+    const auto all = forward(logits, confidence, marginal_weights, trade_off, confidence_scale, eps);
+    const auto& [loss, summary, marginal, row_stats] = all;
+    return {loss, summary, marginal,
+            gradient(gpu, logits, nullptr, summary, marginal, row_stats, trade_off, eps)};
+  }
+  const Forward one_pass(logits, confidence, marginal_weights, {trade_off, confidence_scale, eps},
+                         one_pass_workspace(gpu.device, view), false);
+  Tensor grad = empty<2>(logits, {view.rows, view.columns}, logits.scalar_type());
+  check(with_storage(view.storage, [&]<Storage storage>() {
+    return ueo_one_pass<storage>(gpu.device, gpu.stream, one_pass.call, grad.mutable_data_ptr());
+  }));
+  return {one_pass.loss, one_pass.summary, one_pass.marginal, grad};
+}
+
+Tensor max_softmax_cuda(const Tensor& any_logits, double scale) {
+  const Tensor logits = checked(any_logits);
+  const OnGpuOf gpu(logits);
+  const LogitsView view = view_of(logits);
+  Tensor out = empty<1>(logits, {view.rows}, dtype_of(logits));
+  if (view.rows > 0) {
+    check(with_storage(view.storage, [&]<Storage storage>() {
+      return max_softmax<storage>(gpu.device, gpu.stream, view, scale, out.mutable_data_ptr());
+    }));
+  }
+  return out;
+}
+
+int64_t cuda_interface_number() { return kInterface; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ueo_fast, CUDA, m) {
+  m.impl("ueo_loss_forward", TORCH_BOX(&forward));
+  m.impl("ueo_loss_backward", TORCH_BOX(&backward));
+  m.impl("ueo_loss_and_grad", TORCH_BOX(&loss_and_grad));
+  m.impl("max_softmax", TORCH_BOX(&max_softmax_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ueo_fast, CompositeExplicitAutograd, m) {
+  m.impl("cuda_interface_number", TORCH_BOX(&cuda_interface_number));
+}
+
+}  // namespace ueo_fast::cuda
