@@ -10,8 +10,38 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Read when triton.jit decorates a kernel, so before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import cuda_host_build  # noqa: E402
+from loss_backends import CUDA_HOST, LossBackend, spared_reason  # noqa: E402
+
+from ueo_fast import backends  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _loss_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the ``backend`` of a test known to the library, or skips what it is spared."""
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+    backend = parameters.get("backend")
+    if not isinstance(backend, LossBackend):
+        return
+    reason = spared_reason(backend, request.node.nodeid, *parameters.values())
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    if backend == CUDA_HOST.name:
+        monkeypatch.setitem(backends.COMPILED, CUDA_HOST.name, CUDA_HOST)
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host() -> ModuleType:
+    """The pybind11 module that runs the CUDA kernels on the host; built by g++ on first use."""
+    return cuda_host_build.cuda_on_host()
 
 
 @pytest.fixture(scope="session")

@@ -8,46 +8,53 @@ import textwrap
 
 import pytest
 import torch
+from loss_backends import BACKENDS, COMPILED
 from torch import nn
 from truth import assert_exact
 
 from ueo_fast import ueo_loss, ueo_loss_and_grad
 
-BACKENDS = ("cpp", "reference")
 
-
-def make_logits(dtype=torch.float32, rows=60, columns=37):
+def make_logits(backend=None, dtype=torch.float32, rows=60, columns=37):
     generator = torch.Generator().manual_seed(0)
-    return (3 * torch.randn(rows, columns, generator=generator)).to(dtype).requires_grad_()
+    logits = 3 * torch.randn(rows, columns, generator=generator)
+    return logits.to(dtype).to("cpu" if backend is None else backend.device).requires_grad_()
+
+
+def true_grad(logits):
+    return ueo_loss_and_grad(logits, backend="reference")[1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("upstream", [0.0, -1.0, 1e-20, 3.7, 1e20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_any_upstream_gradient(dtype, upstream, backend):
-    logits = make_logits(dtype)
+    logits = make_logits(backend, dtype)
     (grad,) = torch.autograd.grad(upstream * ueo_loss(logits, backend=backend), logits)
-    assert_exact(ueo_loss(logits.detach()), grad, logits, upstream=upstream)
+    assert_exact(ueo_loss(logits.detach(), backend=backend), grad, logits, upstream=upstream)
 
 
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("options", [{}, {"eps": 1e-5, "trade_off": -0.3}], ids=str)
-def test_gradcheck_of_the_kernel(options):
-    logits = make_logits(torch.float64, rows=6, columns=19)
+def test_gradcheck_of_the_kernel(options, backend):
+    logits = make_logits(backend, torch.float64, rows=6, columns=19)
     # The confidence is a constant of the method: hold it, or finite differences would see it.
-    confidence = torch.rand(6, dtype=torch.float64) + 0.1
+    confidence = torch.rand(6, dtype=torch.float64, device=backend.device) + 0.1
 
     def loss(z):
-        return ueo_loss(z, confidence, backend="cpp", **options)
+        return ueo_loss(z, confidence, backend=backend, **options)
 
     assert torch.autograd.gradcheck(loss, (logits,))
 
 
-def test_half_gradient_is_scaled_before_it_is_rounded():
-    logits = make_logits(torch.float16, rows=4096)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_gradient_is_scaled_before_it_is_rounded(backend):
+    logits = make_logits(backend, torch.float16, rows=4096)
     scale = 65536.0
-    (scaled,) = torch.autograd.grad(scale * ueo_loss(logits), logits)
-    (plain,) = torch.autograd.grad(ueo_loss(logits), logits)
-    assert_exact(ueo_loss(logits.detach()), scaled, logits, upstream=scale)
+    loss = ueo_loss(logits, backend=backend)
+    (plain,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (scaled,) = torch.autograd.grad(scale * loss, logits)
+    assert_exact(loss.detach(), scaled, logits, upstream=scale)
     # Without the scale most of this gradient is below float16's range: the test has teeth.
     lost = (plain == 0) & (scaled != 0)
     assert lost.sum() > 0.05 * lost.numel()
@@ -55,27 +62,27 @@ def test_half_gradient_is_scaled_before_it_is_rounded():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_backward_calls_with_retain_graph(backend):
-    logits = make_logits()
+    logits = make_logits(backend)
     loss = ueo_loss(logits, backend=backend)
     loss.backward(retain_graph=True)
     first = logits.grad
     snapshot = first.clone()
     first.mul_(7)  # somebody else holds and changes what the first call returned
     logits.grad = None
-    loss.backward(torch.tensor(-2.0))
+    loss.backward(torch.tensor(-2.0, device=backend.device))
     torch.testing.assert_close(logits.grad, -2 * snapshot)
     assert torch.equal(first, 7 * snapshot)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sum_with_other_losses(backend):
-    logits = make_logits(torch.float64)
-    target = torch.arange(60) % 37
+    logits = make_logits(backend, torch.float64)
+    target = torch.arange(60, device=backend.device) % 37
     loss = 0.3 * ueo_loss(logits, backend=backend) + nn.functional.cross_entropy(logits, target)
     (grad,) = torch.autograd.grad(loss + ueo_loss(logits * 2, backend=backend), logits)
     parts = [
-        0.3 * ueo_loss_and_grad(logits)[1],
-        2 * ueo_loss_and_grad(logits * 2)[1],
+        0.3 * true_grad(logits),
+        2 * true_grad(logits * 2),
         torch.autograd.grad(nn.functional.cross_entropy(logits, target), logits)[0],
     ]
     torch.testing.assert_close(grad, sum(parts))
@@ -83,15 +90,15 @@ def test_sum_with_other_losses(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_stride_upstream_gradient(backend):
-    logits = make_logits()
+    logits = make_logits(backend)
     losses = ueo_loss(logits, backend=backend).expand(5)
-    (grad,) = torch.autograd.grad(losses, logits, torch.ones(1).expand(5))
-    torch.testing.assert_close(grad, 5 * ueo_loss_and_grad(logits)[1])
+    (grad,) = torch.autograd.grad(losses, logits, torch.ones(1, device=backend.device).expand(5))
+    torch.testing.assert_close(grad, 5 * true_grad(logits))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_is_tracked_without_grad(backend):
-    logits = make_logits()
+    logits = make_logits(backend)
     expected = ueo_loss(logits, backend=backend).detach()
     with torch.no_grad():
         assert torch.equal(ueo_loss(logits, backend=backend), expected)
@@ -103,42 +110,47 @@ def test_nothing_is_tracked_without_grad(backend):
     assert not ueo_loss(logits.detach(), backend=backend).requires_grad
 
 
-def test_only_forward_runs_when_no_gradient_is_wanted():
+@pytest.mark.parametrize("backend", COMPILED)
+def test_only_forward_runs_when_no_gradient_is_wanted(backend):
     def ops_of(call):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             call()
-        return {event.key for event in profile.key_averages() if "ueo_fast::" in event.key}
+        return {event.key for event in profile.key_averages() if "::ueo_loss" in event.key}
 
-    logits = make_logits()
-    forward, backward = "ueo_fast::ueo_loss_forward", "ueo_fast::ueo_loss_backward"
-    assert ops_of(lambda: ueo_loss(logits.detach())) == {forward}
-    assert ops_of(lambda: ueo_loss(logits)) == {forward}  # forward of a graph: nothing of backward
-    assert ops_of(lambda: ueo_loss(logits).backward()) == {forward, backward}
+    logits = make_logits(backend)
+    forward, backward = backend.ops.ueo_loss_forward, backend.ops.ueo_loss_backward
+    forward, backward = str(forward).replace(".", "::"), str(backward).replace(".", "::")
+    assert ops_of(lambda: ueo_loss(logits.detach(), backend=backend)) == {forward}
+    # Forward of a graph: nothing of backward.
+    assert ops_of(lambda: ueo_loss(logits, backend=backend)) == {forward}
+    assert ops_of(lambda: ueo_loss(logits, backend=backend).backward()) == {forward, backward}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_can_be_written_and_are_not_differentiated(backend):
-    logits = make_logits()
+    logits = make_logits(backend)
     loss, stats = ueo_loss(logits, return_stats=True, backend=backend)
     stats.marginal.zero_()
     stats.conditional_entropy.fill_(5)
     loss.backward()
-    torch.testing.assert_close(logits.grad, ueo_loss_and_grad(logits)[1])
+    torch.testing.assert_close(logits.grad, true_grad(logits))
 
 
-def test_changing_the_logits_before_backward_is_an_error():
-    logits = make_logits()
+@pytest.mark.parametrize("backend", COMPILED)
+def test_changing_the_logits_before_backward_is_an_error(backend):
+    logits = make_logits(backend)
     product = logits * 1
-    loss = ueo_loss(product, backend="cpp")
+    loss = ueo_loss(product, backend=backend)
     product.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_double_backward_is_a_clear_error_and_the_reference_has_it():
-    logits = make_logits(torch.float64)
-    (grad,) = torch.autograd.grad(ueo_loss(logits, backend="cpp"), logits, create_graph=True)
-    assert torch.equal(grad, ueo_loss_and_grad(logits, backend="cpp")[1])
+@pytest.mark.parametrize("backend", COMPILED)
+def test_double_backward_is_a_clear_error_and_the_reference_has_it(backend):
+    logits = make_logits(backend, torch.float64)
+    (grad,) = torch.autograd.grad(ueo_loss(logits, backend=backend), logits, create_graph=True)
+    torch.testing.assert_close(grad, true_grad(logits))
     with pytest.raises(RuntimeError, match="differentiable once: use backend='reference'"):
         (grad**2).sum().backward()
     loss = ueo_loss(logits, backend="reference")
@@ -149,21 +161,21 @@ def test_double_backward_is_a_clear_error_and_the_reference_has_it():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_reaches_a_model_and_hooks(backend):
-    model = nn.Linear(8, 37)
+    model = nn.Linear(8, 37).to(backend.device)
     seen = []
-    output = model(torch.randn(60, 8))
+    output = model(torch.randn(60, 8, device=backend.device))
     output.register_hook(seen.append)
     ueo_loss(output, backend=backend).backward()
-    torch.testing.assert_close(seen[0], ueo_loss_and_grad(output)[1])
+    torch.testing.assert_close(seen[0], true_grad(output))
     assert model.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, backend):
-    model = nn.Linear(8, 37)
-    images = torch.randn(60, 8)
-    with torch.autocast("cpu", dtype=dtype):
+    model = nn.Linear(8, 37).to(backend.device)
+    images = torch.randn(60, 8, device=backend.device)
+    with torch.autocast(backend.device, dtype=dtype):
         logits = model(images)
         loss = ueo_loss(logits, backend=backend)
     assert logits.dtype == dtype
@@ -173,21 +185,22 @@ def test_autocast(dtype, backend):
     assert_exact(loss.detach(), logits.grad, logits.detach())
 
 
-def test_grad_scaler():
-    model = nn.Linear(8, 37)
-    images = torch.randn(60, 8)
-    ueo_loss(model(images)).backward()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grad_scaler(backend):
+    model = nn.Linear(8, 37).to(backend.device)
+    images = torch.randn(60, 8, device=backend.device)
+    ueo_loss(model(images), backend=backend).backward()
     expected = model.weight.grad.clone()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     optimizer.zero_grad()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    scaler.scale(ueo_loss(model(images))).backward()
+    scaler = torch.amp.GradScaler(backend.device, init_scale=2.0**16)
+    scaler.scale(ueo_loss(model(images), backend=backend)).backward()
     scaler.unscale_(optimizer)
     torch.testing.assert_close(model.weight.grad, expected)
 
 
 def test_func_transforms_and_forward_mode_take_the_reference():
-    logits = make_logits(torch.float64).detach()
+    logits = make_logits(dtype=torch.float64).detach()
     true = ueo_loss_and_grad(logits, torch.ones(60))[1]
 
     def loss(z):
@@ -201,9 +214,18 @@ def test_func_transforms_and_forward_mode_take_the_reference():
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(logits, tangent)
         derivative = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
-        with pytest.raises(RuntimeError, match=r"no rules for torch\.func transforms"):
-            ueo_loss(dual, backend="cpp")
     torch.testing.assert_close(derivative, (true * tangent).sum())
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_func_transforms_and_forward_mode_are_refused_by_name(backend):
+    logits = make_logits(backend, torch.float64).detach()
+    refused = pytest.raises(RuntimeError, match=r"no rules for torch\.func transforms")
+    with refused:
+        torch.func.grad(lambda z: ueo_loss(z, backend=backend))(logits)
+    with torch.autograd.forward_ad.dual_level(), refused:
+        dual = torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits))
+        ueo_loss(dual, backend=backend)
 
 
 def test_vmap():
@@ -222,19 +244,21 @@ def test_fake_tensors_have_no_values_to_check():
     assert logits.grad.shape == (6, 4)
 
 
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile_fullgraph_equals_eager(compiler):
+def test_compile_fullgraph_equals_eager(compiler, backend):
+    torch._dynamo.reset()  # the number of recompilations of a function is limited
+    options = {"eps": 1e-5, "return_stats": True, "backend": str(backend)}
+
     def step(logits, confidence, trade_off):
-        loss, stats = ueo_loss(
-            2 * logits, confidence, trade_off=trade_off, eps=1e-5, return_stats=True
-        )
+        loss, stats = ueo_loss(2 * logits, confidence, trade_off=trade_off, **options)
         return loss, stats.marginal_entropy
 
     compiled = torch.compile(step, fullgraph=True, backend=compiler)
-    confidence = torch.rand(60) + 0.1
+    confidence = torch.rand(60, device=backend.device) + 0.1
     for rows, trade_off in ((60, 0.5), (33, 0.5), (33, 0.25)):  # a new shape, a new number
-        logits = make_logits()
-        eager = make_logits()
+        logits = make_logits(backend)
+        eager = make_logits(backend)
         loss, entropy = compiled(logits[:rows], confidence[:rows], trade_off)
         loss.backward()
         expected, expected_entropy = step(eager[:rows], confidence[:rows], trade_off)
@@ -244,21 +268,23 @@ def test_compile_fullgraph_equals_eager(compiler):
         torch.testing.assert_close(logits.grad, eager.grad, rtol=1e-5, atol=1e-8)
 
 
-def test_compiled_call_without_gradient_and_with_internal_confidence():
-    compiled = torch.compile(
-        lambda z: ueo_loss(z, confidence_scale=0.1), fullgraph=True, backend="aot_eager"
-    )
-    logits = make_logits().detach()
-    assert torch.equal(compiled(logits), ueo_loss(logits, confidence_scale=0.1))
+@pytest.mark.parametrize("backend", COMPILED)
+def test_compiled_call_without_gradient_and_with_internal_confidence(backend):
+    torch._dynamo.reset()
+    options = {"confidence_scale": 0.1, "backend": str(backend)}
+    compiled = torch.compile(lambda z: ueo_loss(z, **options), fullgraph=True, backend="aot_eager")
+    logits = make_logits(backend).detach()
+    assert torch.equal(compiled(logits), ueo_loss(logits, **options))
 
 
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("weights", [False, True])
-def test_opcheck(dtype, weights):
-    logits = make_logits(dtype).detach()
+def test_opcheck(dtype, weights, backend):
+    logits = make_logits(backend, dtype).detach()
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    confidence = torch.rand(60, dtype=compute) + 0.1 if weights else None
-    ops = torch.ops.ueo_fast
+    confidence = torch.rand(60, dtype=compute, device=backend.device) + 0.1 if weights else None
+    ops = backend.ops
     forward = (logits, confidence, confidence, 0.5, 1.0, 0.0)
     torch.library.opcheck(ops.ueo_loss_forward.default, forward)
     loss, *saved = ops.ueo_loss_forward(*forward)
@@ -266,9 +292,10 @@ def test_opcheck(dtype, weights):
     torch.library.opcheck(ops.max_softmax.default, (logits, 0.5))
 
 
-def test_ops_refuse_what_would_read_foreign_memory():
-    ops = torch.ops.ueo_fast
-    logits = make_logits().detach()
+@pytest.mark.parametrize("backend", COMPILED)
+def test_ops_refuse_what_would_read_foreign_memory(backend):
+    ops = backend.ops
+    logits = make_logits(backend).detach()
     loss, summary, marginal, row_stats = ops.ueo_loss_forward(logits, None, None, 1.0, 1.0, 0.0)
     with pytest.raises(RuntimeError, match=r"logits must have shape \(B, C\)"):
         ops.ueo_loss_forward(logits[0], None, None, 1.0, 1.0, 0.0)

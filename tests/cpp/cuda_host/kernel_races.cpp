@@ -1,0 +1,87 @@
+// The kernels of the loss under ThreadSanitizer, for the storage type that the argument names:
+// shapes and devices that take every path of theirs, or with "quick" two of them (a CUDA thread costs
+// 0.2 ms here). Prints each case before it runs.
+#include <cstdio>
+#include <random>
+#include <string>
+
+#include "calls.h"
+
+namespace cuda = ueo_fast::cuda;
+using ueo_fast::LogitsView;
+using ueo_fast::Storage;
+using ueo_fast::UeoOptions;
+
+namespace {
+
+struct Case {
+  const char* what;
+  int64_t rows;
+  int64_t columns;
+  int64_t shared_per_block;
+  bool given_weights;
+  double eps;
+  bool quick = false;
+};
+
+constexpr int64_t kLarge = 227 << 10;
+constexpr Case kCases[] = {
+    {"lanes share a row", 37, 23, kLarge, false, 0, true},
+    {"a warp has a row", 70, 345, kLarge, true, 1e-5},
+    {"a block has a row", 5, 1100, kLarge, false, 1e-5, true},
+    {"a little shared memory", 37, 345, 12 << 10, true, 0},
+    {"hardly any shared memory", 9, 1100, 8 << 10, false, 0},
+};
+
+template <class T>
+void run(const Case& test, Storage storage) {
+  using A = cuda::ComputeType<T>;
+  // Blocks come in multiples of the elements in 16 bytes.
+  const cuda::Device device{8, 512, test.shared_per_block, 2 * test.shared_per_block, 1 << 20, true};
+  std::mt19937 random(0);
+  std::normal_distribution<float> normal(0, 3);
+  const int64_t stride = test.columns + 1;  // rows at every alignment
+  std::vector<T> logits(test.rows * stride);
+  for (T& z : logits) z = cuda::to_storage<T>(static_cast<A>(normal(random)));
+  std::vector<A> weights(test.rows, A(0.5));
+  std::vector<A> summary(ueo_fast::kSummary), marginal(test.columns), loss(1), grad_loss(1, A(1)),
+      row_stats(test.rows * ueo_fast::kRowStats), scores(test.rows);
+  std::vector<T> grad(test.rows * test.columns);
+  const LogitsView view{logits.data(), storage, test.rows, test.columns, stride};
+  const UeoOptions options{0.7, test.given_weights ? 1.0 : 0.5, test.eps};
+  const void* given = test.given_weights ? weights.data() : nullptr;
+
+  cuda_host::Launcher launcher;
+  cuda_host::Scratch workspace(cuda::forward_workspace(device, view));
+  cuda::ForwardCall forward{view,           options,         given,
+                            given,          loss.data(),     summary.data(),
+                            marginal.data(), row_stats.data(), workspace.memory.data()};
+  cuda::run_forward<T>(launcher, device, forward);
+  cuda::run_backward<T>(launcher, device,
+                        {view, options, grad_loss.data(), summary.data(), marginal.data(),
+                         row_stats.data(), grad.data()});
+  cuda::run_max_softmax<T>(launcher, device, view, 0.5, scores.data());
+  if (!cuda::one_pass_of(device, view).fits) return;
+  std::printf("  in one pass\n");
+  std::fflush(stdout);
+  cuda_host::Scratch one_pass(cuda::one_pass_workspace(device, view));
+  forward.workspace = one_pass.memory.data();
+  cuda::run_one_pass<T>(launcher, device, forward, grad.data());
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string name = count > 1 ? arguments[1] : "float32";
+  const bool quick = count > 2 && std::string(arguments[2]) == "quick";
+  for (const Case& test : kCases) {
+    if (quick && !test.quick) continue;
+    std::printf("%s\n", test.what);
+    std::fflush(stdout);
+    if (name == "float32") run<float>(test, Storage::kFloat);
+    if (name == "float64") run<double>(test, Storage::kDouble);
+    if (name == "float16") run<cuda::Half>(test, Storage::kHalf);
+    if (name == "bfloat16") run<cuda::BFloat16>(test, Storage::kBFloat16);
+  }
+  return 0;
+}
