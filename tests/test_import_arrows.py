@@ -106,5 +106,7 @@ def test_no_cycle():
 @pytest.mark.parametrize("path", CORE, ids=module_name)
 def test_the_core_imports_only_torch_and_numpy(path):
     allowed = {"torch", "numpy", "ueo_fast", *sys.stdlib_module_names}
+    if path.parent == PACKAGE / "triton":  # imported when one of its ops runs, not before
+        allowed.add("triton")
     found = {name.split(".")[0] for name in imported(path)} - allowed
     assert not found, f"{module_name(path)} imports {found}"

@@ -1,8 +1,285 @@
-"""The loss in Triton."""
+"""The loss in Triton: two launches forward, one backward, no wait for the device."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
+from ctypes import c_float
 from typing import Any
 
-KERNELS: dict[str, Callable[..., Any]] = {}
+import torch
+import triton
+from torch import Tensor
+
+from ueo_fast.triton import ueo_loss_kernels as held
+from ueo_fast.triton import ueo_loss_tiled_kernels as tiled
+from ueo_fast.triton.autotune import with_best_plan
+from ueo_fast.triton.tuning import TUNING, Plan
+
+ROW_STATS = 5  # ueo_loss_math.py says what they are
+SUMMARY = 5
+CHUNK_SUMS = 5
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _split(value: float) -> tuple[float, float]:
+    """Two float32 numbers whose sum is the value to 48 bits: Triton passes floats as float32."""
+    high = c_float(value).value
+    return high, c_float(value - high).value
+
+
+@functools.lru_cache(maxsize=64)
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return TUNING.interpreted_processors
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _prepare(logits: Tensor) -> Tensor:
+    """Logits (B, C) with adjacent columns: others are copied once."""
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise RuntimeError(f"ueo_fast: logits must have shape (B, C), got {tuple(logits.shape)}")
+    if logits.dtype not in _DTYPES:
+        raise RuntimeError("ueo_fast: logits must be float64, float32, float16 or bfloat16")
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+def _check_weights(name: str, weights: Tensor | None, logits: Tensor) -> Tensor | None:
+    if weights is None:
+        return None
+    if weights.shape != logits.shape[:1]:
+        raise RuntimeError(f"ueo_fast: {name} must have shape ({logits.shape[0]},)")
+    if weights.dtype != _compute_dtype(logits) or weights.device != logits.device:
+        raise RuntimeError(f"ueo_fast: {name} must have the compute dtype and the logits' device")
+    return weights.contiguous()
+
+
+def _check_saved(
+    grad_loss: Tensor, logits: Tensor, summary: Tensor, marginal: Tensor, row_stats: Tensor
+) -> None:
+    """Refuses what backward would read beyond its end."""
+    dtype = _compute_dtype(logits)
+    if grad_loss.ndim != 0 or grad_loss.dtype != dtype:
+        raise RuntimeError("ueo_fast: grad_loss must be 0-d with the dtype of the loss")
+    rows, columns = logits.shape
+    if marginal.shape != (columns,):
+        raise RuntimeError(f"ueo_fast: marginal must have shape ({columns},)")
+    shapes = summary.shape == (SUMMARY,) and row_stats.shape == (rows, ROW_STATS)
+    for saved in (summary, marginal, row_stats):
+        shapes = shapes and saved.dtype == dtype and saved.is_contiguous()
+    if not shapes:
+        raise RuntimeError(
+            "ueo_fast: row_stats, summary and marginal must be those of ueo_loss_forward"
+        )
+
+
+def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the GPU of its first (B, C) argument as the current one."""
+
+    @functools.wraps(function)
+    def guarded(*arguments: Any) -> Any:
+        logits = next(a for a in arguments if isinstance(a, Tensor) and a.ndim > 0)
+        with torch.cuda.device_of(logits):
+            return function(*arguments)
+
+    return guarded
+
+
+def _forward_with(
+    plan: Plan,
+    logits: Tensor,
+    confidence: Tensor | None,
+    marginal_weights: Tensor | None,
+    trade_off: float,
+    confidence_scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = logits.shape
+    dtype = _compute_dtype(logits)
+    loss = logits.new_empty((), dtype=dtype)
+    summary = loss.new_empty(SUMMARY)
+    marginal = loss.new_empty(columns)
+    row_stats = loss.new_empty(rows, ROW_STATS)
+    finish_chunks, finish_columns = plan.finish_tile
+    tiles = triton.cdiv(columns, finish_columns)
+    column_sums = loss.new_empty(plan.chunks, columns)
+    chunk_sums = loss.new_empty(plan.chunks, CHUNK_SUMS)
+    entropies = loss.new_empty(tiles)
+    counter = loss.new_empty(1, dtype=torch.int32)
+    kernel = tiled.forward_tiled_kernel if plan.tiled else held.forward_kernel
+    kernel[(plan.chunks,)](
+        logits,
+        confidence,
+        marginal_weights,
+        row_stats,
+        column_sums,
+        chunk_sums,
+        counter,
+        rows,
+        columns,
+        logits.stride(0),
+        plan.chunk_rows,
+        *_split(confidence_scale * math.log2(math.e)),
+        *_split(eps),
+        ROWS=plan.block_rows,
+        COLUMNS=plan.block_columns,
+        SCALED=confidence is None and confidence_scale != 1,
+        EPS=eps != 0,
+        WEIGHTS=TUNING.weights_block,
+        num_warps=plan.warps,
+    )
+    held.finish_kernel[(tiles,)](
+        column_sums,
+        chunk_sums,
+        entropies,
+        counter,
+        marginal,
+        summary,
+        loss,
+        rows,
+        columns,
+        plan.chunks,
+        *_split(trade_off),
+        *_split(eps),
+        CHUNKS=finish_chunks,
+        COLUMNS=finish_columns,
+        EPS=eps != 0,
+        num_warps=TUNING.finish_warps,
+    )
+    return loss, summary, marginal, row_stats
+
+
+@_on_device
+def ueo_loss_forward(
+    logits: Tensor,
+    confidence: Tensor | None,
+    marginal_weights: Tensor | None,
+    trade_off: float,
+    confidence_scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), summary (5,), marginal (C,), row statistics (B, 5), in the compute dtype."""
+    logits = _prepare(logits)
+    confidence = _check_weights("confidence", confidence, logits)
+    marginal_weights = _check_weights("marginal_weights", marginal_weights, logits)
+    rows, columns = logits.shape
+    if rows == 0:
+        loss = logits.new_zeros((), dtype=_compute_dtype(logits))
+        summary, marginal = loss.new_zeros(SUMMARY), loss.new_zeros(columns)
+        return loss, summary, marginal, loss.new_empty(0, ROW_STATS)
+
+    def run(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weights = confidence, marginal_weights
+        return _forward_with(plan, logits, *weights, trade_off, confidence_scale, eps)
+
+    shape = rows, columns
+    processors = _processors(logits.device)
+    return with_best_plan("forward", logits.device, shape, logits.dtype, processors, run)
+
+
+@_on_device
+def ueo_loss_backward(
+    grad_loss: Tensor,
+    logits: Tensor,
+    summary: Tensor,
+    marginal: Tensor,
+    row_stats: Tensor,
+    trade_off: float,
+    eps: float,
+) -> Tensor:
+    """The gradient (B, C), contiguous in the logits' dtype, from what forward returned."""
+    logits = _prepare(logits)
+    _check_saved(grad_loss, logits, summary, marginal, row_stats)
+    rows, columns = logits.shape
+    grad = torch.empty((rows, columns), dtype=logits.dtype, device=logits.device)
+    if rows == 0:
+        return grad
+
+    def run(plan: Plan) -> None:
+        kernel = tiled.backward_tiled_kernel if plan.tiled else held.backward_kernel
+        kernel[(plan.chunks,)](
+            grad_loss,
+            logits,
+            summary,
+            marginal,
+            row_stats,
+            grad,
+            rows,
+            columns,
+            logits.stride(0),
+            plan.chunk_rows,
+            *_split(trade_off),
+            *_split(eps),
+            ROWS=plan.block_rows,
+            COLUMNS=plan.block_columns,
+            EPS=eps != 0,
+            num_warps=plan.warps,
+        )
+
+    shape = rows, columns
+    processors = _processors(logits.device)
+    with_best_plan("backward", logits.device, shape, logits.dtype, processors, run)
+    return grad
+
+
+@_on_device
+def ueo_loss_and_grad(
+    logits: Tensor,
+    confidence: Tensor | None,
+    marginal_weights: Tensor | None,
+    trade_off: float,
+    confidence_scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, summary, marginal, and the gradient (B, C) for an upstream gradient of 1."""
+    logits = _prepare(logits)
+    loss, *saved = ueo_loss_forward(
+        logits, confidence, marginal_weights, trade_off, confidence_scale, eps
+    )
+    one = torch.ones_like(loss)
+    grad = ueo_loss_backward(one, logits, *saved, trade_off, eps)
+    return loss, saved[0], saved[1], grad
+
+
+@_on_device
+def max_softmax(logits: Tensor, scale: float) -> Tensor:
+    """max_c softmax(scale * logits)_c, (B,) in the compute dtype."""
+    logits = _prepare(logits)
+    rows, columns = logits.shape
+    out = torch.empty(rows, dtype=_compute_dtype(logits), device=logits.device)
+    if rows == 0:
+        return out
+
+    def run(plan: Plan) -> None:
+        kernel = tiled.max_softmax_tiled_kernel if plan.tiled else held.max_softmax_kernel
+        kernel[(triton.cdiv(rows, plan.block_rows),)](
+            logits,
+            out,
+            rows,
+            columns,
+            logits.stride(0),
+            *_split(scale * math.log2(math.e)),
+            ROWS=plan.block_rows,
+            COLUMNS=plan.block_columns,
+            num_warps=plan.warps,
+        )
+
+    shape = rows, columns
+    processors = _processors(logits.device)
+    with_best_plan("max_softmax", logits.device, shape, logits.dtype, processors, run)
+    return out
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "ueo_loss_forward": ueo_loss_forward,
+    "ueo_loss_backward": ueo_loss_backward,
+    "ueo_loss_and_grad": ueo_loss_and_grad,
+    "max_softmax": max_softmax,
+}
+"""Each op by its name, called by position with the arguments of its fake (ueo_fast/ops)."""
