@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import results_file
+from benchmarks import gpu_report, markdown, results_file
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (DOCS / "performance.md", DOCS / "math.md")
@@ -39,22 +39,6 @@ def times(name: str) -> dict[Key, dict[str, float]]:
     return table
 
 
-def _time(microseconds: float) -> str:
-    if microseconds < 1000:
-        return f"{microseconds:.0f} µs"
-    return f"{microseconds / 1000:.1f} ms"
-
-
-def _ratio(value: float, target: float | None) -> str:
-    if target is None:
-        return f"{value:.1f}"
-    return (
-        f"**{value:.1f}** (target {target:g})"
-        if value >= target
-        else f"{value:.1f} (target {target:g}, missed)"
-    )
-
-
 def time_table(name: str, targets: bool) -> list[str]:
     lines = [
         "| B x C | dtype | ueo_fast | (b) | (c) | vs (b) | vs (c) | vs (a) | of the floor |",
@@ -67,11 +51,11 @@ def time_table(name: str, targets: bool) -> list[str]:
         cells = [
             f"{rows} x {columns}",
             dtype,
-            _time(ours),
-            _time(by_name["eager"]),
-            _time(by_name["compile"]),
-            _ratio(by_name["eager"] / ours, wanted[0] if wanted else None),
-            _ratio(by_name["compile"] / ours, wanted[1] if wanted else None),
+            markdown.time(ours),
+            markdown.time(by_name["eager"]),
+            markdown.time(by_name["compile"]),
+            markdown.ratio(by_name["eager"] / ours, wanted[0] if wanted else None),
+            markdown.ratio(by_name["compile"] / ours, wanted[1] if wanted else None),
             authors,
             f"{100 * by_name['floor'] / ours:.0f}%",
         ]
@@ -106,26 +90,23 @@ def experiments(only: str = "") -> list[str]:
             continue
         words = [change, row["prediction"]] if change != last else ["", ""]
         size = f"{row['rows']} x {row['columns']}"
-        spent = [_time(float(row["before_us"])), _time(float(row["after_us"]))]
+        spent = [markdown.time(float(row["before_us"])), markdown.time(float(row["after_us"]))]
         verdict = row["verdict"] if change != last else ""
         lines.append(f"| {' | '.join([*words, size, *spent, verdict])} |")
         last = change
     return lines
 
 
-def provenance(name: str) -> list[str]:
-    header = results_file.read(name)[0]
-    facts = ", ".join(f"{key} {value}" for key, value in header.items() if key != "command")
-    return [f"`{header['command']}`: {facts}."]
-
-
 TABLES: dict[str, Callable[[], list[str]]] = {
     "tuned": lambda: time_table("ueo_loss_cpu_tuned_allocator.csv", targets=True),
-    "tuned provenance": lambda: provenance("ueo_loss_cpu_tuned_allocator.csv"),
+    "tuned provenance": lambda: markdown.provenance(
+        results_file.read("ueo_loss_cpu_tuned_allocator.csv")[0]
+    ),
     "default": lambda: time_table("ueo_loss_cpu_default_allocator.csv", targets=False),
     "memory": memory_table,
     "experiments": experiments,
     "keep": lambda: experiments("backward reads exp"),
+    **gpu_report.TABLES,
 }
 
 

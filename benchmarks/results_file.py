@@ -10,8 +10,11 @@ FOLDER = Path(__file__).parent / "results"
 Row = Mapping[str, object]
 
 
-def write(name: str, header: Mapping[str, str], rows: Sequence[Row]) -> Path:
-    path = FOLDER / name
+def write(
+    name: str, header: Mapping[str, str], rows: Sequence[Row], folder: Path | None = None
+) -> Path:
+    """Into benchmarks/results, or ``folder``."""
+    path = (folder or FOLDER) / name
     with path.open("w", newline="") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in header.items())
         table = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
@@ -20,8 +23,9 @@ def write(name: str, header: Mapping[str, str], rows: Sequence[Row]) -> Path:
     return path
 
 
-def read(name: str) -> tuple[dict[str, str], list[dict[str, str]]]:
-    lines = (FOLDER / name).read_text().splitlines()
+def read(name: str, folder: Path | None = None) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """The header and the rows."""
+    lines = ((folder or FOLDER) / name).read_text().splitlines()
     comments = [line[2:].split(": ", 1) for line in lines if line.startswith("# ")]
     table = csv.DictReader(line for line in lines if not line.startswith("#"))
     return dict(comments), list(table)
