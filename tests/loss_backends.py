@@ -169,7 +169,7 @@ def _cuda_host_kernels(name: str) -> Callable[..., Any]:
 CUDA_HOST = backends.Backend("cuda_host", "cpu", "ueo_fast_cuda_host", "logits.cpu()")
 """In ``backends.COMPILED``, at its end, only while a test runs on it: tests/conftest.py."""
 
-op.define_in_python(CUDA_HOST.namespace, _cuda_host_kernels)
+op.OPS.define_in_python(CUDA_HOST.namespace, _cuda_host_kernels)
 
 
 # ---- Which tests run on what ---------------------------------------------------------------------

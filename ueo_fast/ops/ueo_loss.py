@@ -6,13 +6,12 @@ docs/math.md, "Where the gradient is computed", has the measurement.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ueo_fast import _extension, backends
+from ueo_fast.ops import registry
 from ueo_fast.reference import compute_dtype
 
 ROW_STATS = 5  # csrc/ueo_loss.h, enum RowStat
@@ -67,52 +66,15 @@ def _max_softmax_fake(logits: Tensor, scale: float) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=compute_dtype(logits.dtype))
 
 
-FAKES: dict[str, Callable[..., Any]] = {
-    "ueo_loss_forward": _forward_fake,
-    "ueo_loss_backward": _backward_fake,
-    "ueo_loss_and_grad": _loss_and_grad_fake,
-    "max_softmax": _max_softmax_fake,
-}
-"""Shapes and dtypes of what each op returns; their signatures are those of csrc/library.cpp."""
-
-if _extension.cpu_error is None:
-    for _name, _fake in FAKES.items():
-        torch.library.register_fake(f"ueo_fast::{_name}", _fake)
-
-
-def define_in_python(namespace: str, kernels: Callable[[str], Callable[..., Any]]) -> None:
-    """The same ops below ``torch.ops.<namespace>``, computed by ``kernels(name)(*arguments)``.
-
-    ``kernels`` is called when an op runs, not before.
-    """
-
-    def kernel(name: str) -> Callable[..., Any]:
-        return lambda *arguments: kernels(name)(*arguments)
-
-    library = torch.library.Library(namespace, "DEF")
-    _libraries.append(library)  # an op lives as long as its library
-    for name, fake in FAKES.items():
-        library.define(name + torch.library.infer_schema(fake, mutates_args=()))
-        library.impl(name, kernel(name), "CUDA")
-        library.impl(name, kernel(name), "CPU")
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-
-
-_libraries: list[torch.library.Library] = []
-
-
-def _triton_kernels(name: str) -> Callable[..., Any]:
-    from ueo_fast.triton import ueo_loss  # imports triton: only once an op of it runs
-
-    kernels: dict[str, Callable[..., Any]] = ueo_loss.KERNELS
-    return kernels[name]
-
-
-define_in_python("ueo_fast_triton", _triton_kernels)
-
-
-def _ops(backend: str) -> Any:
-    return getattr(torch.ops, backends.COMPILED[backend].namespace)
+OPS = registry.Ops(
+    "ueo_loss",
+    {
+        "ueo_loss_forward": _forward_fake,
+        "ueo_loss_backward": _backward_fake,
+        "ueo_loss_and_grad": _loss_and_grad_fake,
+        "max_softmax": _max_softmax_fake,
+    },
+)
 
 
 def forward(
@@ -125,7 +87,7 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss without autograd: loss, summary (5,), marginal (C,), row statistics (B, 5)."""
-    return _ops(backend).ueo_loss_forward(
+    return registry.of(backend).ueo_loss_forward(
         logits, confidence, marginal_weights, trade_off, confidence_scale, eps
     )
 
@@ -141,7 +103,7 @@ def backward(
     eps: float,
 ) -> Tensor:
     """The gradient (B, C) in the logits' dtype, from what :func:`forward` returned."""
-    return _ops(backend).ueo_loss_backward(
+    return registry.of(backend).ueo_loss_backward(
         grad_loss, logits, summary, marginal, row_stats, trade_off, eps
     )
 
@@ -156,14 +118,14 @@ def loss_and_grad(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, summary (5,), marginal (C,), and the gradient (B, C) for an upstream gradient of 1."""
-    return _ops(backend).ueo_loss_and_grad(
+    return registry.of(backend).ueo_loss_and_grad(
         logits, confidence, marginal_weights, trade_off, confidence_scale, eps
     )
 
 
 def max_softmax(backend: str, logits: Tensor, scale: float) -> Tensor:
     """max_c softmax(scale * logits)_c, (B,), without autograd."""
-    return _ops(backend).max_softmax(logits, scale)
+    return registry.of(backend).max_softmax(logits, scale)
 
 
 class UEOLossFunction(torch.autograd.Function):

@@ -1,0 +1,93 @@
+"""The loss as PyTorch ops: fake tensors, torch.compile, opcheck, and calls past the checks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loss_backends import COMPILED
+
+from ueo_fast import ueo_loss
+
+
+def make_logits(backend=None, dtype=torch.float32, rows=60, columns=37):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(rows, columns, generator=generator)
+    return logits.to(dtype).to("cpu" if backend is None else backend.device).requires_grad_()
+
+
+def test_fake_tensors_have_no_values_to_check():
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        logits = torch.empty(6, 4, requires_grad=True)
+        loss = ueo_loss(logits, torch.ones(6))
+        loss.backward()
+    assert loss.shape == ()
+    assert logits.grad.shape == (6, 4)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_fullgraph_equals_eager(compiler, backend):
+    torch._dynamo.reset()  # the number of recompilations of a function is limited
+    options = {"eps": 1e-5, "return_stats": True, "backend": str(backend)}
+
+    def step(logits, confidence, trade_off):
+        loss, stats = ueo_loss(2 * logits, confidence, trade_off=trade_off, **options)
+        return loss, stats.marginal_entropy
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    confidence = torch.rand(60, device=backend.device) + 0.1
+    for rows, trade_off in ((60, 0.5), (33, 0.5), (33, 0.25)):  # a new shape, a new number
+        logits = make_logits(backend)
+        eager = make_logits(backend)
+        loss, entropy = compiled(logits[:rows], confidence[:rows], trade_off)
+        loss.backward()
+        expected, expected_entropy = step(eager[:rows], confidence[:rows], trade_off)
+        expected.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(entropy, expected_entropy)
+        torch.testing.assert_close(logits.grad, eager.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_compiled_call_without_gradient_and_with_internal_confidence(backend):
+    torch._dynamo.reset()
+    options = {"confidence_scale": 0.1, "backend": str(backend)}
+    compiled = torch.compile(lambda z: ueo_loss(z, **options), fullgraph=True, backend="aot_eager")
+    logits = make_logits(backend).detach()
+    assert torch.equal(compiled(logits), ueo_loss(logits, **options))
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weights", [False, True])
+def test_opcheck(dtype, weights, backend):
+    logits = make_logits(backend, dtype).detach()
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    confidence = torch.rand(60, dtype=compute, device=backend.device) + 0.1 if weights else None
+    ops = backend.ops
+    forward = (logits, confidence, confidence, 0.5, 1.0, 0.0)
+    torch.library.opcheck(ops.ueo_loss_forward.default, forward)
+    loss, *saved = ops.ueo_loss_forward(*forward)
+    torch.library.opcheck(ops.ueo_loss_backward.default, (loss, logits, *saved, 0.5, 0.0))
+    torch.library.opcheck(ops.max_softmax.default, (logits, 0.5))
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_ops_refuse_what_would_read_foreign_memory(backend):
+    ops = backend.ops
+    logits = make_logits(backend).detach()
+    loss, summary, marginal, row_stats = ops.ueo_loss_forward(logits, None, None, 1.0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match=r"logits must have shape \(B, C\)"):
+        ops.ueo_loss_forward(logits[0], None, None, 1.0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="logits must be float64, float32, float16 or bfloat16"):
+        ops.ueo_loss_forward(logits.int(), None, None, 1.0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match=r"confidence must have shape \(60,\)"):
+        ops.ueo_loss_forward(logits, torch.ones(59), None, 1.0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="marginal_weights must have the compute dtype"):
+        ops.ueo_loss_forward(logits, None, torch.ones(60).double(), 1.0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match=r"marginal must have shape \(37,\)"):
+        ops.ueo_loss_backward(loss, logits, summary, marginal[1:], row_stats, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="must be those of ueo_loss_forward"):
+        ops.ueo_loss_backward(loss, logits, summary, marginal, row_stats[1:], 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="grad_loss must be 0-d"):
+        ops.ueo_loss_backward(loss[None], logits, summary, marginal, row_stats, 1.0, 0.0)

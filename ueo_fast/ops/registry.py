@@ -1,0 +1,62 @@
+"""Compiled ops by namespace: fake kernels for all of them, and those that are defined in Python."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ueo_fast import _extension, backends
+
+_libraries: list[torch.library.Library] = []
+"""An op lives as long as its library."""
+
+
+class Ops:
+    """One file's ops: in ``torch.ops.ueo_fast`` (C++), and the same in ``ueo_fast_triton``.
+
+    Args:
+        stem: the file's name; ``ueo_fast/triton/<stem>.py`` has ``KERNELS``, by op.
+        fakes: by op, shapes and dtypes of what it returns; signatures are those of
+            csrc/library.cpp.
+    """
+
+    def __init__(self, stem: str, fakes: Mapping[str, Callable[..., Any]]) -> None:
+        self.fakes = fakes
+        if _extension.cpu_error is None:
+            for name, fake in fakes.items():
+                torch.library.register_fake(f"ueo_fast::{name}", fake)
+
+        def kernel(name: str) -> Callable[..., Any]:
+            # Imports triton: only once an op of it runs.
+            module = importlib.import_module(f"ueo_fast.triton.{stem}")
+            function: Callable[..., Any] = module.KERNELS[name]
+            return function
+
+        self.define_in_python("ueo_fast_triton", kernel)
+
+    def define_in_python(
+        self, namespace: str, kernels: Callable[[str], Callable[..., Any]]
+    ) -> None:
+        """The ops below ``torch.ops.<namespace>``, computed by ``kernels(name)(*arguments)``.
+
+        ``kernels`` is called when an op runs, not before.
+        """
+
+        def kernel(name: str) -> Callable[..., Any]:
+            return lambda *arguments: kernels(name)(*arguments)
+
+        library = torch.library.Library(namespace, "FRAGMENT")
+        _libraries.append(library)
+        for name, fake in self.fakes.items():
+            library.define(name + torch.library.infer_schema(fake, mutates_args=()))
+            library.impl(name, kernel(name), "CUDA")
+            library.impl(name, kernel(name), "CPU")
+            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+
+
+def of(backend: str) -> Any:
+    """``torch.ops.<namespace>`` of a compiled backend."""
+    return getattr(torch.ops, backends.COMPILED[backend].namespace)
