@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <cstdint>
@@ -23,12 +24,25 @@ torch::stable::Tensor empty(const torch::stable::Tensor& like,
   }
   int32_t device_type = 0;
   int32_t device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       kDims, sizes.data(), strides.data(), static_cast<int32_t>(dtype), device_type, device_index,
       &handle));
+  return torch::stable::Tensor(handle);
+}
+
+// An uninitialised tensor that lies in memory as `like` does, which is dense.
+inline torch::stable::Tensor empty_as(const torch::stable::Tensor& like) {
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      like.dim(), like.sizes().data(), like.strides().data(),
+      static_cast<int32_t>(like.scalar_type()), device_type, device_index, &handle));
   return torch::stable::Tensor(handle);
 }
 

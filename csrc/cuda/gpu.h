@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <mutex>
@@ -55,7 +56,7 @@ struct OnGpuOf {
 
   explicit OnGpuOf(const torch::stable::Tensor& tensor)
       : index(tensor.get_device_index()), guard(index), device(device_of(index)) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   }
 };
 

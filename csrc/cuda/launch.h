@@ -133,14 +133,15 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Scratch of block-wide reductions: two turns of 32 warps of 4 doubles (team.cuh).
 inline constexpr int64_t kScratchBytes = 2 * 32 * 4 * 8;
 
-// Numbers per column that a kernel keeps: none, one set for a block (log q), one for each team (sums).
+// Numbers per column that a kernel keeps: one set for a block (log q), one for each team (sums), or
+// none, where a row is read only once and need not wait either.
 enum class PerColumn { kNone, kPerBlock, kPerTeam };
 
 inline RowPlan plan_rows(const Device& device, const RowShape& row, int64_t rows,
                          PerColumn per_column) {
   RowPlan plan{};
   plan.block_team = row.slots > tuning::kLaneTeamMaxSlots;
-  plan.cached = row.slots;
+  plan.cached = per_column == PerColumn::kNone ? 0 : row.slots;
   plan.columns_shared = true;
   if (!plan.block_team) {
     plan.grid.threads = tuning::kLaneTeamThreads;
@@ -154,7 +155,7 @@ inline RowPlan plan_rows(const Device& device, const RowShape& row, int64_t rows
                    : per_column == PerColumn::kPerBlock ? 1
                                                         : plan.teams;
   const int64_t column_bytes = row.column_bytes() * sets;
-  int64_t used = column_bytes + plan.teams * row.row_bytes();
+  int64_t used = column_bytes + int64_t{16} * plan.teams * plan.cached;
   if (used > room) {  // numbers per column first: a row can be read again, from the L2
     plan.columns_shared = column_bytes <= room;
     const int64_t left = room - (plan.columns_shared ? column_bytes : 0);

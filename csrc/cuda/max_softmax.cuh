@@ -30,7 +30,7 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
     const bool present = index < args.logits.rows;
     const Row<T> row = row_or_nothing(args.logits, frame, index);
     OnlineSoftmax<A> softmax;
-    CachedRow<T>{nullptr, 0}.for_each(
+    StreamedRow<T>{}.for_each(
         team, row, [&](int, const Slot<T>& slot) { softmax.add(slot, args.scale); });
     softmax.merge(team, args.scale);
     if (present && team.rank == 0) {

@@ -95,6 +95,20 @@ __device__ __forceinline__ void mask(const Frame<T>& frame, int slot, Slot<T>& v
   }
 }
 
+// A row that is read once, as it comes: several loads of a thread are under way together.
+template <class T>
+struct StreamedRow {
+  template <class Team, class F>
+  __device__ __forceinline__ void for_each(const Team& team, const Row<T>& row, F&& f) const {
+#pragma unroll 4
+    for (int slot = team.rank; slot < row.frame.slots; slot += team.size) {
+      Slot<T> value = row.load(slot);
+      mask(row.frame, slot, value);
+      f(slot, value);
+    }
+  }
+};
+
 // A row of which the first `cached` slots wait in shared memory; the others are read again.
 template <class T>
 struct CachedRow {

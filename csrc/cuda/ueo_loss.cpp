@@ -35,7 +35,7 @@ int with_storage(Storage storage, F&& f) {
 Tensor checked(const Tensor& any_logits) {
   const Tensor logits = with_adjacent_columns(any_logits);
   STD_TORCH_CHECK(logits.size(1) <= std::numeric_limits<int>::max() / 2,
-                  "ueo_fast: the CUDA kernels take up to 2^30 classes, got ", logits.size(1));
+                  "ueo_fast: the CUDA kernels take up to 2^30 - 1 classes, got ", logits.size(1));
   return logits;
 }
 
@@ -148,20 +148,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_grad(
   const Tensor logits = checked(any_logits);
   const OnGpuOf gpu(logits);
   const LogitsView view = view_of(logits);
-  if (view.rows == 0 || !one_pass_of(gpu.device, view).fits) {
-    // The workspace of forward is free again before the gradient is allocated.
-    const auto all = forward(logits, confidence, marginal_weights, trade_off, confidence_scale, eps);
-    const auto& [loss, summary, marginal, row_stats] = all;
-    return {loss, summary, marginal,
-            gradient(gpu, logits, nullptr, summary, marginal, row_stats, trade_off, eps)};
+  if (view.rows > 0 && one_pass_of(gpu.device, view).fits) {
+    const Forward one_pass(logits, confidence, marginal_weights, {trade_off, confidence_scale, eps},
+                           one_pass_workspace(gpu.device, view), false);
+    Tensor grad = empty<2>(logits, {view.rows, view.columns}, logits.scalar_type());
+    const int error = with_storage(view.storage, [&]<Storage storage>() {
+      return ueo_one_pass<storage>(gpu.device, gpu.stream, one_pass.call, grad.mutable_data_ptr());
+    });
+    if (error != cudaErrorCooperativeLaunchTooLarge) {
+      check(error);
+      return {one_pass.loss, one_pass.summary, one_pass.marginal, grad};
+    }
+    cudaGetLastError();  // this process may not use all multiprocessors: in three launches, then
   }
-  const Forward one_pass(logits, confidence, marginal_weights, {trade_off, confidence_scale, eps},
-                         one_pass_workspace(gpu.device, view), false);
-  Tensor grad = empty<2>(logits, {view.rows, view.columns}, logits.scalar_type());
-  check(with_storage(view.storage, [&]<Storage storage>() {
-    return ueo_one_pass<storage>(gpu.device, gpu.stream, one_pass.call, grad.mutable_data_ptr());
-  }));
-  return {one_pass.loss, one_pass.summary, one_pass.marginal, grad};
+  // The workspace of forward is free again before the gradient is allocated.
+  const auto all = forward(logits, confidence, marginal_weights, trade_off, confidence_scale, eps);
+  const auto& [loss, summary, marginal, row_stats] = all;
+  return {loss, summary, marginal,
+          gradient(gpu, logits, nullptr, summary, marginal, row_stats, trade_off, eps)};
 }
 
 Tensor max_softmax_cuda(const Tensor& any_logits, double scale) {

@@ -18,6 +18,7 @@ inline constexpr Storage kStorageOf<BFloat16> = Storage::kBFloat16;
 // Launches on a stream until something fails, and remembers what.
 struct CudaLauncher {
   cudaStream_t stream;
+  int64_t shared_per_block;  // that the GPU allows
   cudaError_t error = cudaSuccess;
 
   template <class... P>
@@ -26,8 +27,11 @@ struct CudaLauncher {
     const int shared = static_cast<int>(grid.shared_bytes);
     constexpr int kWithoutOptIn = 48 << 10;
     if (shared > kWithoutOptIn) {
+      // All that there is, not what this launch needs: another thread may be launching the same
+      // kernel with more.
       error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(shared_per_block));
       if (error != cudaSuccess) return;
     }
     cudaLaunchAttribute cooperative{};
@@ -50,14 +54,14 @@ using T = UEO_FAST_STORAGE;
 
 template <>
 int ueo_forward<kStorageOf<T>>(const Device& device, void* stream, const ForwardCall& call) {
-  CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
+  CudaLauncher launcher{static_cast<cudaStream_t>(stream), device.shared_per_block};
   run_forward<T>(launcher, device, call);
   return launcher.error;
 }
 
 template <>
 int ueo_backward<kStorageOf<T>>(const Device& device, void* stream, const BackwardCall& call) {
-  CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
+  CudaLauncher launcher{static_cast<cudaStream_t>(stream), device.shared_per_block};
   run_backward<T>(launcher, device, call);
   return launcher.error;
 }
@@ -65,7 +69,7 @@ int ueo_backward<kStorageOf<T>>(const Device& device, void* stream, const Backwa
 template <>
 int ueo_one_pass<kStorageOf<T>>(const Device& device, void* stream, const ForwardCall& call,
                                 void* grad) {
-  CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
+  CudaLauncher launcher{static_cast<cudaStream_t>(stream), device.shared_per_block};
   run_one_pass<T>(launcher, device, call, grad);
   return launcher.error;
 }
@@ -73,7 +77,7 @@ int ueo_one_pass<kStorageOf<T>>(const Device& device, void* stream, const Forwar
 template <>
 int max_softmax<kStorageOf<T>>(const Device& device, void* stream, const LogitsView& logits,
                                double scale, void* out) {
-  CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
+  CudaLauncher launcher{static_cast<cudaStream_t>(stream), device.shared_per_block};
   run_max_softmax<T>(launcher, device, logits, scale, out);
   return launcher.error;
 }

@@ -109,16 +109,20 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
 
   unsigned char* memory = shared_memory() + kScratchBytes;
   const ColumnSlots<T> columns(loop.slots);
-  A* all_sums = reinterpret_cast<A*>(memory);
+  A* shared_sums = reinterpret_cast<A*>(memory);
+  A* global_sums = nullptr;
   if (args.column_sums != nullptr) {
-    all_sums = args.column_sums + int64_t{blockIdx.x} * loop.teams * columns.size();
+    global_sums = args.column_sums + int64_t{blockIdx.x} * loop.teams * columns.size();
   } else {
     memory += sizeof(A) * columns.size() * loop.teams;
   }
-  A* sums = all_sums + team_index * columns.size();
+  const int64_t own = team_index * columns.size();
+  const auto clear_sums = [&] {
+    with_sums(shared_sums, global_sums, [&](A* sums) { columns.clear(team, sums + own); });
+  };
   const CachedRow<T> cache{reinterpret_cast<Slot<T>*>(memory) + team_index * loop.cached,
                            loop.cached};
-  columns.clear(team, sums);
+  clear_sums();
   const Frame<T> frame = block_frame(args.logits);
   cache.fetch_all(team, row_or_nothing(args.logits, frame, loop.row(team_index, 0)));
 
@@ -153,7 +157,8 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
         e[k] = exp2_of(exponent(to_compute(z.x[k]), row_stats.max));
         if (args.eps != 0) eps_sums.add(e[k] * inverse_sum, args.eps);
       }
-      columns.add(sums, slot, weight, e);
+      with_sums(shared_sums, global_sums,
+                [&](A* sums) { columns.add(sums + own, slot, weight, e); });
     });
     A entropy;
     if (args.eps != 0) {
@@ -174,11 +179,13 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
     if (last || (step + 1) % tuning::kRowsPerSum == 0) {
       const int64_t partial = blockIdx.x + gridDim.x * (step / tuning::kRowsPerSum);
       __syncthreads();
-      columns.store_total(block, frame, all_sums, loop.teams,
-                          args.partial_sums + partial * args.logits.columns);
+      with_sums(shared_sums, global_sums, [&](const A* sums) {
+        columns.store_total(block, frame, sums, loop.teams,
+                            args.partial_sums + partial * args.logits.columns);
+      });
       if (!last) {
         __syncthreads();
-        columns.clear(team, sums);
+        clear_sums();
       }
     }
   }

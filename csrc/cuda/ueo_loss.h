@@ -10,7 +10,7 @@ namespace ueo_fast::cuda {
 
 // Numbers are float, double where the logits are double. Pointers are to the logits' device.
 struct ForwardCall {
-  LogitsView logits;             // at least one row, at most 2^31 - 1 columns
+  LogitsView logits;             // at least one row, at most 2^30 - 1 columns
   UeoOptions options;
   const void* confidence;        // (rows,) or null
   const void* marginal_weights;  // (rows,) or null

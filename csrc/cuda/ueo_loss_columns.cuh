@@ -69,6 +69,17 @@ struct ColumnSlots {
   }
 };
 
+// Column sums in shared memory, or in global memory where shared has no room. `f` is compiled for each
+// of them: through one pointer for both, every access would have to find out which it is.
+template <class A, class F>
+__device__ __forceinline__ void with_sums(A* shared, A* global, F&& f) {
+  if (global == nullptr) {
+    f(shared);
+  } else {
+    f(global);
+  }
+}
+
 // Step 6's log q of each column (log_marginal): from shared memory, where there is room for it.
 template <class T>
 struct LogMarginal {

@@ -137,7 +137,7 @@ def make_plan(
     if block_rows > 1 and not tiled:
         block_rows = max(int(block_rows * tile_scale), 1)
     else:
-        warps = min(max(int(warps / tile_scale), 1), 32)
+        warps = min(max(int(warps / tile_scale), 1), 16)  # 1,024 threads on AMD
     programs = max(processors * TUNING.warps_per_processor // warps, 1)
     tiles = -(-rows // block_rows)
     tiles_per_chunk = min(-(-tiles // programs), TUNING.max_tiles_per_chunk)

@@ -61,11 +61,15 @@ def _check_weights(name: str, weights: Tensor | None, logits: Tensor) -> Tensor 
 
 
 def _check_saved(
-    grad_loss: Tensor, logits: Tensor, summary: Tensor, marginal: Tensor, row_stats: Tensor
+    grad_loss: Tensor | None,
+    logits: Tensor,
+    summary: Tensor,
+    marginal: Tensor,
+    row_stats: Tensor,
 ) -> None:
     """Refuses what backward would read beyond its end."""
     dtype = _compute_dtype(logits)
-    if grad_loss.ndim != 0 or grad_loss.dtype != dtype:
+    if grad_loss is not None and (grad_loss.ndim != 0 or grad_loss.dtype != dtype):
         raise RuntimeError("ueo_fast: grad_loss must be 0-d with the dtype of the loss")
     rows, columns = logits.shape
     if marginal.shape != (columns,):
@@ -185,7 +189,7 @@ def ueo_loss_forward(
 
 @_on_device
 def ueo_loss_backward(
-    grad_loss: Tensor,
+    grad_loss: Tensor | None,
     logits: Tensor,
     summary: Tensor,
     marginal: Tensor,
@@ -193,7 +197,10 @@ def ueo_loss_backward(
     trade_off: float,
     eps: float,
 ) -> Tensor:
-    """The gradient (B, C), contiguous in the logits' dtype, from what forward returned."""
+    """The gradient (B, C), contiguous in the logits' dtype, from what forward returned.
+
+    ``grad_loss`` None stands for 1, without a launch that would write it.
+    """
     logits = _prepare(logits)
     _check_saved(grad_loss, logits, summary, marginal, row_stats)
     rows, columns = logits.shape
@@ -242,8 +249,7 @@ def ueo_loss_and_grad(
     loss, *saved = ueo_loss_forward(
         logits, confidence, marginal_weights, trade_off, confidence_scale, eps
     )
-    one = torch.ones_like(loss)
-    grad = ueo_loss_backward(one, logits, *saved, trade_off, eps)
+    grad = ueo_loss_backward(None, logits, *saved, trade_off, eps)
     return loss, saved[0], saved[1], grad
 
 

@@ -197,7 +197,7 @@ def finish_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_loss,  # ()
+    grad_loss,  # (), or None for 1
     logits,  # (B, C), strides (row_stride, 1)
     summary,  # (5,)
     marginal,  # (C,)

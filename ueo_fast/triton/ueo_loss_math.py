@@ -68,7 +68,8 @@ def log_in_step_8(p, eps, EPS: tl.constexpr):
 def load_weights(confidence, marginal_weights, row):
     """Given weights of rows: w (1 if not given) and v. ``row`` (n,) int64.
 
-    v = 2 / w, not 1 / w: then v of every float32 w is finite and more than a subnormal bit.
+    v = 2 / w, not 1 / w: then v of every normal w is finite and more than a subnormal bit. A
+    subnormal w has the v of the smallest normal one.
     """
     dtype: tl.constexpr = (
         confidence.dtype.element_ty if confidence is not None else marginal_weights.dtype.element_ty
@@ -76,7 +77,11 @@ def load_weights(confidence, marginal_weights, row):
     w = tl.full(row.shape, 1.0, dtype)
     if confidence is not None:
         w = tl.load(confidence + row)
-    v = tl.load(marginal_weights + row) if marginal_weights is not None else 2.0 / w
+    if marginal_weights is not None:
+        v = tl.load(marginal_weights + row)
+    else:
+        smallest: tl.constexpr = 2.2250738585072014e-308 if dtype == tl.float64 else 1.17549435e-38
+        v = 2.0 / tl.maximum(w, smallest)
     return w, v
 
 
@@ -121,13 +126,16 @@ def store_chunk_sums(chunk_sums, chunk, scale_w, sum_w, sum_h, scale_v, sum_v):
 def step_8_factors(row_stats, summary, grad_loss, row, rows, trade_off, EPS: tl.constexpr):
     """Per row (n,), of B ``rows``: max, 1 / sum, and the factors of the two logarithms in step 8.
 
-    The upstream gradient is folded in here, before anything is rounded to the logits' dtype.
+    The upstream gradient, 1 if it is None, is folded in here, before anything is rounded to the
+    logits' dtype.
     """
     source = row_stats + row * ROW_STATS
     inverse_sum = 1.0 / tl.load(source + ROW_SUM)
     a = tl.load(source + ROW_CONFIDENCE) / tl.load(summary + MEAN_ROW_CONFIDENCE) / rows
     b = tl.load(source + ROW_MARGINAL_WEIGHT) / tl.load(summary + MEAN_ROW_MARGINAL_WEIGHT) / rows
-    upstream = tl.load(grad_loss) * inverse_sum
+    upstream = inverse_sum
+    if grad_loss is not None:
+        upstream = tl.load(grad_loss) * inverse_sum
     of_log_p = -a * upstream
     if not EPS:  # log p is log2(exp(z - max)) then
         of_log_p = of_log_p * LN2

@@ -173,7 +173,7 @@ def bracket_of_tile(
 
 @triton.jit
 def backward_tiled_kernel(
-    grad_loss,  # ()
+    grad_loss,  # (), or None for 1
     logits,  # (B, C), strides (row_stride, 1)
     summary,  # (5,)
     marginal,  # (C,)
