@@ -14,8 +14,8 @@ namespace ueo_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline Storage storage_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
+inline Storage storage_of(const Tensor& tensor, const char* name = "logits") {
+  switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return Storage::kFloat;
     case ScalarType::Double:
@@ -25,7 +25,8 @@ inline Storage storage_of(const Tensor& logits) {
     case ScalarType::BFloat16:
       return Storage::kBFloat16;
     default:
-      STD_TORCH_CHECK(false, "ueo_fast: logits must be float64, float32, float16 or bfloat16");
+      STD_TORCH_CHECK(false, "ueo_fast: ", name,
+                      " must be float64, float32, float16 or bfloat16");
   }
 }
 

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace ueo_fast {
+#include "storage.h"
 
-enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
+namespace ueo_fast {
 
 // Options shared by all rows.
 struct UeoOptions {

@@ -116,6 +116,11 @@ def cuda_on_host() -> ModuleType:
     return load("cuda_on_host", "module.cpp", with_kernels=True)
 
 
+def cuda_affine_on_host() -> ModuleType:
+    """The kernels of channel_affine and layer_norm."""
+    return load("cuda_affine_on_host", "affine_module.cpp", with_kernels=True)
+
+
 def samples() -> ModuleType:
     """Sample kernels, for the tests of the machinery itself."""
     return load("cuda_host_samples", "samples_module.cpp", with_kernels=False)

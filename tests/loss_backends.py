@@ -166,7 +166,7 @@ def _cuda_host_kernels(name: str) -> Callable[..., Any]:
     return kernel
 
 
-CUDA_HOST = backends.Backend("cuda_host", "cpu", "ueo_fast_cuda_host", "logits.cpu()")
+CUDA_HOST = backends.Backend("cuda_host", "cpu", "ueo_fast_cuda_host")
 """In ``backends.COMPILED``, at its end, only while a test runs on it: tests/conftest.py."""
 
 op.OPS.define_in_python(CUDA_HOST.namespace, _cuda_host_kernels)
@@ -180,15 +180,15 @@ def _device(name: str) -> str:
     return "cuda" if on_gpu else "cpu"
 
 
-def _param(name: str) -> Any:
+def backend_param(name: str) -> Any:
     reason = backends.unavailable_reason(name)
     brief = str(reason).split(":")[0].split(" (")[0]  # the whole is in `python -m ueo_fast.info`
     marks = [pytest.mark.skip(reason=f"{name}: {brief}")] if reason is not None else []
     return pytest.param(LossBackend(name, _device(name)), id=name, marks=marks)
 
 
-COMPILED = [_param(name) for name in ("cpp", "cuda", "triton", "cuda_host")]
-BACKENDS = [*COMPILED, _param("reference")]
+COMPILED = [backend_param(name) for name in ("cpp", "cuda", "triton", "cuda_host")]
+BACKENDS = [*COMPILED, backend_param("reference")]
 
 SPARED_DTYPES = {("triton", torch.bfloat16): "the interpreter has no bfloat16"}
 SPARED_TESTS = (

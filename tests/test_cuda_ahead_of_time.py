@@ -26,8 +26,14 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 STORAGES = ("float", "double", "__half", "__nv_bfloat16")
 
 # Kernels of rows, compiled for every storage type, and what they move 16 bytes at a time.
-LOADS = ("max_softmax", "ueo_statistics", "ueo_gradient", "ueo_one_pass")
-STORES = ("ueo_gradient", "ueo_one_pass")
+AFFINE = ("channel_affine", "channel_affine_gradient", "layer_norm", "layer_norm_gradient")
+LOADS = ("max_softmax", "ueo_statistics", "ueo_gradient", "ueo_one_pass", *AFFINE)
+STORES = ("ueo_gradient", "ueo_one_pass", *AFFINE)
+# kIsWide in csrc/cuda/channel_affine.cuh, kNormGradientBlocks in layer_norm.cuh.
+WIDE = re.compile(
+    r"channel_affine_gradient<__(half|nv_bfloat16), false, true>"
+    r"|layer_norm_gradient<\w+, false, true>"
+)
 LOAD = re.compile(r"\b(LDG\.E|LDGSTS\.E)[.\w]*\.128\b")
 STORE = re.compile(r"\bSTG\.E[.\w]*\.128\b")
 
@@ -133,7 +139,11 @@ def budget(name: str) -> int:
 
 
 def register_budget(kernel: Kernel) -> int:
-    wide = kernel.name == "ueo_one_pass" or kernel.first == "double"
+    wide = (
+        kernel.name == "ueo_one_pass"
+        or kernel.first == "double"
+        or WIDE.search(kernel.signature) is not None
+    )
     return budget("kMaxRegistersOnePass" if wide else "kMaxRegisters")
 
 
@@ -186,5 +196,5 @@ def test_rows_are_loaded_16_bytes_at_a_time(instructions, name):
 
 
 @pytest.mark.parametrize("name", STORES)
-def test_gradients_are_stored_16_bytes_at_a_time(instructions, name):
+def test_results_are_stored_16_bytes_at_a_time(instructions, name):
     assert not missing(instructions, name, STORE)

@@ -194,7 +194,7 @@ def test_the_cuda_library_loads_without_a_gpu():
 
 @pytest.mark.usefixtures("built_with_cuda")
 def test_backend_cuda_refuses_cpu_tensors():
-    with pytest.raises(ValueError, match=r"move them with logits.cuda\(\), or use backend='auto'"):
+    with pytest.raises(ValueError, match=r"move with logits.cuda\(\), or use backend='auto'"):
         ueo_fast.ueo_loss(torch.eye(3), backend="cuda")
 
 

@@ -53,11 +53,11 @@ def launches(dtype, shape, every_option):
 
     found = []
     run = jit.JITFunction.run
-    processors = launchers._processors
+    processors = launchers.processors_of
     jit.JITFunction.run = lambda kernel, *args, grid, warmup, **keywords: found.append(
         (kernel, args, keywords)
     )
-    launchers._processors = lambda device: PROCESSORS
+    launchers.processors_of = lambda device: PROCESSORS
     try:
         logits = torch.empty(SHAPES[shape], dtype=getattr(torch, dtype))
         compute = torch.float64 if dtype == "float64" else torch.float32
@@ -70,10 +70,11 @@ def launches(dtype, shape, every_option):
             forward = logits, confidence, marginal_weights, 0.5, scale, eps
             loss, *saved = launchers.KERNELS["ueo_loss_forward"](*forward)
             launchers.KERNELS["ueo_loss_backward"](loss, logits, *saved, 0.5, eps)
+        launchers.KERNELS["ueo_loss_and_grad"](logits, None, None, 0.5, 1.0, 0.0)
         launchers.KERNELS["max_softmax"](logits, 0.5)
     finally:
         jit.JITFunction.run = run
-        launchers._processors = processors
+        launchers.processors_of = processors
     return found
 
 

@@ -50,7 +50,7 @@ def loss_and_grad(logits, upstream=1.0, **options):
 @pytest.fixture
 def processors(monkeypatch):
     """Makes the device one of `n` processors."""
-    return lambda n: monkeypatch.setattr(launchers, "_processors", lambda device: n)
+    return lambda n: monkeypatch.setattr(launchers, "processors_of", lambda device: n)
 
 
 # (B, C, processors): what it is there for. Limits of float32; a quarter of C in float64.

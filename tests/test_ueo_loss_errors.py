@@ -25,7 +25,7 @@ BAD_LOGITS = [
     (LOGITS.cfloat(), TypeError, "got torch.complex64"),
     (LOGITS.to_sparse(), TypeError, "dense tensor, got torch.sparse_coo: convert with logits.to_dense()"),
     (LOGITS.as_subclass(DTensor), TypeError, "logits is a DTensor, whose rows live in several processes: pass the rows of this process with logits.to_local()"),
-    (torch.nested.nested_tensor([LOGITS[0], LOGITS[1, :2]]), TypeError, "logits is a nested tensor: pass a (B, C) tensor, e.g. logits.to_padded_tensor(float('-inf'))"),
+    (torch.nested.nested_tensor([LOGITS[0], LOGITS[1, :2]]), TypeError, "logits is a nested tensor: pass a dense one, e.g. logits.to_padded_tensor(float('-inf'))"),
     (LOGITS[0], ValueError, "logits must have shape (B, C), got (4,)"),
     (LOGITS[None], ValueError, "got (1, 6, 4): flatten leading dimensions with logits.flatten(0, -2)"),
     (torch.tensor(1.0), ValueError, "got (): "),
@@ -132,9 +132,7 @@ def test_unknown_backend():
 
 def test_backend_that_does_not_serve_the_device():
     logits = torch.empty(6, 4, device="meta")
-    message = (
-        "backend='cpp' runs on cpu tensors, but logits are on meta: move them with logits.cpu()"
-    )
+    message = "backend='cpp' runs on cpu tensors, got logits on meta: move with logits.cpu()"
     with pytest.raises(ValueError, match=re.escape(message)):
         ueo_loss(logits, backend="cpp")
     assert ueo_loss(logits).device.type == "meta"

@@ -14,8 +14,8 @@ from ueo_fast.reference import compute_dtype
 _FLOATING = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
 
 
-def check_matrix(name: str, value: Tensor) -> None:
-    """A dense floating (B, C) tensor with C > 0, in this process."""
+def check_dense(name: str, value: Tensor, *, padded: str = "(0.0)") -> None:
+    """A strided floating tensor, in this process; ``padded`` goes with a nested one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if type(value).__name__ == "DTensor":
@@ -25,8 +25,7 @@ def check_matrix(name: str, value: Tensor) -> None:
         )
     if value.is_nested:
         raise TypeError(
-            f"{name} is a nested tensor: pass a (B, C) tensor, e.g. "
-            f"{name}.to_padded_tensor(float('-inf')), whose padding counts as masked classes"
+            f"{name} is a nested tensor: pass a dense one, e.g. {name}.to_padded_tensor{padded}"
         )
     if value.dtype not in _FLOATING:
         raise TypeError(
@@ -37,6 +36,11 @@ def check_matrix(name: str, value: Tensor) -> None:
         raise TypeError(
             f"{name} must be a dense tensor, got {value.layout}: convert with {name}.to_dense()"
         )
+
+
+def check_matrix(name: str, value: Tensor) -> None:
+    """A dense floating (B, C) tensor with C > 0, in this process."""
+    check_dense(name, value, padded="(float('-inf')), whose padding counts as masked classes")
     if value.ndim != 2:
         raise ValueError(
             f"{name} must have shape (B, C), got {tuple(value.shape)}: "
@@ -48,6 +52,33 @@ def check_matrix(name: str, value: Tensor) -> None:
             f"{name} must have at least one class, got shape {tuple(value.shape)}: "
             "check the list of class names"
         )
+
+
+def check_values(
+    name: str, value: Tensor, x: Tensor, dim: int, *, constant: bool = False, convert: bool = True
+) -> Tensor:
+    """One value per channel of ``x`` in dimension ``dim``, converted to the compute dtype."""
+    check_dense(name, value)
+    if value.shape != (x.shape[dim],):
+        raise ValueError(
+            f"{name} must have shape ({x.shape[dim]},), one value per channel of x "
+            f"{tuple(x.shape)} in dimension {dim}, got {tuple(value.shape)}"
+        )
+    if value.device != x.device:
+        raise ValueError(
+            f"{name} is on {value.device} but x is on {x.device}: move it with {name}.to(x.device)"
+        )
+    if constant and value.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, but the statistics are frozen: pass {name}.detach()"
+        )
+    return value.to(compute_dtype(x.dtype)) if convert else value
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}")
 
 
 def check_weights(
@@ -79,11 +110,11 @@ def check_weights(
     value = value.to(compute_dtype(logits.dtype))
     # Values are looked at only where that needs no device sync and nothing is being traced.
     if value.device.type == "cpu" and value.shape[0] > 0 and not torch.compiler.is_compiling():
-        _check_values(name, value, positive)
+        _check_range(name, value, positive)
     return value
 
 
-def _check_values(name: str, value: Tensor, positive: bool) -> None:
+def _check_range(name: str, value: Tensor, positive: bool) -> None:
     try:
         low, high = (float(extreme) for extreme in torch.aminmax(value))  # NaN wins both
     except RuntimeError:  # under vmap, make_fx or a fake mode there are no values to look at

@@ -28,15 +28,14 @@ class Backend:
     name: str
     device: str  # type of the tensors that it serves
     namespace: str  # of its ops below torch.ops
-    move: str  # how a user brings a tensor to its device
 
 
 COMPILED = {
     backend.name: backend
     for backend in (  # the fastest first
-        Backend("cpp", "cpu", "ueo_fast", "logits.cpu()"),
-        Backend("cuda", "cuda", "ueo_fast", "logits.cuda()"),
-        Backend("triton", "cuda", "ueo_fast_triton", "logits.cuda()"),
+        Backend("cpp", "cpu", "ueo_fast"),
+        Backend("cuda", "cuda", "ueo_fast"),
+        Backend("triton", "cuda", "ueo_fast_triton"),
     )
 }
 
@@ -116,15 +115,17 @@ def cpu_capability() -> str | None:
     return CAPABILITIES[torch.ops.ueo_fast.cpu_capability()]
 
 
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether torch.func or forward-mode differentiation follows what happens to the tensor.
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func or forward-mode differentiation follows what happens to the tensors.
 
     They would take the compiled ops for constants: a silent derivative of 0.
     """
     if torch.compiler.is_compiling():
         return False
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return wrapped or forward_ad._current_level >= 0
+    if forward_ad._current_level >= 0:
+        return True
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(tensor is not None and is_wrapped(tensor) for tensor in tensors)
 
 
 def _error(backend: str, device: torch.device) -> str | None:
@@ -137,8 +138,8 @@ def _error(backend: str, device: torch.device) -> str | None:
     )
 
 
-def _automatic(tensor: Tensor) -> str:
-    if _is_transformed(tensor):
+def _automatic(tensor: Tensor, others: tuple[Tensor | None, ...]) -> str:
+    if is_transformed(tensor, *others):
         return "reference"
     device = tensor.device
     for name, backend in COMPILED.items():
@@ -147,8 +148,11 @@ def _automatic(tensor: Tensor) -> str:
     return "reference"
 
 
-def choose(backend: str, tensor: Tensor) -> str:
+def choose(backend: str, tensor: Tensor, *others: Tensor | None, name: str = "logits") -> str:
     """The backend to run on ``tensor``: ``auto`` becomes the fastest one that can.
+
+    ``others`` are arguments on the same device that may be differentiated too; ``name`` is what
+    the user calls ``tensor``.
 
     Raises:
         ValueError: the name is unknown, or the backend does not serve the device.
@@ -157,7 +161,7 @@ def choose(backend: str, tensor: Tensor) -> str:
     if backend == "reference":
         return backend
     if backend == "auto":
-        return _automatic(tensor)
+        return _automatic(tensor, others)
     if backend not in COMPILED:
         raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(names())}")
     error = _library_error(backend)
@@ -168,12 +172,12 @@ def choose(backend: str, tensor: Tensor) -> str:
     interpreted = backend == "triton" and is_triton_interpreted() and device.type == "cpu"
     if device.type != wanted.device and not interpreted:
         raise ValueError(
-            f"backend={backend!r} runs on {wanted.device} tensors, but logits are on {device}: "
-            f"move them with {wanted.move}, or use backend='auto'"
+            f"backend={backend!r} runs on {wanted.device} tensors, got {name} on {device}: "
+            f"move with {name}.{wanted.device}(), or use backend='auto'"
         )
     if not interpreted and (error := _error(backend, device)) is not None:
         raise RuntimeError(f"backend={backend!r} cannot run: {error}; or use backend='auto'")
-    if _is_transformed(tensor):
+    if is_transformed(tensor, *others):
         raise RuntimeError(
             f"backend={backend!r} has no rules for torch.func transforms and forward-mode "
             "differentiation: use backend='reference' or 'auto'"

@@ -13,6 +13,7 @@
 #endif
 
 #include "half.h"
+#include "lane_sums.h"
 #include "tuning.h"
 #include "ueo_loss.h"
 
@@ -119,21 +120,6 @@ struct RowReader {
     for (int64_t j = valid; j < padded(valid); ++j) to[j] = -std::numeric_limits<A>::infinity();
 #pragma omp simd
     for (int64_t j = 0; j < valid; ++j) to[j] = to_float(data[begin + j]);
-  }
-};
-
-// kPad running sums. Spelled out because `omp simd reduction` without -fassociative-math ends in
-// kPad dependent additions, which cost as much as 200 columns; a loop over the lanes inside a loop
-// over the columns stays in registers and ends in a tree.
-template <class A>
-struct LaneSums {
-  A lane[kPad] = {};
-
-  double total() const {
-    A part[kPad / 2];
-    for (int64_t l = 0; l < kPad / 2; ++l) part[l] = lane[l] + lane[l + kPad / 2];
-    for (int64_t l = 0; l < kPad / 4; ++l) part[l] += part[l + kPad / 4];
-    return static_cast<double>(part[0] + part[2]) + static_cast<double>(part[1] + part[3]);
   }
 };
 

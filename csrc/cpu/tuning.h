@@ -38,4 +38,26 @@ inline constexpr int64_t kSerialElements = 16384;
 // before anybody reads them, and a cached store first reads the line that it overwrites.
 inline constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
+// ---- channel_affine ----
+
+// Elements handled by one call of the inner loops: three buffers of double stay in a 48 KiB L1.
+inline constexpr int64_t kAffineTile = 2048;
+
+// How far ahead backward fetches its tiles, in elements.
+inline constexpr int64_t kAffineFetch = 8192;
+
+// Channels whose adjacent elements (`inner`) are at least that many are computed with the channel's
+// scale as a constant. Below, scales are spread over the elements: short runs would end in
+// remainders, 7 x 7 = 49 among them.
+inline constexpr int64_t kMinRun = 64;
+
+// Elements of a unit of work there, from the shape alone (see kMinRowsPerBlock); a multiple of the
+// tile.
+inline constexpr int64_t kAffineChunk = 16384;
+
+// Rows per unit below kMinRun, where a row is scales spread over at least kMinSpread elements.
+inline constexpr int64_t kMinSpread = 512;
+inline constexpr int64_t kMinAffineRows = 16;
+inline constexpr int64_t kMaxAffineRows = 256;
+
 }  // namespace ueo_fast::cpu::tuning

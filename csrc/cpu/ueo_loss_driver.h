@@ -2,14 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
+#include "threads.h"
 #include "ueo_loss.h"
 
 namespace ueo_fast::cpu {
-
-// Calls body(first, last) on disjoint ranges that cover [0, n), on as many threads as it likes.
-using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t, int64_t)>& body)>;
 
 // Steps 1 to 7. Writes row_stats (rows, kRowStats), summary (kSummary,) and marginal (columns,);
 // returns the loss. The result does not depend on how parallel_for splits its range.

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <optional>
 
+#include "../storage.h"
 #include "launch.h"
 
 namespace ueo_fast::cuda {
@@ -59,5 +60,26 @@ struct OnGpuOf {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   }
 };
+
+// Calls f with the storage type as a template argument.
+template <class F>
+int with_storage(Storage storage, F&& f) {
+  switch (storage) {
+    case Storage::kFloat:
+      return f.template operator()<Storage::kFloat>();
+    case Storage::kDouble:
+      return f.template operator()<Storage::kDouble>();
+    case Storage::kHalf:
+      return f.template operator()<Storage::kHalf>();
+    default:
+      return f.template operator()<Storage::kBFloat16>();
+  }
+}
+
+inline void check_on_gpu_of(const torch::stable::Tensor& first, const torch::stable::Tensor& tensor,
+                            const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == first.get_device_index(),
+                  "ueo_fast: ", name, " must be on GPU ", first.get_device_index());
+}
 
 }  // namespace ueo_fast::cuda

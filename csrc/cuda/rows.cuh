@@ -6,6 +6,10 @@
 
 namespace ueo_fast::cuda {
 
+// Of all arithmetic: double for double, float for everything else.
+template <class T>
+using ComputeType = decltype(to_compute(T{}));
+
 template <class T>
 inline constexpr int kPerSlot = 16 / static_cast<int>(sizeof(T));
 
@@ -17,6 +21,19 @@ struct alignas(16) Slot {
 template <class T>
 __device__ __forceinline__ T minus_infinity() {
   return to_storage<T>(-INFINITY);
+}
+
+// A plain assignment may end up as four stores: the compiler merges it with those, element by
+// element, of the branch beside it.
+template <class T>
+__device__ __forceinline__ void store_whole(T* to, const Slot<T>& value) {
+  uint4 bits;
+  memcpy(&bits, &value, 16);
+#if defined(__CUDA_ARCH__)
+  __stwb(reinterpret_cast<uint4*>(to), bits);
+#else
+  *reinterpret_cast<uint4*>(to) = bits;
+#endif
 }
 
 // Where the columns of a row lie in its slots: column c is element (shift + c) % kPerSlot of slot

@@ -17,31 +17,11 @@
 namespace ueo_fast::cuda {
 namespace {
 
-// Calls f with the storage type as a template argument.
-template <class F>
-int with_storage(Storage storage, F&& f) {
-  switch (storage) {
-    case Storage::kFloat:
-      return f.template operator()<Storage::kFloat>();
-    case Storage::kDouble:
-      return f.template operator()<Storage::kDouble>();
-    case Storage::kHalf:
-      return f.template operator()<Storage::kHalf>();
-    default:
-      return f.template operator()<Storage::kBFloat16>();
-  }
-}
-
 Tensor checked(const Tensor& any_logits) {
   const Tensor logits = with_adjacent_columns(any_logits);
   STD_TORCH_CHECK(logits.size(1) <= std::numeric_limits<int>::max() / 2,
                   "ueo_fast: the CUDA kernels take up to 2^30 - 1 classes, got ", logits.size(1));
   return logits;
-}
-
-void check_same_gpu(const Tensor& logits, const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == logits.get_device_index(),
-                  "ueo_fast: ", name, " must be on the logits' GPU");
 }
 
 // Outputs and inputs of a forward pass; owns what the call points to.
@@ -58,7 +38,7 @@ struct Forward {
   template <class A>
   static const A* given(const Tensor& logits, const std::optional<Tensor>& weights,
                         std::optional<Tensor>& contiguous, const char* name) {
-    if (weights) check_same_gpu(logits, *weights, name);
+    if (weights) check_on_gpu_of(logits, *weights, name);
     return optional_weights<A>(weights, contiguous, logits.size(0), name);
   }
 
@@ -132,10 +112,10 @@ Tensor backward(const Tensor& grad_loss, const Tensor& any_logits, const Tensor&
                 const Tensor& marginal, const Tensor& row_stats, double trade_off, double eps) {
   const Tensor logits = checked(any_logits);
   check_saved(logits, grad_loss, summary, marginal, row_stats);
-  check_same_gpu(logits, grad_loss, "grad_loss");
-  check_same_gpu(logits, row_stats, "row_stats");
-  check_same_gpu(logits, summary, "summary");
-  check_same_gpu(logits, marginal, "marginal");
+  check_on_gpu_of(logits, grad_loss, "grad_loss");
+  check_on_gpu_of(logits, row_stats, "row_stats");
+  check_on_gpu_of(logits, summary, "summary");
+  check_on_gpu_of(logits, marginal, "marginal");
   const OnGpuOf gpu(logits);
   return gradient(gpu, logits, grad_loss.const_data_ptr(), summary, marginal, row_stats, trade_off,
                   eps);

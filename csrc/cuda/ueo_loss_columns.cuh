@@ -147,12 +147,12 @@ __device__ __forceinline__ void store_gradient(const Frame<T>& frame, int slot, 
   }
   T* address = grad_row + frame.column(slot, 0);
   if (frame.is_whole(slot) && reinterpret_cast<uintptr_t>(address) % 16 == 0) {
-    uint4 bits;
-    memcpy(&bits, &out, 16);
     if (stream) {
+      uint4 bits;
+      memcpy(&bits, &out, 16);
       store_streaming(reinterpret_cast<uint4*>(address), bits);
     } else {
-      *reinterpret_cast<uint4*>(address) = bits;
+      store_whole(address, out);
     }
     return;
   }

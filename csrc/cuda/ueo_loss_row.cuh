@@ -10,9 +10,6 @@
 
 namespace ueo_fast::cuda {
 
-template <class T>
-using ComputeType = decltype(to_compute(T{}));
-
 template <class A>
 inline constexpr A kLog2e = A(1.4426950408889634073599246810018921);
 template <class A>

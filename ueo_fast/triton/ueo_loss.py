@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from ctypes import c_float
 from typing import Any
 
 import torch
@@ -15,37 +13,19 @@ from torch import Tensor
 from ueo_fast.triton import ueo_loss_kernels as held
 from ueo_fast.triton import ueo_loss_tiled_kernels as tiled
 from ueo_fast.triton.autotune import with_best_plan
+from ueo_fast.triton.launch import DTYPES, compute_dtype, on_device, processors_of, split
 from ueo_fast.triton.tuning import TUNING, Plan
 
 ROW_STATS = 5  # ueo_loss_math.py says what they are
 SUMMARY = 5
 CHUNK_SUMS = 5
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _split(value: float) -> tuple[float, float]:
-    """Two float32 numbers whose sum is the value to 48 bits: Triton passes floats as float32."""
-    high = c_float(value).value
-    return high, c_float(value - high).value
-
-
-@functools.lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return TUNING.interpreted_processors
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
 
 def _prepare(logits: Tensor) -> Tensor:
     """Logits (B, C) with adjacent columns: others are copied once."""
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise RuntimeError(f"ueo_fast: logits must have shape (B, C), got {tuple(logits.shape)}")
-    if logits.dtype not in _DTYPES:
+    if logits.dtype not in DTYPES:
         raise RuntimeError("ueo_fast: logits must be float64, float32, float16 or bfloat16")
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
@@ -55,7 +35,7 @@ def _check_weights(name: str, weights: Tensor | None, logits: Tensor) -> Tensor 
         return None
     if weights.shape != logits.shape[:1]:
         raise RuntimeError(f"ueo_fast: {name} must have shape ({logits.shape[0]},)")
-    if weights.dtype != _compute_dtype(logits) or weights.device != logits.device:
+    if weights.dtype != compute_dtype(logits) or weights.device != logits.device:
         raise RuntimeError(f"ueo_fast: {name} must have the compute dtype and the logits' device")
     return weights.contiguous()
 
@@ -68,7 +48,7 @@ def _check_saved(
     row_stats: Tensor,
 ) -> None:
     """Refuses what backward would read beyond its end."""
-    dtype = _compute_dtype(logits)
+    dtype = compute_dtype(logits)
     if grad_loss is not None and (grad_loss.ndim != 0 or grad_loss.dtype != dtype):
         raise RuntimeError("ueo_fast: grad_loss must be 0-d with the dtype of the loss")
     rows, columns = logits.shape
@@ -83,18 +63,6 @@ def _check_saved(
         )
 
 
-def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the GPU of its first (B, C) argument as the current one."""
-
-    @functools.wraps(function)
-    def guarded(*arguments: Any) -> Any:
-        logits = next(a for a in arguments if isinstance(a, Tensor) and a.ndim > 0)
-        with torch.cuda.device_of(logits):
-            return function(*arguments)
-
-    return guarded
-
-
 def _forward_with(
     plan: Plan,
     logits: Tensor,
@@ -105,7 +73,7 @@ def _forward_with(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = logits.shape
-    dtype = _compute_dtype(logits)
+    dtype = compute_dtype(logits)
     loss = logits.new_empty((), dtype=dtype)
     summary = loss.new_empty(SUMMARY)
     marginal = loss.new_empty(columns)
@@ -129,8 +97,8 @@ def _forward_with(
         columns,
         logits.stride(0),
         plan.chunk_rows,
-        *_split(confidence_scale * math.log2(math.e)),
-        *_split(eps),
+        *split(confidence_scale * math.log2(math.e)),
+        *split(eps),
         ROWS=plan.block_rows,
         COLUMNS=plan.block_columns,
         SCALED=confidence is None and confidence_scale != 1,
@@ -149,8 +117,8 @@ def _forward_with(
         rows,
         columns,
         plan.chunks,
-        *_split(trade_off),
-        *_split(eps),
+        *split(trade_off),
+        *split(eps),
         CHUNKS=finish_chunks,
         COLUMNS=finish_columns,
         EPS=eps != 0,
@@ -159,7 +127,7 @@ def _forward_with(
     return loss, summary, marginal, row_stats
 
 
-@_on_device
+@on_device
 def ueo_loss_forward(
     logits: Tensor,
     confidence: Tensor | None,
@@ -174,7 +142,7 @@ def ueo_loss_forward(
     marginal_weights = _check_weights("marginal_weights", marginal_weights, logits)
     rows, columns = logits.shape
     if rows == 0:
-        loss = logits.new_zeros((), dtype=_compute_dtype(logits))
+        loss = logits.new_zeros((), dtype=compute_dtype(logits))
         summary, marginal = loss.new_zeros(SUMMARY), loss.new_zeros(columns)
         return loss, summary, marginal, loss.new_empty(0, ROW_STATS)
 
@@ -183,11 +151,11 @@ def ueo_loss_forward(
         return _forward_with(plan, logits, *weights, trade_off, confidence_scale, eps)
 
     shape = rows, columns
-    processors = _processors(logits.device)
+    processors = processors_of(logits.device)
     return with_best_plan("forward", logits.device, shape, logits.dtype, processors, run)
 
 
-@_on_device
+@on_device
 def ueo_loss_backward(
     grad_loss: Tensor | None,
     logits: Tensor,
@@ -221,8 +189,8 @@ def ueo_loss_backward(
             columns,
             logits.stride(0),
             plan.chunk_rows,
-            *_split(trade_off),
-            *_split(eps),
+            *split(trade_off),
+            *split(eps),
             ROWS=plan.block_rows,
             COLUMNS=plan.block_columns,
             EPS=eps != 0,
@@ -230,12 +198,12 @@ def ueo_loss_backward(
         )
 
     shape = rows, columns
-    processors = _processors(logits.device)
+    processors = processors_of(logits.device)
     with_best_plan("backward", logits.device, shape, logits.dtype, processors, run)
     return grad
 
 
-@_on_device
+@on_device
 def ueo_loss_and_grad(
     logits: Tensor,
     confidence: Tensor | None,
@@ -253,12 +221,12 @@ def ueo_loss_and_grad(
     return loss, saved[0], saved[1], grad
 
 
-@_on_device
+@on_device
 def max_softmax(logits: Tensor, scale: float) -> Tensor:
     """max_c softmax(scale * logits)_c, (B,) in the compute dtype."""
     logits = _prepare(logits)
     rows, columns = logits.shape
-    out = torch.empty(rows, dtype=_compute_dtype(logits), device=logits.device)
+    out = torch.empty(rows, dtype=compute_dtype(logits), device=logits.device)
     if rows == 0:
         return out
 
@@ -270,14 +238,14 @@ def max_softmax(logits: Tensor, scale: float) -> Tensor:
             rows,
             columns,
             logits.stride(0),
-            *_split(scale * math.log2(math.e)),
+            *split(scale * math.log2(math.e)),
             ROWS=plan.block_rows,
             COLUMNS=plan.block_columns,
             num_warps=plan.warps,
         )
 
     shape = rows, columns
-    processors = _processors(logits.device)
+    processors = processors_of(logits.device)
     with_best_plan("max_softmax", logits.device, shape, logits.dtype, processors, run)
     return out
 
