@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ueo_fast.finetune.affine import affine_parameters, freeze_all_but_affine
+from ueo_fast.patch import affine_parameters, freeze_all_but_affine, patch_visual
 
 open_clip = pytest.importorskip("open_clip")
 timm = pytest.importorskip("timm")
@@ -175,11 +175,36 @@ def test_unknown_scope_is_refused_and_changes_nothing() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_no_visual_tower_is_refused() -> None:
+def test_a_model_without_visual_tower_is_the_tower_itself() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    assert list(affine_parameters(model)) == ["1.weight", "1.bias"]
+    assert list(affine_parameters(model[1])) == ["weight", "bias"]
+
+
+def test_neither_visual_tower_nor_norm_is_refused() -> None:
     with pytest.raises(
         TypeError, match=r"model is a Linear without a visual tower.*open_clip model"
     ):
         affine_parameters(nn.Linear(2, 2))
+
+
+def test_a_patch_changes_nothing() -> None:
+    model = with_timm("test_convnext")
+    before = affine_parameters(model)
+    patch_visual(model)
+    after = affine_parameters(model)
+    assert after.groups == before.groups
+    assert list(after) == list(before)
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_the_summary_counts_by_type() -> None:
+    model = with_visual(nn.Sequential(nn.BatchNorm2d(1000), nn.LayerNorm(4), nn.LayerNorm(4)))
+    assert affine_parameters(model).summary().splitlines() == [
+        "scope='all': 2,016 numbers in 6 tensors",
+        "  BatchNorm2d: 2,000 numbers in 2 tensors",
+        "  LayerNorm: 16 numbers in 4 tensors",
+    ]
 
 
 def test_tower_without_norms_is_refused_and_changes_nothing() -> None:

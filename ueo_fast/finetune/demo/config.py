@@ -120,6 +120,13 @@ class DemoConfig:
         default=0.0,
         metadata=_help("added inside the logarithms; 1e-5 is the authors' released code"),
     )
+    patch: bool = field(
+        default=True,
+        metadata=_help(
+            "run the image tower with the fused layers of ueo_fast.patch_visual; false runs "
+            "PyTorch's own, to the same result up to rounding"
+        ),
+    )
     threads: int = field(
         default=2, metadata=_help("CPU threads; another number may change the last digits")
     )
@@ -203,5 +210,6 @@ class DemoConfig:
             if item.name == "out" or value == item.default:
                 continue
             words.append("--" + item.name.replace("_", "-"))
-            words.extend(map(str, value) if isinstance(value, tuple) else [str(value)])
+            values = value if isinstance(value, tuple) else (value,)
+            words.extend(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
         return shlex.join(words)

@@ -130,7 +130,8 @@ def pretrained_classifier(
         seed=problem.seed,
         on_step=on_step,
     )
-    return ClipClassifier(model, PromptLearner(model, tokenizer, problem.split.known))
+    prompt = PromptLearner(model, tokenizer, problem.split.known)
+    return ClipClassifier(model, prompt, patch=config.patch)
 
 
 def run_method(

@@ -1,0 +1,102 @@
+"""Batch normalisation by running statistics, fused with the activation that follows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ueo_fast import backends
+from ueo_fast.normalization import frozen_batch_norm
+from ueo_fast.ops.frozen import is_traced
+from ueo_fast.patch.hooks import is_observed
+from ueo_fast.patch.patched import Patched
+
+
+class PatchedBatchNorm(Patched):
+    """``nn.BatchNorm1d``, ``2d``, ``3d`` and ``nn.SyncBatchNorm``.
+
+    In training mode, and without running statistics, it is the original.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        norm: Any = self
+        if not runs_fused(norm, input):
+            return super().forward(input)  # type: ignore[misc]
+        norm._check_input_dim(input)
+        return normalize(norm, input)
+
+
+class PatchedBatchNormAct(Patched):
+    """timm's ``BatchNormAct2d``: normalisation, dropout (if any), activation (if any)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm: Any = self
+        if x.dim() != 4 or not runs_fused(norm, x):
+            return super().forward(x)  # type: ignore[misc]
+        drops = type(norm.drop) is not nn.Identity or is_observed(norm.drop)
+        if not drops and is_plain_relu(norm.act):
+            return normalize(norm, x, activation="relu")
+        x = normalize(norm, x)
+        return norm.act(norm.drop(x))
+
+
+def is_plain_relu(module: nn.Module) -> bool:
+    """Whether a module does what the fused activation does, and nobody watches it."""
+    return type(module) is nn.ReLU and not is_observed(module)
+
+
+def runs_fused(norm: Any, x: Tensor) -> bool:
+    """Whether a batch norm uses its running statistics and a compiled kernel can run on ``x``.
+
+    Without a kernel (an unknown device, torch.func, tracing) the original is faster and holds less
+    than our reference.
+    """
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        return False
+    if is_traced() or not x.is_floating_point():
+        return False
+    return backends.choose("auto", x, norm.weight, norm.bias) != "reference"
+
+
+def normalize(
+    norm: Any, x: Tensor, *, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """:func:`ueo_fast.frozen_batch_norm` with a module's parameters and statistics."""
+    return frozen_batch_norm(
+        x,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        activation=activation,
+        residual=residual,
+    )
+
+
+def can_fuse(norm: nn.Module, relu: nn.Module, x: Tensor) -> bool:
+    """Whether a batch norm and the ReLU after it may become one call.
+
+    Not where a hook on either of them would be bypassed.
+    """
+    return (
+        isinstance(norm, PatchedBatchNorm)
+        and is_plain_relu(relu)
+        and not is_observed(norm)
+        and runs_fused(norm, x)
+    )
+
+
+def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
+    """``relu(norm(x))``."""
+    if can_fuse(norm, relu, x):
+        return normalize(norm, x, activation="relu")
+    return relu(norm(x))
+
+
+def can_add(norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor) -> bool:
+    """Whether ``relu(norm(x) + residual)`` may become one call."""
+    # Otherwise the sum broadcasts or promotes, which is left to PyTorch.
+    same = residual.shape == x.shape and residual.dtype == x.dtype
+    return same and can_fuse(norm, relu, x)

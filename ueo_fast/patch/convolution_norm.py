@@ -1,0 +1,67 @@
+"""A 1 x 1 convolution that widens its input, and the batch norm after it, as one call."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from ueo_fast import backends
+from ueo_fast.ops import frozen
+from ueo_fast.ops.frozen_convolution_norm import frozen_convolution_norm
+from ueo_fast.patch.batch_norm import PatchedBatchNorm, is_plain_relu, runs_fused
+from ueo_fast.patch.convolution import PatchedConvolution
+from ueo_fast.patch.hooks import is_observed
+
+
+def widens(conv: Any, norm: Any) -> bool:
+    """Whether holding the convolution's input rather than its output saves half or more.
+
+    Only for 1 x 1 convolutions: what is not held is computed again, and larger ones cost too much.
+    """
+    if not isinstance(conv, PatchedConvolution) or not isinstance(norm, PatchedBatchNorm):
+        return False
+    return _is_wide(conv)
+
+
+def _is_wide(conv: Any) -> bool:
+    return (
+        all(size == 1 for size in conv.kernel_size)
+        and 2 * conv.in_channels * math.prod(conv.stride) <= conv.out_channels
+        and conv.padding in ("valid", "same", (0,) * len(conv.stride))
+        and conv.bias is None
+    )
+
+
+def can_join(conv: Any, norm: Any, x: Tensor) -> bool:
+    """Whether ``norm(conv(x))`` may become one call that holds ``x``."""
+    return (
+        widens(conv, norm)
+        and frozen.saves_nothing(x, conv.weight)
+        # Otherwise the norm holds nothing.
+        and norm.weight is not None
+        and norm.weight.requires_grad
+        and x.dim() == conv.weight.dim()
+        and not is_observed(conv)
+        and not is_observed(norm)
+        and runs_fused(norm, x)
+    )
+
+
+def join(conv: Any, norm: Any, x: Tensor, relu: nn.Module | None = None) -> Tensor:
+    """``norm(conv(x))``, with the ReLU after it if there is one."""
+    fuses_relu = relu is not None and is_plain_relu(relu)
+    y = frozen_convolution_norm(
+        backends.choose("auto", x),
+        x,
+        conv.weight,
+        (conv.stride, (0,) * len(conv.stride), conv.dilation, conv.groups),
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        fuses_relu,
+    )
+    return y if relu is None or fuses_relu else relu(y)
