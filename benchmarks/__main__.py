@@ -1,7 +1,9 @@
-"""`python -m benchmarks`: measures the loss, writes benchmarks/results/*.csv, redraws the docs.
+"""`python -m benchmarks [PART ...]`: measures, writes benchmarks/results/*.csv, redraws the docs.
 
-The pytest-benchmark run happens twice, in processes of their own: with an allocator that keeps
-its memory, and with the allocator as a process comes. About five minutes on two cores.
+Parts: `loss` (about five minutes on two cores), `affine` and `visual` (some six together); all of
+them without a name. Time is measured by pytest-benchmark in a process of its own, of the loss and
+of the affine layers twice: with an allocator that keeps its memory, and with the allocator as a
+process comes.
 """
 
 from __future__ import annotations
@@ -14,20 +16,28 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import memory, render, results_file
+from benchmarks import memory, render, results_file, visual_cases, visual_memory
+from benchmarks.allocator import MAPPED_ALLOCATOR as MAPPED
 from benchmarks.allocator import TUNED_ALLOCATOR
 from benchmarks.cases import CASES
 from benchmarks.environment import describe
 
-BENCH = Path(__file__).parent / "bench_ueo_loss.py"
+FOLDER = Path(__file__).parent
 MEMORY_CONTENDERS = ("ueo_fast", "eager", "compile")
 MEMORY_FROM_BYTES = 4 << 20
 """Below that the process's own noise is a good part of what is measured."""
+ALLOCATORS = {"tuned": TUNED_ALLOCATOR, "default": {}}
+
+Header = dict[str, str]
+Rows = list[dict[str, object]]
 
 
-def measure_time(threads: int, repeats: int, allocator: dict[str, str]) -> list[dict[str, object]]:
+def measure_time(
+    bench: str, keys: Sequence[str], threads: int, repeats: int, allocator: dict[str, str]
+) -> Rows:
     """One row per case and contender: medians over the repeats, in microseconds."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "benchmark.json"
@@ -37,29 +47,26 @@ def measure_time(threads: int, repeats: int, allocator: dict[str, str]) -> list[
             UEO_FAST_BENCH_REPEATS=str(repeats),
             **allocator,
         )
-        command = [sys.executable, "-m", "pytest", "-q", str(BENCH), f"--benchmark-json={output}"]
-        subprocess.run([*command, "--benchmark-quiet"], env=environment, check=True)
+        command = [sys.executable, "-m", "pytest", "-q", str(FOLDER / bench)]
+        command += [f"--benchmark-json={output}", "--benchmark-quiet"]
+        subprocess.run(command, env=environment, check=True)
         runs = json.loads(output.read_text())["benchmarks"]
-    collected: dict[tuple[int, int, str, str], list[float]] = defaultdict(list)
+    collected: dict[tuple[object, ...], list[float]] = defaultdict(list)
     for run in runs:
-        info = run["extra_info"]
-        key = info["rows"], info["columns"], info["dtype"], info["contender"]
+        key = tuple(run["extra_info"][name] for name in (*keys, "contender"))
         collected[key].append(1e6 * run["stats"]["median"])
     return [
         {
-            "rows": rows,
-            "columns": columns,
-            "dtype": dtype,
-            "contender": name,
+            **dict(zip((*keys, "contender"), key, strict=True)),
             "median_us": f"{statistics.median(times):.1f}",
             "lowest_us": f"{min(times):.1f}",
             "highest_us": f"{max(times):.1f}",
         }
-        for (rows, columns, dtype, name), times in collected.items()
+        for key, times in collected.items()
     ]
 
 
-def measure_memory() -> list[dict[str, object]]:
+def measure_memory() -> Rows:
     return [
         {
             "rows": case.rows,
@@ -74,6 +81,49 @@ def measure_memory() -> list[dict[str, object]]:
     ]
 
 
+def _words(values: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items()) or "as it comes"
+
+
+def measure_loss(header: Header, threads: int, repeats: int) -> None:
+    keys = ("rows", "columns", "dtype")
+    for name, allocator in ALLOCATORS.items():
+        rows = measure_time("bench_ueo_loss.py", keys, threads, repeats, allocator)
+        about = describe(**header, allocator=_words(allocator))
+        results_file.write(f"ueo_loss_cpu_{name}_allocator.csv", about, rows)
+    results_file.write("ueo_loss_cpu_memory.csv", describe(**header), measure_memory())
+
+
+def measure_affine(header: Header, threads: int, repeats: int) -> None:
+    keys = ("op", "shape", "layout", "dtype")
+    for name, allocator in ALLOCATORS.items():
+        settings = allocator or {"UEO_FAST_BENCH_CASES": "few"}  # page faults take long
+        rows = measure_time("bench_affine.py", keys, threads, repeats, settings)
+        about = describe(**header, allocator=_words(allocator))
+        results_file.write(f"affine_cpu_{name}_allocator.csv", about, rows)
+
+
+def measure_visual(header: Header, threads: int, repeats: int) -> None:
+    reason = visual_cases.unavailable_reason()
+    if reason is not None:
+        sys.exit(f"visual: {reason}: pip install 'ueo_fast[clip]'")
+    header = {**header, "open_clip": visual_cases.version()}
+    rows = visual_memory.measure_all(threads)
+    results_file.write("visual_memory.csv", describe(**header, allocator=_words(MAPPED)), rows)
+    keys = ("model", "batch", "layout", "dtype")
+    rows = measure_time("bench_visual_step.py", keys, threads, repeats, TUNED_ALLOCATOR)
+    about = describe(**header, allocator=_words(TUNED_ALLOCATOR))
+    results_file.write("visual_step_cpu.csv", about, rows)
+
+
+PARTS: dict[str, tuple[Callable[[Header, int, int], None], int]] = {
+    "loss": (measure_loss, 7),
+    "affine": (measure_affine, 5),
+    "visual": (measure_visual, 3),
+}
+"""Name to what measures it and how often each contender takes its turn."""
+
+
 def pin(threads: int) -> str:
     """Keeps this process and its children on as many processors as there are threads."""
     if not hasattr(os, "sched_setaffinity"):
@@ -84,18 +134,27 @@ def pin(threads: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, help="by default what suits the part")
     args = parser.parse_args()
-    command = f"python -m benchmarks --threads {args.threads} --repeats {args.repeats}"
-    common = {"threads": f"{args.threads}{pin(args.threads)}", "command": command}
-    for name, allocator in (("tuned", TUNED_ALLOCATOR), ("default", {})):
-        rows = measure_time(args.threads, args.repeats, allocator)
-        setting = " ".join(f"{key}={value}" for key, value in allocator.items()) or "as it comes"
-        header = describe(**common, allocator=setting)
-        results_file.write(f"ueo_loss_cpu_{name}_allocator.csv", header, rows)
-    results_file.write("ueo_loss_cpu_memory.csv", describe(**common), measure_memory())
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose of {', '.join(PARTS)}")
+    pinned = pin(args.threads)
+    failed = []
+    for part in args.parts or PARTS:
+        measure, usual = PARTS[part]
+        repeats = args.repeats or usual
+        command = f"python -m benchmarks {part} --threads {args.threads} --repeats {repeats}"
+        header = {"threads": f"{args.threads}{pinned}", "command": command}
+        try:
+            measure(header, args.threads, repeats)
+        except subprocess.CalledProcessError as error:  # the other parts are worth having
+            print(f"{part}: {error}", file=sys.stderr)
+            failed.append(part)
     render.main()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

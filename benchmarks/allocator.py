@@ -6,3 +6,7 @@ TUNED_ALLOCATOR = {
     "MALLOC_TOP_PAD_": "1000000000",
 }
 """glibc's malloc keeps its memory, as a caching allocator does: page faults do not decide."""
+
+MAPPED_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Every large tensor is a mapping of its own: a process's peak is then what its tensors hold, not
+the holes of a heap as well."""

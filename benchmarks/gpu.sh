@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.." || exit 2
 usage="usage: bash benchmarks/gpu.sh [--quick] [--out DIR] [build] [test] [sanitize] [bench]"
 PYTHON=${PYTHON:-python3}
 TOTAL_SECONDS=${TOTAL_SECONDS:-525} # of all stages; the start and the end take a few seconds more
-declare -A share=([build]=110 [test]=140 [sanitize]=110 [bench]=165) # of it, by stage
+declare -A share=([build]=110 [test]=130 [sanitize]=95 [bench]=190) # of it, by stage
 
 out=""
 logs=build/gpu
@@ -57,6 +57,7 @@ build() {
 run_tests() {
   shopt -s nullglob
   local files=(tests/test_gpu*.py tests/test_cuda*.py tests/test_ueo_loss*.py)
+  files+=(tests/test_channel_affine*.py tests/test_frozen_batch_norm*.py tests/test_layer_norm*.py)
   # A missing backend is a failure here, not a reason to skip.
   UEO_FAST_REQUIRE_GPU=1 "$PYTHON" -m pytest -q -p no:cacheprovider "${files[@]}"
 }
@@ -83,8 +84,12 @@ sanitize() {
 }
 
 bench() {
-  local seconds=$(($1 > 40 ? $1 - 20 : $1)) # it ends by itself before it is stopped
-  "$PYTHON" -m benchmarks.bench_ueo_loss_gpu --seconds "$seconds" --out "$out" $quick
+  local seconds=$(($1 > 40 ? $1 - 20 : $1)) start=$SECONDS failed=0 # it ends before it is stopped
+  "$PYTHON" -m benchmarks.bench_ueo_loss_gpu \
+    --seconds $((seconds * 6 / 10)) --out "$out" $quick || failed=1
+  "$PYTHON" -m benchmarks.bench_affine_gpu \
+    --seconds $((seconds - (SECONDS - start))) --out "$out" $quick || failed=1
+  return $failed
 }
 
 # `timeout` runs programs, not functions: a stage is this script's function in a shell of its own.
@@ -116,7 +121,7 @@ done
 
 echo
 printf '%s\n' "${summary[@]}"
-if [[ " ${stages[*]} " == *" bench "* && -e $out/ueo_loss_gpu_time.csv ]]; then
+if [[ " ${stages[*]} " == *" bench "* ]] && compgen -G "$out/*gpu*.csv" >/dev/null; then
   echo "CSVs are in $out; python -m benchmarks.render draws those of benchmarks/results in the docs"
 fi
 exit $((failures > 0))

@@ -10,7 +10,7 @@ import sys
 from benchmarks.cases import CASES, Case, Step, contender
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
@@ -23,11 +23,11 @@ def peak_over_logits(case: Case, name: str) -> float:
     step.logits.grad = None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")
     step()
-    return (_status("VmHWM") - before) / case.bytes
+    return (status("VmHWM") - before) / case.bytes
 
 
 def measure(case: Case, name: str) -> float:

@@ -12,10 +12,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import gpu_report, markdown, results_file
+from benchmarks import affine_report, gpu_affine_report, gpu_report, markdown, results_file
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = (DOCS / "performance.md", DOCS / "math.md")
+PAGES = tuple(
+    page for name in ("performance", "math", "patch") if (page := DOCS / f"{name}.md").exists()
+)
 PICTURE = DOCS / "images" / "ueo_loss_cpu.png"
 
 # design targets: at least this many times faster than (b) eager and (c) torch.compile.
@@ -107,6 +109,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "experiments": experiments,
     "keep": lambda: experiments("backward reads exp"),
     **gpu_report.TABLES,
+    **affine_report.TABLES,
+    **gpu_affine_report.TABLES,
 }
 
 

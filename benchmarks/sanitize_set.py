@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import sanitize_affine
 from ueo_fast import ueo_loss, ueo_loss_and_grad
 from ueo_fast.reference import compute_dtype
 
@@ -82,6 +83,7 @@ def main(backend: str = "cuda") -> int:
                 msg=lambda text, name=name, sample=sample: f"{sample.reason}, {name}: {text}",
             )  # fmt: skip
         print(f"ok: {sample.reason}", flush=True)
+    sanitize_affine.run(backend, device)
     return 0
 
 

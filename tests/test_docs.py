@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_report, render, results_file  # noqa: E402
+from benchmarks import gpu_affine_report, gpu_report, render, results_file  # noqa: E402
 
 CPU_FACTS = {"processor", "instruction set", "threads"}
 GPU_FACTS = {"gpu", "driver", "multiprocessors", "L2", "triton", "nvcc", "commit", "copied bytes"}
+GPU_CSVS = (*gpu_report.CSVS, *gpu_affine_report.CSVS)
 
 
 @pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
@@ -27,17 +28,18 @@ def test_tables_are_what_the_csvs_make(page):
 @pytest.mark.parametrize("path", sorted(results_file.FOLDER.glob("*.csv")), ids=lambda p: p.name)
 def test_results_say_where_they_were_made(path):
     header, rows = results_file.read(path.name)
-    facts = GPU_FACTS if path.name in gpu_report.CSVS else CPU_FACTS
+    facts = GPU_FACTS if path.name in GPU_CSVS else CPU_FACTS
     assert {"date", "torch", "command", *facts} <= set(header)
     assert rows
 
 
 def test_the_docs_have_gpu_figures_if_and_only_if_they_were_measured():
-    present = [(results_file.FOLDER / name).exists() for name in gpu_report.CSVS]
-    assert all(present) or not any(present), "the three CSVs of a run belong together"
+    present = {name: (results_file.FOLDER / name).exists() for name in GPU_CSVS}
+    for run in (gpu_report.CSVS, gpu_affine_report.CSVS):
+        assert len({present[name] for name in run}) == 1, "the CSVs of a run belong together"
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert ("Not measured yet" in page) == (not present[0])
-    for name in gpu_report.CSVS if present[0] else ():
+    assert ("Not measured yet" in page) == (not all(present.values()))
+    for name in (name for name in GPU_CSVS if present[name]):
         header, _ = results_file.read(name)
         assert "dry run" not in header["gpu"]
         assert "--quick" not in header["command"]

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import (  # noqa: E402
     bench_ueo_loss_gpu,
+    gpu_affine_report,
     gpu_cases,
     gpu_counters,
     gpu_measure,
@@ -53,7 +54,7 @@ def test_a_dry_run_goes_from_measuring_to_the_docs(tmp_path, monkeypatch, capsys
 
 def test_without_a_csv_the_tables_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
-    for marker, table in gpu_report.TABLES.items():
+    for marker, table in {**gpu_report.TABLES, **gpu_affine_report.TABLES}.items():
         expected = marker != "gpu floors"  # bytes are known without measuring
         assert ("Not measured yet" in table()[0]) == expected
 
