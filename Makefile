@@ -42,17 +42,17 @@ demo: setup ## adapt a small CLIP to unlabelled digits with unknown classes amon
 	$(BIN)/ueo-fast demo
 
 test: setup ## every test but the slow extras
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-all: setup ## every test
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto -m "slow or not slow"
 
 lint: setup ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup ## measure the loss; writes benchmarks/results/*.csv and the pictures in docs/
+bench: setup ## measure loss, affine layers and a tower's step; writes benchmarks/results/*.csv and the pictures in docs/
 	$(BIN)/python -m benchmarks
 
 bench-gpu: ## on a machine with a GPU: build, test, sanitise and measure (benchmarks/gpu.sh)

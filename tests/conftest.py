@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -17,6 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Read when triton.jit decorates a kernel, so before anything imports triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Workers share the processors.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    torch.set_num_threads(max(1, processors // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 import cuda_host_build  # noqa: E402
 from loss_backends import CUDA_HOST, LossBackend, spared_reason  # noqa: E402
@@ -57,9 +63,12 @@ def loops() -> ModuleType:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
     ]
-    for command in (configure, ["cmake", "--build", str(build), "--target", "ueo_fast_loops"]):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    build.mkdir(parents=True, exist_ok=True)
+    with open(build / "lock", "w") as lock:  # one of pytest's workers builds, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", str(build), "--target", "ueo_fast_loops"]):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     (library,) = build.glob("ueo_fast_loops*.so")
     spec = importlib.util.spec_from_file_location("ueo_fast_loops", library)
     assert spec is not None
