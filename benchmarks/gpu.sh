@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.." || exit 2
 usage="usage: bash benchmarks/gpu.sh [--quick] [--out DIR] [build] [test] [sanitize] [bench]"
 PYTHON=${PYTHON:-python3}
 TOTAL_SECONDS=${TOTAL_SECONDS:-525} # of all stages; the start and the end take a few seconds more
-declare -A share=([build]=110 [test]=130 [sanitize]=95 [bench]=190) # of it, by stage
+declare -A share=([build]=70 [test]=170 [sanitize]=95 [bench]=190) # of it, by stage
 
 out=""
 logs=build/gpu
@@ -56,10 +56,13 @@ build() {
 
 run_tests() {
   shopt -s nullglob
-  local files=(tests/test_gpu*.py tests/test_cuda*.py tests/test_ueo_loss*.py)
+  local files=(tests/test_gpu*.py tests/test_patch_gpu.py tests/test_ueo_loss*.py) workers=()
   files+=(tests/test_channel_affine*.py tests/test_frozen_batch_norm*.py tests/test_layer_norm*.py)
   # A missing backend is a failure here, not a reason to skip.
-  UEO_FAST_REQUIRE_GPU=1 "$PYTHON" -m pytest -q -p no:cacheprovider "${files[@]}"
+  # What runs on the host is tested where there is no GPU. Most of the time is Triton compiling.
+  "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-n 4)
+  UEO_FAST_REQUIRE_GPU=1 "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" \
+    -k "not cuda_host and not cpp and not reference" "${files[@]}"
 }
 
 NOT_THERE=77 # exit status of a stage that cannot run
