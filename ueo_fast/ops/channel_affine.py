@@ -146,7 +146,7 @@ class ChannelAffineFunction(torch.autograd.Function):
         needs_sums = needs_scale or needs_shift
         grad_x = sums = grad_residual = None
         if needs_x or needs_sums or relu:
-            compute: Any = _OnceDifferentiable.apply if torch.is_grad_enabled() else backward
+            compute: Any = OnceDifferentiable.apply if torch.is_grad_enabled() else backward
             grad_x, sums, grad_residual = compute(
                 ctx.backend,
                 grad_out,
@@ -172,7 +172,7 @@ class ChannelAffineFunction(torch.autograd.Function):
         )
 
 
-class _OnceDifferentiable(torch.autograd.Function):
+class OnceDifferentiable(torch.autograd.Function):
     """The gradients under ``create_graph=True``: see ueo_fast/ops/ueo_loss.py."""
 
     @staticmethod

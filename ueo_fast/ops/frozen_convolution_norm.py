@@ -53,7 +53,7 @@ class ConvolutionNormFunction(torch.autograd.Function):
         _, needs_x, _, needs_scale, needs_shift, *_ = ctx.needs_input_grad
         wide = _convolution(x, weight, geometry)
         compute = (
-            channel_affine._OnceDifferentiable.apply
+            channel_affine.OnceDifferentiable.apply
             if torch.is_grad_enabled()
             else channel_affine.backward
         )
