@@ -1,0 +1,251 @@
+"""Lists of images: folders, list files, CSV; odd names and every refusal."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ueo_fast.finetune.data.image_list import (
+    ImageList,
+    image_extensions,
+    printable,
+    read_images,
+)
+
+
+def touch(root: Path, *names: str) -> Path:
+    """Files that exist; only their names matter here."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    return root
+
+
+def test_class_folders_give_labels_in_the_order_of_the_paths(tmp_path: Path) -> None:
+    touch(tmp_path, "zebra/2.jpg", "zebra/10.JPG", "ant/deep/er/x.png", "ant/a.webp")
+    (tmp_path / "empty class").mkdir()
+    images = read_images(tmp_path)
+    assert images.names == ("ant/a.webp", "ant/deep/er/x.png", "zebra/10.JPG", "zebra/2.jpg")
+    assert images.labels == ("ant", "ant", "zebra", "zebra")
+    assert [Path(path) for path in images.paths] == [tmp_path / name for name in images.names]
+    assert read_images(str(tmp_path)) == images
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    images = read_images(touch(tmp_path, "b.png", "a.jpeg"))
+    assert images.names == ("a.jpeg", "b.png")
+    assert images.labels is None
+
+
+def test_what_is_no_image_is_ignored(tmp_path: Path) -> None:
+    touch(tmp_path, "c/.DS_Store", "c/._x.jpg", ".hidden/x.jpg", "c/notes.txt", "c/f.h5", "c/x.jpg")
+    touch(tmp_path, "c/no_extension", "c/paper.pdf", "c/film.mpg")
+    assert read_images(tmp_path).names == ("c/x.jpg",)
+
+
+def test_odd_names_survive(tmp_path: Path) -> None:
+    names = (
+        "Größe ☃/図 1.png",
+        "Größe ☃/a, b.jpg",
+        'Größe ☃/it\'s "it".jpg',
+        "Größe ☃/new\nline.jpg",
+    )
+    images = read_images(touch(tmp_path, *names))
+    assert set(images.names) == set(names)
+    assert all(os.path.isfile(path) for path in images.paths)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only there names are bytes")
+def test_a_name_that_is_not_unicode_can_be_opened_and_shown(tmp_path: Path) -> None:
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.jpg")
+    try:
+        with open(path, "wb"):
+            pass
+    except OSError:  # macOS refuses such names
+        pytest.skip("the file system takes Unicode names only")
+    images = read_images(tmp_path)
+    assert images.names == ("caf\\xe9.jpg",)
+    assert os.path.isfile(images.paths[0])
+    images.names[0].encode("utf-8")
+    listed = tmp_path / "list.txt"
+    listed.write_bytes(b"caf\xe9.jpg 3\n")
+    assert read_images(listed) == ImageList(images.paths, images.names, (3,))
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    outside = touch(tmp_path / "outside", "deep/1.jpg", "2.jpg")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "cat").symlink_to(outside)
+    (data / "one.jpg").symlink_to(outside / "2.jpg")
+    (outside / "deep" / "up").symlink_to(outside)
+    (data / "loop").symlink_to(data)
+    assert read_images(data).names == ("cat/2.jpg", "cat/deep/1.jpg", "one.jpg")
+    assert read_images(data).labels == ("cat", "cat", None)
+
+
+def test_a_dead_link_is_listed_and_a_pipe_is_not(tmp_path: Path) -> None:
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert read_images(tmp_path).names == ("gone.jpg",)
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "a.txt", "b.txt", "c.heic", "d")
+    with pytest.raises(FileNotFoundError, match=r"has no image.*\.jpg.*2 x \.txt") as raised:
+        read_images(tmp_path)
+    assert str(tmp_path) in str(raised.value)
+    assert "1 x none" in str(raised.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no file at all"):
+        read_images(tmp_path / "empty")
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As root (in a container) permissions would not stop us.
+    touch(tmp_path, "a/1.jpg", "b/2.jpg")
+    scandir = os.scandir
+
+    def refuse(path: Path) -> object:
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="b"):
+        read_images(tmp_path)
+
+
+def test_a_single_image_is_a_list_of_one(tmp_path: Path) -> None:
+    images = read_images(touch(tmp_path, "my photo.jpg") / "my photo.jpg")
+    assert images == ImageList((str(tmp_path / "my photo.jpg"),), ("my photo.jpg",))
+
+
+def test_what_pillow_opens_is_an_image() -> None:
+    assert {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif"} <= image_extensions()
+    for extension in image_extensions():
+        assert Image.registered_extensions()[extension] in Image.OPEN
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_a_list_as_the_authors_have_it(tmp_path: Path) -> None:
+    touch(tmp_path, "amazon/a.jpg", "amazon/my b.jpg", "x")
+    listed = write(tmp_path / "list.txt", "amazon/a.jpg 3\n\namazon/my b.jpg 12\nx 0")
+    images = read_images(listed)
+    assert images.names == ("amazon/a.jpg", "amazon/my b.jpg", "x")
+    assert images.labels == (3, 12, 0)
+    assert images.paths == tuple(str(tmp_path / name) for name in images.names)
+
+
+def test_paths_start_at_root_or_at_the_list(tmp_path: Path) -> None:
+    data = touch(tmp_path / "data", "a.jpg")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    listed = write(lists / "l.txt", "a.jpg 1\n")
+    assert read_images(listed, root=data).paths == (str(data / "a.jpg"),)
+    with pytest.raises(FileNotFoundError, match=rf"1 \({lists}/a.jpg\) of 1 files do not exist"):
+        read_images(listed)
+    write(listed, f"{data}/a.jpg 1\n")
+    assert read_images(listed).paths == (str(data / "a.jpg"),)
+
+
+def test_labels_may_be_names_or_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "a b.jpg", "c.jpg", "1.jpg")
+    assert read_images(write(tmp_path / "l", "a b.jpg cat\nc.jpg 7\n")).labels == ("cat", "7")
+    assert read_images(write(tmp_path / "l", "a b.jpg\tcat\r\nc.jpg\t☃\r\n")).labels == ("cat", "☃")
+    bare = read_images(write(tmp_path / "l", "\ufeffa b.jpg\r\nc.jpg\r\n1.jpg"))
+    assert bare.labels is None
+    assert bare.names == ("a b.jpg", "c.jpg", "1.jpg")
+    assert read_images(write(tmp_path / "l", "c.jpg -1\n1.jpg +2\n")).labels == (-1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("a.jpg 1\na.jpg\n", ValueError, "line 2: 'a.jpg' has no label, unlike the lines before"),
+        ("a.jpg\n\na.jpg cat\n", ValueError, "line 3: 'a.jpg cat' has a label, unlike"),
+        ("\n \n", ValueError, "lists no image; write one path per line"),
+        ("a.jpg 1\nb.jpg 1\nc.jpg 1\n", FileNotFoundError, r"2 \(.*b.jpg, .*c.jpg\) of 3 files"),
+        ("a.jpg alarm clock\n", FileNotFoundError, "a label is one word, write alarm_clock"),
+        ("a.jpg 1\0", ValueError, "is not UTF-8 text"),
+    ],
+)
+def test_lists_are_checked(tmp_path: Path, text: str, error: type, message: str) -> None:
+    touch(tmp_path, "a.jpg")
+    with pytest.raises(error, match=message):
+        read_images(write(tmp_path / "l.txt", text))
+
+
+def test_a_csv(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b, c.jpg", "d.jpg")
+    text = '\ufeffImage,note,Class\r\na.jpg,x,alarm clock\r\n"b, c.jpg",,\r\n\r\nd.jpg,y,cat\r\n'
+    images = read_images(write(tmp_path / "l.CSV", text))
+    assert images.names == ("a.jpg", "b, c.jpg", "d.jpg")
+    assert images.labels == ("alarm clock", None, "cat")
+    assert images.paths == tuple(str(tmp_path / name) for name in images.names)
+    numbers = read_images(write(tmp_path / "l.csv", "path,label\na.jpg,4\nd.jpg,\n"))
+    assert numbers.labels == (4, None)
+    assert read_images(write(tmp_path / "l.csv", "path\na.jpg\n")).labels is None
+    assert read_images(write(tmp_path / "l.csv", "path,label\na.jpg,\n")).labels is None
+
+
+def test_a_csv_of_ours_can_be_read_back(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    text = f"image,path,label\nshown name,{tmp_path}/a.jpg,cat\n"
+    images = read_images(write(tmp_path / "predictions.csv", text))
+    assert images == ImageList((f"{tmp_path}/a.jpg",), ("shown name",), ("cat",))
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("", ValueError, "no column 'path' or 'image'; .* is empty"),
+        ("a.jpg,1\n", ValueError, "no column 'path' or 'image'; .*'a.jpg', '1'"),
+        ("path,label\na.jpg,1,2\n", ValueError, "line 2: 2 cells and a path are needed"),
+        ("path,label\na.jpg,1\na.jpg\n", ValueError, "line 3: 2 cells"),
+        ("path,label\n,1\n", ValueError, "line 2: 2 cells and a path"),
+        ('path,label\n"a.jpg,1\n', ValueError, "line 2: unexpected end of data"),
+        ("path,label\n", ValueError, "lists no image"),
+        ("path,label\nz.jpg,1\n", FileNotFoundError, r"1 \(.*z.jpg\) of 1 files do not exist"),
+    ],
+)
+def test_csvs_are_checked(tmp_path: Path, text: str, error: type, message: str) -> None:
+    touch(tmp_path, "a.jpg")
+    with pytest.raises(error, match=message):
+        read_images(write(tmp_path / "l.csv", text))
+
+
+def test_sources_are_checked(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; give a folder of images"):
+        read_images(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"b.jpg does not exist"):
+        read_images(tmp_path / "b.jpg")
+    with pytest.raises(ValueError, match="no list file; leave root out"):
+        read_images(tmp_path, root=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"root='.*nowhere' is not a folder"):
+        read_images(write(tmp_path / "l.txt", "a.jpg 1\n"), root=tmp_path / "nowhere")
+
+
+def test_subset_keeps_fields_together() -> None:
+    images = ImageList(("/a", "/b", "/c"), ("a", "b", "c"), ("x", None, "z"))
+    assert images.subset([2, 0]) == ImageList(("/c", "/a"), ("c", "a"), ("z", "x"))
+    assert images.subset(torch.tensor([1])) == ImageList(("/b",), ("b",), (None,))
+    assert ImageList(("/a", "/b"), ("a", "b")).subset([1]).labels is None
+    with pytest.raises(ValueError, match="labels has 1 entries, but there are 3 paths"):
+        ImageList(("/a", "/b", "/c"), ("a", "b", "c"), ("x",))
+
+
+def test_printable_leaves_unicode_alone() -> None:
+    assert printable("Größe ☃/図.png") == "Größe ☃/図.png"

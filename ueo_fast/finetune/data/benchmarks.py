@@ -1,0 +1,212 @@
+"""The paper's data sets as adaptation problems: which images, which classes, which labels."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ueo_fast.finetune.data.benchmark_facts import DATA_SETS, DataSet, class_names
+from ueo_fast.finetune.data.image_list import ImageList, read_images
+from ueo_fast.finetune.data.names import counted
+from ueo_fast.finetune.shifts import SHIFTS, CategorySplit, benchmark_split
+
+
+@dataclass(frozen=True)
+class BenchmarkProblem:
+    """One adaptation problem of the paper.
+
+    Attributes:
+        known: the classes on the user's list.
+        train: N unlabelled images for the adaptation.
+        train_labels: (N,) int64, position in ``known``, -1 for unknown. For measuring only.
+        test: M test images. In Office-31, Office-Home and VisDA-C the training images are among
+            them: the setting is transductive.
+        test_labels: (M,) int64, likewise.
+        split: the classes of training and test.
+    """
+
+    known: tuple[str, ...]
+    train: ImageList
+    train_labels: Tensor
+    test: ImageList
+    test_labels: Tensor
+    split: CategorySplit
+
+
+def load_benchmark(
+    dataset: str,
+    domain: str,
+    scenario: str,
+    root: str | os.PathLike[str],
+    *,
+    check_counts: bool = True,
+) -> BenchmarkProblem:
+    """Find the images of a domain and split its classes as the paper does.
+
+    Where ``root`` has the authors' list files, these are read: ``<domain>_list.txt``, or
+    ``<domain>_train.txt`` and ``<domain>_test.txt`` for DomainNet, whose lists are part of it; each
+    line is ``path label``, with the path relative to ``root`` and the label an index into the
+    authors' class list. Else the folders as they were published: ``<domain>/<class>/...`` or
+    ``<domain>/images/<class>/...``. Capitals, underscores, hyphens and spaces in names of folders
+    do not matter.
+
+    Args:
+        dataset: ``office31``, ``officehome``, ``visdac`` or ``domainnet``.
+        domain: of the data set, such as ``art``; capitals do not matter.
+        scenario: one of :data:`ueo_fast.finetune.shifts.SHIFTS`.
+        root: folder with the lists or with the domains' folders.
+        check_counts: insist on the published number of images.
+
+    Raises:
+        OSError: files or folders are missing.
+        ValueError: an unknown name, labels that contradict the folders, or other numbers of images
+            than published.
+    """
+    dataset = _choose("dataset", dataset, {_simple(key): key for key in DATA_SETS})
+    facts = DATA_SETS[dataset]
+    domain = _choose(
+        "domain", domain, {**{_simple(name): name for name in facts.counts}, **facts.aliases}
+    )
+    scenario = _choose("scenario", scenario, {_simple(shift): shift for shift in SHIFTS})
+    classes = class_names(dataset)
+    split = benchmark_split(dataset, scenario, classes)
+    train, test = _find(facts, domain, classes, Path(root))
+    if check_counts:
+        for part, images, count in zip(
+            ("train", "test"), (train, test), facts.counts[domain], strict=True
+        ):
+            which = f"{domain} ({part})" if facts.split else domain
+            _check_count(facts, which, images, classes, count)
+    train = _of_classes(train, split.train)
+    if not len(train):
+        raise ValueError(
+            f"{facts.title}, {domain}: no image of the classes that {scenario} trains on, "
+            f"{counted(split.train)}; their images are missing"
+        )
+    return BenchmarkProblem(
+        split.known, train, _labels(train, split), test, _labels(test, split), split
+    )
+
+
+def _choose(argument: str, value: str, choices: dict[str, str]) -> str:
+    chosen = choices.get(_simple(value))
+    if chosen is None:
+        listed = ", ".join(dict.fromkeys(choices.values()))
+        raise ValueError(f"{argument}={value!r} is unknown; choose one of {listed}")
+    return chosen
+
+
+def _simple(name: str) -> str:
+    """Letters and digits only: ``Real World``, ``RealWorld`` and ``real_world`` are one."""
+    return re.sub(r"[\W_]+", "", name).casefold()
+
+
+def _find(
+    facts: DataSet, domain: str, classes: Sequence[str], root: Path
+) -> tuple[ImageList, ImageList]:
+    """Training and test images of a domain; their labels are names of classes."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"root={os.fspath(root)!r} is not a folder")
+    lists = facts.list_names(domain)
+    there = [(root / name).is_file() for name in lists]
+    if all(there):
+        train, test = (_read_list(facts, root / name, root, classes) for name in lists)
+        return train, test
+    folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
+    wanted = {_simple(domain), *(key for key, name in facts.aliases.items() if name == domain)}
+    found = [folder for folder in folders if _simple(folder.name) in wanted]
+    if facts.split or not found:
+        names = " and ".join(dict.fromkeys(lists))
+        tree = "" if facts.split else f", nor a folder {domain}/ with one folder per class"
+        raise FileNotFoundError(
+            f"{root} does not have {names}{tree}. What it has: "
+            f"{', '.join(sorted(os.listdir(root))[:8]) or 'nothing'}. {_where(facts)}"
+        )
+    images = _read_tree(facts, found[0], root, classes)
+    return images, images
+
+
+def _read_tree(facts: DataSet, folder: Path, root: Path, classes: Sequence[str]) -> ImageList:
+    if (folder / "images").is_dir():  # Office-31
+        folder = folder / "images"
+    images = read_images(folder)
+    by_folder = {_simple(name): name for name in classes}
+    labels = [
+        by_folder.get(_simple(str(label))) for label in images.labels or (None,) * len(images)
+    ]
+    missing = [name for name in classes if name not in labels]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: {counted(missing)} of {len(classes)} classes have no folder with images. "
+            f"{_where(facts)}"
+        )
+    rows = [row for row, label in enumerate(labels) if label is not None]
+    prefix = folder.relative_to(root).as_posix()
+    return ImageList(
+        tuple(images.paths[row] for row in rows),
+        tuple(f"{prefix}/{images.names[row]}" for row in rows),
+        tuple(labels[row] for row in rows),
+    )
+
+
+def _read_list(facts: DataSet, path: Path, root: Path, classes: Sequence[str]) -> ImageList:
+    try:
+        images = read_images(path, root=root)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. {_where(facts)}") from error
+    by_folder = {_simple(name): index for index, name in enumerate(classes)}
+    labels: list[str] = []
+    for name, label in zip(images.names, images.labels or (None,) * len(images), strict=True):
+        if not isinstance(label, int) or not 0 <= label < len(classes):
+            raise ValueError(
+                f"{path}: {name!r} has the label {label!r}; a number from 0 to {len(classes) - 1} "
+                "is needed, the class's place in the authors' order"
+            )
+        # Lists in another order of the classes (ImageFolder's) are about, and no number would tell.
+        own = by_folder.get(_simple(os.path.basename(os.path.dirname(name))), label)
+        if own != label:
+            raise ValueError(
+                f"{path}: {name!r} lies in the folder of {classes[own]!r} ({own}), but its label "
+                f"is {label}, {classes[label]!r}: the list has another order of classes than the "
+                "authors. Take a list in their order"
+                + ("" if facts.split else ", or move it away: then the folders are read")
+            )
+        labels.append(classes[label])
+    return ImageList(images.paths, images.names, tuple(labels))
+
+
+def _check_count(
+    facts: DataSet, which: str, images: ImageList, classes: Sequence[str], count: int
+) -> None:
+    if len(images) == count:
+        return
+    per_class = Counter(images.labels or ())
+    empty = [name for name in classes if not per_class[name]]
+    raise ValueError(
+        f"{facts.title}, {which}: found {len(images)} images, but {count} were published"
+        f"{f'; no image of {counted(empty)} classes' if empty else ''}. {_where(facts)}, or use "
+        "what is there with --check-counts false (check_counts=False)"
+    )
+
+
+def _where(facts: DataSet) -> str:
+    return f"Get {facts.title} at {facts.source}"
+
+
+def _of_classes(images: ImageList, names: Sequence[str]) -> ImageList:
+    wanted = set(names)
+    return images.subset(
+        [row for row, label in enumerate(images.labels or ()) if str(label) in wanted]
+    )
+
+
+def _labels(images: ImageList, split: CategorySplit) -> Tensor:
+    positions = {name: split.label(name) for name in split.test}
+    return torch.tensor([positions[str(label)] for label in images.labels or ()], dtype=torch.int64)
