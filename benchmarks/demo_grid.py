@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from ueo_fast.finetune.confidence import zero_shot_confidence
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.digits import load_digits
 from ueo_fast.finetune.demo.problem import make_problem
@@ -23,6 +22,7 @@ from ueo_fast.finetune.demo.report import machine_line
 from ueo_fast.finetune.demo.run import pretrained_classifier, run_method
 from ueo_fast.finetune.methods import UEO, InfoMax, Method, ZeroShot
 from ueo_fast.finetune.results_table import Spread
+from ueo_fast.finetune.target import zero_shot_target
 
 THREADS = 2
 SEEDS = (100, 101, 102, 103, 104)
@@ -39,15 +39,15 @@ def grid(base: DemoConfig) -> list[str]:
     digits = load_digits()
     problems = [make_problem(base, digits, seed) for seed in base.seeds]
     starts = [pretrained_classifier(base, problem) for problem in problems]
-    confidences = [
-        zero_shot_confidence(start, problem.train.images, mcm_scale=base.mcm_scale)
+    targets = [
+        zero_shot_target(start, problem.train.images)
         for problem, start in zip(problems, starts, strict=True)
     ]
 
     def hm(config: DemoConfig, method: Method) -> str:
         results = [
-            run_method(config, problem, start, confidence, method).metrics.hm
-            for problem, start, confidence in zip(problems, starts, confidences, strict=True)
+            run_method(config, problem, start, target, method).metrics.hm
+            for problem, start, target in zip(problems, starts, targets, strict=True)
         ]
         return Spread.of([value for value in results if value is not None]).percent()
 

@@ -10,7 +10,6 @@ import statistics
 import pytest
 import torch
 
-from ueo_fast.finetune.confidence import zero_shot_confidence
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.digits import (
     load_digits,
@@ -24,6 +23,7 @@ from ueo_fast.finetune.demo.run import (
 )
 from ueo_fast.finetune.demo.verdict import RULE
 from ueo_fast.finetune.methods import UEO, AdaBN, InfoMax, LossMethod, ZeroShot
+from ueo_fast.finetune.target import zero_shot_target
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +103,11 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
 
 @pytest.fixture(scope="module")
 def start(digits):
-    """A small problem: config, problem, zero-shot classifier, confidence."""
+    """A small problem: config, problem, zero-shot classifier, target."""
     config = DemoConfig(pretrain_steps=10, epochs=1, batch_size=320)
     problem = make_problem(config, digits, 5)
     zero_shot = pretrained_classifier(config, problem)
-    return config, problem, zero_shot, zero_shot_confidence(zero_shot, problem.train.images)
+    return config, problem, zero_shot, zero_shot_target(zero_shot, problem.train.images)
 
 
 def test_methods_share_no_state(start):
@@ -125,23 +125,19 @@ def test_methods_share_no_state(start):
 
 
 def test_options_reach_the_methods():
-    methods = demo_methods(DemoConfig(trade_off=2, eps=1e-5))
+    methods = demo_methods(DemoConfig(trade_off=2, eps=1e-5, mcm_scale=3))
     trained = {method.title: method for method in methods if isinstance(method, LossMethod)}
     assert list(trained) == ["EntMin", "InfoMax", "UEO"]
     assert all(method.eps == 1e-5 for method in trained.values())
     assert trained["InfoMax"].trade_off == trained["UEO"].trade_off == 2
+    assert trained["UEO"].mcm_scale == 3
 
 
-def test_mcm_scale_changes_ueo_and_not_infomax(start):
-    config, problem, zero_shot, _ = start
-
-    def history(method, mcm_scale):
-        images = problem.train.images
-        confidence = zero_shot_confidence(zero_shot, images, mcm_scale=mcm_scale)
-        return run_method(config, problem, zero_shot, confidence, method).history
-
-    assert history(UEO(), 1.0) != history(UEO(), 10.0)
-    assert history(InfoMax(), 1.0) == history(InfoMax(), 10.0)
+def test_mcm_scale_changes_the_history(start):
+    assert (
+        run_method(*start, UEO(mcm_scale=1.0)).history
+        != run_method(*start, UEO(mcm_scale=10.0)).history
+    )
 
 
 def test_an_interrupted_run_keeps_what_was_done(tmp_path, monkeypatch, capsys):
@@ -178,9 +174,9 @@ def test_ueo_beats_zero_shot_on_its_recipe(digits):
         for seed in config.seeds:
             problem = make_problem(config, digits, seed)
             start = pretrained_classifier(config, problem)
-            confidence = zero_shot_confidence(start, problem.train.images)
+            target = zero_shot_target(start, problem.train.images)
             zero_shot, ueo = (
-                run_method(config, problem, start, confidence, method).metrics.hm
+                run_method(config, problem, start, target, method).metrics.hm
                 for method in (ZeroShot(), UEO())
             )
             gains.append(ueo - zero_shot)

@@ -6,95 +6,142 @@ import copy
 
 import pytest
 import torch
+from tiny_problem import make_classifier, make_images, random_features, random_step
 
 from ueo_fast.finetune.batches import even_loader
-from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
-from ueo_fast.finetune.methods import UEO, AdaBN, EntMin, InfoMax, ZeroShot
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.prompt import PromptLearner
+from ueo_fast.finetune.methods import (
+    DANCE,
+    POUF,
+    UEO,
+    UPL,
+    AdaBN,
+    EntMin,
+    InfoMax,
+    LossMethod,
+    Oracle,
+    ZeroShot,
+)
+from ueo_fast.finetune.objective import Step
+from ueo_fast.finetune.target import Target, zero_shot_target
 from ueo_fast.finetune.trainer import TrainerConfig
 
-
-def make_classifier(tower: str = "bn") -> ClipClassifier:
-    model = tiny_clip(tower, seed=0)
-    return ClipClassifier(model, PromptLearner(model, tiny_tokenizer(), ["one", "two", "three"]))
-
-
-def make_images(count: int = 12) -> torch.Tensor:
-    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+POSITIONS = torch.tensor([17, 3, 0, 11, 5, 8, 19, 2, 14])
 
 
 @pytest.fixture
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(9, 5, generator=generator, dtype=torch.float64) * 3
-    confidence = torch.rand(9, generator=generator, dtype=torch.float64) + 0.1
-    return logits, confidence
+def step() -> Step:
+    """Nine images of twenty, in no order."""
+    return random_step(POSITIONS, classes=5)
+
+
+@pytest.fixture
+def target() -> Target:
+    """Twenty images of which only the zero-shot cosines matter."""
+    cosines = random_features(20, seed=3, features=5).softmax(dim=1)
+    return Target(torch.zeros(20, 3, 2, 2), cosines=cosines)
+
+
+def loss_of(method: LossMethod, step: Step, target: Target) -> torch.Tensor:
+    return method.objective(make_classifier(), target)(step)
 
 
 def entropy(p: torch.Tensor) -> torch.Tensor:
     return -(p * p.log()).sum(dim=-1)
 
 
-def test_entmin_is_the_mean_entropy(batch):
-    logits, confidence = batch
-    expected = entropy(logits.softmax(dim=1)).mean()
-    torch.testing.assert_close(EntMin().loss(logits, confidence), expected)
+def test_entmin_is_the_mean_entropy(step, target):
+    expected = entropy(step.logits.softmax(dim=1)).mean()
+    torch.testing.assert_close(loss_of(EntMin(), step, target), expected)
 
 
 @pytest.mark.parametrize("trade_off", [0.5, 1.0, 3.0])
-def test_infomax_subtracts_the_entropy_of_the_mean(batch, trade_off):
-    logits, confidence = batch
-    p = logits.softmax(dim=1)
+def test_infomax_subtracts_the_entropy_of_the_mean(step, target, trade_off):
+    p = step.logits.softmax(dim=1)
     expected = entropy(p).mean() - trade_off * entropy(p.mean(dim=0))
-    torch.testing.assert_close(InfoMax(trade_off).loss(logits, confidence), expected)
+    torch.testing.assert_close(loss_of(InfoMax(trade_off), step, target), expected)
 
 
+@pytest.mark.parametrize("mcm_scale", [1.0, 30.0])
 @pytest.mark.parametrize("trade_off", [0.5, 1.0, 3.0])
-def test_ueo_weights_entropy_by_confidence_and_marginal_by_its_inverse(batch, trade_off):
-    logits, w = batch
-    p = logits.softmax(dim=1)
+def test_ueo_weights_entropy_by_confidence_and_marginal_by_its_inverse(
+    step, target, trade_off, mcm_scale
+):
+    """The confidence is the zero-shot one of each image, wherever it is in the batch."""
+    w = (mcm_scale * target.cosines).softmax(dim=1).amax(dim=1)[[17, 3, 0, 11, 5, 8, 19, 2, 14]]
+    p = step.logits.softmax(dim=1)
     marginal = (p / w[:, None]).sum(dim=0) / (1 / w).sum()
     expected = (w * entropy(p)).sum() / w.sum() - trade_off * entropy(marginal)
-    torch.testing.assert_close(UEO(trade_off).loss(logits, w), expected)
+    method = UEO(trade_off, mcm_scale=mcm_scale)
+    torch.testing.assert_close(loss_of(method, step, target), expected)
 
 
-def test_ueo_without_confidence_takes_the_batch_s_own(batch):
-    logits, _ = batch
-    w = (0.3 * logits).softmax(dim=1).amax(dim=1)
-    torch.testing.assert_close(UEO(confidence_scale=0.3).loss(logits, None), UEO().loss(logits, w))
+def test_the_order_of_a_batch_does_not_matter(step, target):
+    order = torch.tensor([4, 2, 8, 0, 1, 7, 3, 6, 5])
+    same = step._replace(
+        cosines=step.cosines[order], logits=step.logits[order], positions=step.positions[order]
+    )
+    assert not torch.equal(same.positions, step.positions)
+    torch.testing.assert_close(loss_of(UEO(), same, target), loss_of(UEO(), step, target))
+    others = step._replace(positions=step.positions.flip(0))
+    assert loss_of(UEO(), others, target) != loss_of(UEO(), step, target)
 
 
-def test_ueo_with_equal_confidence_is_infomax(batch):
-    logits, confidence = batch
-    equal = torch.full_like(confidence, 0.2)
-    torch.testing.assert_close(UEO().loss(logits, equal), InfoMax().loss(logits, equal))
-    assert UEO().loss(logits, confidence) != InfoMax().loss(logits, confidence)
-
-
-def test_eps_reproduces_the_authors_expression(batch):
-    logits, w = batch
+def test_online_confidence_is_the_batch_s_own_and_a_constant(step, target):
+    logits = step.logits.clone().requires_grad_()
+    changing = step._replace(cosines=logits / 7, logits=logits)
+    w = (0.3 * step.cosines).softmax(dim=1).amax(dim=1)
     p = logits.softmax(dim=1)
+    marginal = (p / w[:, None]).sum(dim=0) / (1 / w).sum()
+    expected = (w * entropy(p)).sum() / w.sum() - entropy(marginal)
+    found = loss_of(UEO(confidence="online", mcm_scale=0.3), changing, target)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, logits)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_ueo_with_equal_confidence_is_infomax(step, target):
+    equal = Target(target.images, cosines=torch.zeros(20, 5))
+    torch.testing.assert_close(loss_of(UEO(), step, equal), loss_of(InfoMax(), step, equal))
+    assert loss_of(UEO(), step, target) != loss_of(InfoMax(), step, target)
+
+
+def test_eps_reproduces_the_authors_expression(step, target):
+    w = target.cosines.softmax(dim=1).amax(dim=1)[step.positions]
+    p = step.logits.softmax(dim=1)
     row = torch.sum(-p * torch.log(p + 1e-5), dim=1)
     mean = torch.mm(torch.diag(1 / w), p).sum(dim=0) / torch.sum(1 / w)
     expected = torch.sum(row * w) / torch.sum(w) - torch.sum(-mean * torch.log(mean + 1e-5))
-    torch.testing.assert_close(UEO(eps=1e-5).loss(logits, w), expected, rtol=1e-12, atol=0)
-    assert abs(UEO().loss(logits, w) - expected) > 1e-6
+    found = loss_of(UEO(eps=1e-5), step, target)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert abs(loss_of(UEO(), step, target) - expected) > 1e-7
 
 
-@pytest.mark.parametrize("method", [EntMin(), InfoMax(), UEO()], ids=lambda method: method.title)
+def test_ueo_refuses_what_it_cannot_use(target):
+    with pytest.raises(ValueError, match=r"confidence='always' is unknown.*zeroshot, online"):
+        UEO(confidence="always")
+    with pytest.raises(ValueError, match="mcm_scale must be positive, got 0"):
+        UEO(mcm_scale=0).objective(make_classifier(), target)
+    with pytest.raises(ValueError, match=r"cosines is None.*zero_shot_target"):
+        UEO().objective(make_classifier(), Target(target.images))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [EntMin(), InfoMax(), UEO(), UPL(k=4), POUF(), DANCE(), Oracle()],
+    ids=lambda method: method.title,
+)
 def test_loss_methods_train_the_prompt_and_the_affine_parameters_only(method):
     classifier = make_classifier()
     before = copy.deepcopy(classifier.state_dict())
     history = method.adapt(
         classifier,
-        make_images(),
-        confidence=torch.linspace(0.2, 0.9, 12),
+        zero_shot_target(classifier, make_images(), labels=torch.arange(12) % 4 - 1),
         config=TrainerConfig(epochs=1, batch_size=4, prompt_lr=0.1, affine_lr=0.1),
     )
     after = classifier.state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert len(history) == 3
+    assert 1 <= len(history) <= 3
     assert "prompt.context" in changed
     assert "model.visual.bn1.bias" in changed
     norms = [key for key in changed if key.startswith("model.visual.")]
@@ -106,7 +153,7 @@ def test_loss_methods_train_the_prompt_and_the_affine_parameters_only(method):
 def test_zero_shot_changes_nothing():
     classifier = make_classifier()
     before = copy.deepcopy(classifier.state_dict())
-    history = ZeroShot().adapt(classifier, make_images())
+    history = ZeroShot().adapt(classifier, Target(make_images()))
     assert len(history) == 0
     assert all(torch.equal(before[key], value) for key, value in classifier.state_dict().items())
 
@@ -115,7 +162,7 @@ def test_adabn_sets_the_statistics_of_the_target_and_no_weight():
     classifier = make_classifier()
     images = make_images(20)
     before = copy.deepcopy(classifier.state_dict())
-    AdaBN(batch_size=20).adapt(classifier, images)
+    AdaBN(batch_size=20).adapt(classifier, Target(images, augmented=images.flip(3)))
     visual = classifier.model.visual
     with torch.no_grad():
         activations = visual.conv1(images)
@@ -137,7 +184,7 @@ def test_adabn_weighs_every_image_the_same_however_ragged_the_batches(count, bat
     classifier = make_classifier()
     visual = classifier.model.visual
     images = make_images(count)
-    AdaBN(batch_size=batch_size).adapt(classifier, images)
+    AdaBN(batch_size=batch_size).adapt(classifier, Target(images))
     with torch.no_grad():
         activations = visual.conv1(images).transpose(0, 1)  # (channels, images, H, W)
     torch.testing.assert_close(visual.bn1.running_mean, activations.mean(dim=(1, 2, 3)))
@@ -178,7 +225,7 @@ def test_adabn_refuses_what_has_no_spread(count, batch_size, message):
     classifier = make_classifier()
     before = copy.deepcopy(classifier.state_dict())
     with pytest.raises(ValueError, match=message):
-        AdaBN(batch_size=batch_size).adapt(classifier, make_images(count))
+        AdaBN(batch_size=batch_size).adapt(classifier, Target(make_images(count)))
     assert all(torch.equal(before[key], value) for key, value in classifier.state_dict().items())
 
 
@@ -199,7 +246,7 @@ def test_adabn_that_fails_leaves_the_classifier_as_it_was(training, monkeypatch)
 
     monkeypatch.setattr(classifier, "image_features", fails_at_the_second_batch)
     with pytest.raises(KeyboardInterrupt):
-        AdaBN(batch_size=4).adapt(classifier, make_images(8))
+        AdaBN(batch_size=4).adapt(classifier, Target(make_images(8)))
     assert all(torch.equal(before[key], value) for key, value in classifier.state_dict().items())
     assert {layer.training for layer in layers} == {training}
     assert [layer.momentum for layer in layers] == [0.25] + [0.1] * (len(layers) - 1)
@@ -207,4 +254,4 @@ def test_adabn_that_fails_leaves_the_classifier_as_it_was(training, monkeypatch)
 
 def test_adabn_needs_batch_norm():
     with pytest.raises(ValueError, match=r"visual tower has no BatchNorm .*leave the method out"):
-        AdaBN().adapt(make_classifier("vit"), make_images())
+        AdaBN().adapt(make_classifier("vit"), Target(make_images()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -63,6 +64,110 @@ def test_json_lines_survive_a_torn_last_line(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"seed": 2, "h')
     assert folder.read_json_lines("metrics.jsonl") == records
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    folder = RunFolder(tmp_path)
+    (tmp_path / "config.json").write_text('{"a": 1')
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        folder.read_json("config.json")
+    (tmp_path / "config.json").write_bytes(b'"\xff"')
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        folder.read_json("config.json")
+    (tmp_path / "train.jsonl").write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
+    with pytest.raises(ValueError, match=r"train.jsonl, line 2 is not JSON"):
+        folder.read_json_lines("train.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"metrics.jsonl"):
+        folder.read_json_lines("metrics.jsonl")
+
+
+def test_only_the_folder_of_a_run_is_opened(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*/gone"):
+        RunFolder.open(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"has no config.json \(found: nothing\)"):
+        RunFolder.open(tmp_path)
+    for number in range(7):
+        (tmp_path / f"{number}.jpg").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"0.jpg, 1.jpg, 2.jpg, .* and 2 more\)"):
+        RunFolder.open(tmp_path)
+    with pytest.raises(NotADirectoryError, match=r"0.jpg is a file; give the folder of a run"):
+        RunFolder.resume(tmp_path / "0.jpg")
+    RunFolder(tmp_path).write_json("config.json", {"a": [1, None, "é"]})
+    assert RunFolder.open(str(tmp_path)).read_json("config.json") == {"a": [1, None, "é"]}
+
+
+def test_a_resumed_run_goes_on_with_whole_lines(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_json("config.json", {})
+    for step in range(1, 5):
+        folder.append_json_line("train.jsonl", {"step": step})
+    (tmp_path / "warnings.jsonl").write_text('{"st')  # cut off in its first line
+    (tmp_path / ".config.json.partial").write_text("{")
+    with open(tmp_path / "train.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    resumed = RunFolder.resume(tmp_path)
+    assert not (tmp_path / ".config.json.partial").exists()
+    assert (tmp_path / "warnings.jsonl").read_text() == ""
+    resumed.keep_json_lines("train.jsonl", lambda record: record["step"] <= 3)
+    resumed.keep_json_lines("epochs.jsonl", lambda record: False)
+    resumed.append_json_line("train.jsonl", {"step": 4, "again": True})
+    steps = [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
+    assert resumed.read_json_lines("train.jsonl") == steps
+    assert not (tmp_path / "epochs.jsonl").exists()
+
+
+def test_one_process_writes_to_a_run(tmp_path):
+    code = f"""
+from pathlib import Path
+from ueo_fast.finetune.run_folder import RunFolder
+try:
+    with RunFolder(Path({str(tmp_path)!r})).lock():
+        print("mine")
+except BlockingIOError as error:
+    print(error)
+"""
+
+    def other() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    with RunFolder(tmp_path).lock():
+        said = other()
+    assert "another process is writing to this run" in said
+    assert str(tmp_path) in said
+    assert other() == "mine\n"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_with_something_in_it_is_never_removed(tmp_path):
+    used, unused = (RunFolder.create(tmp_path / name, prefix="x") for name in ("used", "unused"))
+    used.write_text("note.txt", "mine")
+    for folder in (used, unused):
+        folder.remove_if_unused()
+    assert os.listdir(tmp_path) == ["used"]
+    assert (used.path / "note.txt").read_text() == "mine"
+
+
+def test_a_table_is_written_as_csv(tmp_path):
+    rows = [["a, b.jpg", 'say "cat"'], ["ü\nn.png", ""]]
+    path = RunFolder(tmp_path).write_csv("p.csv", ["image", "class"], iter(rows))
+    with open(path, encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [["image", "class"], *rows]
+    before = path.read_bytes()
+
+    def fails():
+        yield ["x", "y"]
+        raise RuntimeError("the model broke")
+
+    with pytest.raises(RuntimeError, match="the model broke"):
+        RunFolder(tmp_path).write_csv("p.csv", ["image"], fails())
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["p.csv"]
 
 
 def test_environment_says_what_numbers_depend_on(tmp_path):

@@ -1,37 +1,39 @@
-"""The classifier, its batches, the zero-shot confidence and the training loop."""
+"""The classifier, and the training loop: what it computes, freezes, tells and refuses."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
+from engine_problem import (
+    CONFIG,
+    NAMES,
+    Breaking,
+    MemoryStore,
+    NanGradient,
+    Told,
+    assert_same_state,
+    infomax,
+    make_classifier,
+    make_images,
+    state_of,
+)
 from torch.utils.data import TensorDataset
 
-from ueo_fast.finetune.batches import indexed_loader
-from ueo_fast.finetune.confidence import zero_shot_confidence
-from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
-from ueo_fast.finetune.methods import UEO, InfoMax
-from ueo_fast.finetune.model import ClipClassifier
+from ueo_fast.finetune.batches import training_batches
+from ueo_fast.finetune.demo.tiny_clip import tiny_tokenizer
+from ueo_fast.finetune.hooks import Hooks
+from ueo_fast.finetune.objective import Objective
 from ueo_fast.finetune.predict import predict_cosines
-from ueo_fast.finetune.prompt import PromptLearner
 from ueo_fast.finetune.trainer import NonFiniteLossError, TrainerConfig, train
-
-NAMES = ["one", "two", "three", "four"]
-
-
-def make_classifier(dtype: torch.dtype = torch.float32, tower: str = "vit") -> ClipClassifier:
-    model = tiny_clip(tower, seed=0).to(dtype)
-    return ClipClassifier(model, PromptLearner(model, tiny_tokenizer(), NAMES))
 
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return torch.rand(10, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
-CONFIG = TrainerConfig(epochs=2, batch_size=4, prompt_lr=0.05, affine_lr=0.02, seed=3)
+    return make_images()
 
 
 def test_classifier_is_scaled_cosine_of_encoders(images):
@@ -48,7 +50,7 @@ def test_classifier_is_scaled_cosine_of_encoders(images):
 
 
 def test_classifier_trains_float32_masters_of_a_half_model():
-    classifier = make_classifier(torch.bfloat16)
+    classifier = make_classifier(dtype=torch.bfloat16)
     assert {p.dtype for p in classifier.parameters()} == {torch.float32}
     assert {b.dtype for b in classifier.buffers()} <= {torch.float32, torch.int64}
     trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
@@ -60,13 +62,13 @@ def test_classifier_deep_copy_is_independent(images):
     classifier = make_classifier()
     twin = copy.deepcopy(classifier)
     before = predict_cosines(classifier, images)
-    train(twin, images, InfoMax().loss, config=CONFIG)
+    train(twin, images, infomax(images), config=CONFIG)
     assert torch.equal(predict_cosines(classifier, images), before)
     assert not torch.equal(predict_cosines(twin, images), before)
 
 
 def test_predictions_do_not_depend_on_the_batch_size(images):
-    classifier = make_classifier(tower="bn")
+    classifier = make_classifier("bn")
     whole = predict_cosines(classifier, images)
     assert whole.shape == (10, 4)
     torch.testing.assert_close(
@@ -74,173 +76,258 @@ def test_predictions_do_not_depend_on_the_batch_size(images):
     )
 
 
-@pytest.mark.parametrize("mcm_scale", [1.0, 100.0])
-def test_confidence_is_the_largest_softmax_of_scaled_cosines(images, mcm_scale):
-    classifier = make_classifier()
-    confidence = zero_shot_confidence(classifier, images, mcm_scale=mcm_scale)
-    cosines = predict_cosines(classifier, images)
-    torch.testing.assert_close(confidence, (mcm_scale * cosines).softmax(dim=1).amax(dim=1))
-    assert not confidence.requires_grad
-
-
-def test_confidence_scale_is_checked(images):
-    with pytest.raises(ValueError, match="mcm_scale must be positive, got 0"):
-        zero_shot_confidence(make_classifier(), images, mcm_scale=0)
-
-
-def test_batches_carry_the_index_of_their_images():
-    images = torch.arange(10.0)[:, None, None, None].expand(10, 3, 2, 2)
-    labels = torch.zeros(10)
-    for source in (images, TensorDataset(images, labels)):
-        seen = []
-        for batch, index in indexed_loader(source, 4, shuffle_seed=5):
-            assert torch.equal(batch[:, 0, 0, 0], index.float())
-            seen.append(index)
-        assert [len(index) for index in seen] == [4, 4, 2]
-        assert torch.cat(seen).sort().values.tolist() == list(range(10))
-        assert torch.cat(seen).tolist() != list(range(10))
-    with pytest.raises(ValueError, match="images is empty"):
-        indexed_loader(images[:0], 4)
-
-
-def test_training_is_plain_sgd_on_a_cosine_schedule(images):
-    """The loop against one written out: gradient, learning rate of each step, order of images."""
-    classifier, expected = make_classifier(), make_classifier()
-    history = train(classifier, images, InfoMax().loss, config=CONFIG)
-
-    loader = indexed_loader(images, CONFIG.batch_size, shuffle_seed=CONFIG.seed)
-    groups = (
-        (expected.prompt_parameters(), CONFIG.prompt_lr),
-        (expected.affine_parameters(), CONFIG.affine_lr),
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.3)])
+def test_training_is_sgd_written_out(images, schedule, momentum, weight_decay):
+    """Against a loop by hand: gradient, momentum, decay, learning rates, order of the images."""
+    config = dataclasses.replace(
+        CONFIG, schedule=schedule, momentum=momentum, weight_decay=weight_decay
     )
-    step, losses = 0, []
-    for _ in range(CONFIG.epochs):
-        for batch, _ in loader:
-            loss = InfoMax().loss(expected(batch).logits, None)
-            losses.append(loss.item())
-            expected.zero_grad()
-            loss.backward()
-            decay = 0.5 * (1 + math.cos(math.pi * step / 6))
-            with torch.no_grad():
-                for parameters, rate in groups:
-                    for parameter in parameters:
-                        parameter -= rate * decay * parameter.grad
-            step += 1
-    assert step == len(history) == 6
-    assert history.loss == pytest.approx(losses, rel=1e-4, abs=1e-6)
+    classifier, expected, told = make_classifier(), make_classifier(), Told()
+    history = train(classifier, images, infomax(images), config=config, hooks=told.hooks())
+
+    groups = {
+        "prompt": (expected.prompt_parameters(), config.prompt_lr),
+        "affine": (expected.affine_parameters(), config.affine_lr),
+    }
+    velocity: dict[torch.Tensor, torch.Tensor] = {}
+    losses, rates = [], []
+    for step, batch in enumerate(training_batches(images, 4, seed=config.seed, epochs=2)):
+        logits = expected(batch.images).logits
+        p = logits.softmax(dim=1)
+        loss = -(p * p.log()).sum(dim=1).mean() + (p.mean(dim=0) * p.mean(dim=0).log()).sum()
+        losses.append(loss.item())
+        expected.zero_grad()
+        loss.backward()
+        factor = 0.5 * (1 + math.cos(math.pi * step / 6)) if schedule == "cosine" else 1.0
+        rates.append({name: rate * factor for name, (_, rate) in groups.items()})
+        with torch.no_grad():
+            for name, (parameters, _) in groups.items():
+                for parameter in parameters:
+                    change = parameter.grad + weight_decay * parameter
+                    if parameter in velocity:
+                        change = change + momentum * velocity[parameter]
+                    velocity[parameter] = change
+                    parameter -= rates[-1][name] * change
+    assert len(losses) == len(history) == 6
+    assert [record.learning_rates for record in told.steps] == rates
+    assert history.loss == pytest.approx(losses, rel=1e-3, abs=1e-6)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(classifier.state_dict()[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_statistics_of_batch_norm_stay_frozen(images):
-    classifier = make_classifier(tower="bn")
+    classifier = make_classifier("bn")
     classifier.train()
     before = copy.deepcopy(dict(classifier.named_buffers()))
-    train(classifier, images, InfoMax().loss, config=CONFIG)
+    train(classifier, images, infomax(images), config=CONFIG)
     assert not classifier.training
     for name, value in classifier.named_buffers():
         assert torch.equal(value, before[name]), name
 
 
-def test_a_frozen_prompt_is_encoded_in_evaluation_mode(images, monkeypatch):
+def test_evaluation_mode_is_restored_whatever_is_raised(images):
+    class Failing(Objective):
+        def prepare(self, classifier):
+            classifier.train()
+
+        def forward(self, step):
+            raise RuntimeError("out of luck")
+
+    classifier = make_classifier()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(classifier, images, Failing(), config=CONFIG)
+    assert not any(module.training for module in classifier.modules())
+
+
+def test_hooks_see_evaluation_mode_after_an_epoch_and_training_goes_on_as_it_was(images):
+    class Online(Objective):
+        modes: list[bool] = []  # noqa: RUF012
+
+        def prepare(self, classifier):
+            self.inner = infomax(images)
+            object.__setattr__(self, "norm", classifier.model.visual.bn1)
+            self.norm.train()
+
+        def forward(self, step):
+            self.modes.append(self.norm.training)
+            return self.inner(step)
+
+    classifier, seen = make_classifier("bn"), []
+    hooks = Hooks(on_epoch=lambda record: seen.append(classifier.model.visual.bn1.training))
+    train(classifier, images, Online(), config=CONFIG, hooks=hooks)
+    assert Online.modes == [True] * 6
+    assert seen == [False, False]
+
+
+@pytest.mark.parametrize("frozen", ["prompt_lr", "affine_lr"])
+def test_a_learning_rate_of_zero_freezes(images, frozen):
+    classifier, told = make_classifier(), Told()
+    before = state_of(classifier)
+    rates = {"prompt_lr": 0.05, "affine_lr": 0.05, frozen: 0.0}
+    config = TrainerConfig(epochs=1, **rates)
+    train(classifier, images, infomax(images), config=config, hooks=told.hooks())
+    changed = {k for k, v in classifier.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed
+    assert ("prompt.context" in changed) == (frozen != "prompt_lr")
+    assert any(key.startswith("model.visual") for key in changed) == (frozen != "affine_lr")
+    assert told.steps[0].learning_rates == {
+        "prompt": rates["prompt_lr"],
+        "affine": rates["affine_lr"],
+    }
+
+
+def test_fixed_text_is_computed_once_and_in_evaluation_mode(images, monkeypatch):
     classifier = make_classifier().train()
     text_features = classifier.text_features
     modes = []
 
     def spied():
-        modes.append(classifier.training)
+        modes.append((classifier.training, torch.is_grad_enabled()))
         return text_features()
 
     monkeypatch.setattr(classifier, "text_features", spied)
-    config = TrainerConfig(epochs=1, prompt_lr=0.0, affine_lr=0.05)
-    train(classifier, images, InfoMax().loss, config=config)
-    assert modes == [False]
+    config = dataclasses.replace(CONFIG, prompt_lr=0.0)
+    assert len(train(classifier, images, infomax(images), config=config)) == 6
+    assert modes == [(False, False)]
 
 
-@pytest.mark.parametrize("frozen", ["prompt_lr", "affine_lr"])
-def test_a_learning_rate_of_zero_freezes(images, frozen):
-    classifier = make_classifier()
-    before = copy.deepcopy(classifier.state_dict())
-    rates = {"prompt_lr": 0.05, "affine_lr": 0.05, frozen: 0.0}
-    train(classifier, images, InfoMax().loss, config=TrainerConfig(epochs=1, **rates))
-    changed = {k for k, v in classifier.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed
-    assert ("prompt.context" in changed) == (frozen != "prompt_lr")
-    assert any(key.startswith("model.visual") for key in changed) == (frozen != "affine_lr")
+def test_records_say_what_the_batches_were_predicted_as(images):
+    classifier, told = make_classifier(), Told()
+    config = dataclasses.replace(CONFIG, epochs=1, batch_size=6, prompt_lr=1e-9, affine_lr=1e-9)
+    with torch.no_grad():
+        p = classifier(images).logits.softmax(dim=1).double()
+    history = train(classifier, images, infomax(images), config=config, hooks=told.hooks())
+
+    def conditional(p):
+        return -(p * p.log()).sum(dim=1).mean().item()
+
+    def marginal(p):
+        return -(p.mean(dim=0) * p.mean(dim=0).log()).sum().item()
+
+    batches = list(training_batches(images, 6, seed=config.seed, epochs=1))
+    for step, (record, batch) in enumerate(zip(told.steps, batches, strict=True)):
+        q = p[batch.positions]
+        assert (record.step, record.total, record.epoch) == (step + 1, 2, 1)
+        assert record.conditional_entropy == pytest.approx(conditional(q), rel=1e-4)
+        assert record.marginal_entropy == pytest.approx(marginal(q), rel=1e-4)
+        assert record.loss == pytest.approx(conditional(q) - marginal(q), abs=1e-5)
+        counts = q.argmax(dim=1).bincount(minlength=4)
+        assert record.largest_share == pytest.approx(int(counts.max()) / len(q))
+        assert record.seconds > 0
+        assert history.loss[step] == record.loss
+    (epoch,) = told.epochs
+    assert epoch.histogram == tuple(p.argmax(dim=1).bincount(minlength=4).tolist())
+    assert epoch.conditional_entropy == pytest.approx(conditional(p), rel=1e-4)
+    assert epoch.marginal_entropy == pytest.approx(marginal(p), rel=1e-4)
+    assert epoch.loss == pytest.approx(sum(history.loss) / 2)
+    (start,) = told.starts
+    assert (start.step, start.total, start.epoch) == (0, 2, 0)
 
 
-def test_confidence_is_looked_up_by_image_index(images):
-    confidence = torch.linspace(0.1, 1.0, 10)
+def test_images_may_be_a_dataset_and_keep_their_order(images):
     seen = []
 
-    def loss(logits, weights):
-        seen.append(weights)
-        return UEO().loss(logits, weights)
+    class Spying(Objective):
+        def __init__(self):
+            super().__init__(torch.tensor([7, 1, 4, 2, 9]))
+            self.inner = infomax(images)
 
-    train(make_classifier(), images, loss, confidence=confidence, config=CONFIG)
-    loader = indexed_loader(images, CONFIG.batch_size, shuffle_seed=CONFIG.seed)
-    order = torch.cat([index for _ in range(CONFIG.epochs) for _, index in loader])
-    assert torch.equal(torch.cat(seen), confidence[order])
+        def forward(self, step):
+            seen.append(step.positions.tolist())
+            return self.inner(step)
 
-
-def test_history_has_the_entropies_of_each_step(images):
-    classifier = make_classifier()
-    config = TrainerConfig(epochs=1, batch_size=10, prompt_lr=0.01, affine_lr=0.01)
-    with torch.no_grad():
-        p = classifier(images).logits.softmax(dim=1)
-    steps = []
-    history = train(
-        classifier,
-        images,
-        InfoMax().loss,
-        config=config,
-        on_step=lambda *report: steps.append(report),
-    )
-    mean = p.mean(dim=0)
-    conditional = -(p * p.log()).sum(dim=1).mean().item()
-    marginal = -(mean * mean.log()).sum().item()
-    assert history.conditional_entropy == [pytest.approx(conditional, rel=1e-4)]
-    assert history.marginal_entropy == [pytest.approx(marginal, rel=1e-4)]
-    assert history.loss == [pytest.approx(conditional - marginal, rel=1e-3)]
-    assert steps == [(1, 1, history.loss[0])]
+    config = dataclasses.replace(CONFIG, shuffle=False)
+    train(make_classifier(), TensorDataset(images, torch.zeros(10)), Spying(), config=config)
+    assert seen == [[7, 1, 4, 2], [9]] * 2
 
 
 def test_a_seed_decides_everything(images):
     def weights(seed):
         classifier = make_classifier()
         config = TrainerConfig(epochs=1, batch_size=4, prompt_lr=0.05, affine_lr=0.05, seed=seed)
-        train(classifier, images, InfoMax().loss, config=config)
+        train(classifier, images, infomax(images), config=config)
         return torch.cat([p.flatten() for p in classifier.parameters()])
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
 
 
-def test_a_nan_loss_stops_before_it_reaches_the_weights(images):
-    classifier = make_classifier()
-    snapshots = []
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda loss: loss * float("nan"), "the loss became nan"),
+        (lambda loss: loss * float("inf"), "the loss became -?inf"),
+        (NanGradient.apply, "the gradient became nan"),
+        (lambda loss: loss * 1e36, "the gradient became .*e"),
+    ],
+    ids=["nan", "inf", "gradient", "huge gradient"],
+)
+def test_what_is_not_finite_never_reaches_the_weights(images, spoil, what):
+    classifier, store, states = make_classifier(), MemoryStore(), []
+    hooks = Hooks(on_step=lambda record: states.append(state_of(classifier)), checkpoints=store)
+    objective = Breaking(infomax(images), 2, spoil)
+    config = dataclasses.replace(CONFIG, momentum=0.9)
+    with pytest.raises(NonFiniteLossError, match=what + r".* at step 3 of 6.*Lower the learning"):
+        train(classifier, images, objective, config=config, hooks=hooks)
+    assert len(states) == 2
+    assert_same_state(classifier, states[-1])
+    (checkpoint,) = store.saved
+    assert checkpoint.step == 2
+    assert torch.equal(checkpoint.tensors["adapted/prompt.context"], classifier.prompt.context)
+    assert all(value.isfinite().all() for value in checkpoint.tensors.values())
 
-    def loss(logits, confidence):
-        value = InfoMax().loss(logits, confidence)
-        return value * float("nan") if snapshots else value
+    # What was saved is whole: a run with a loss that is in order goes on from there.
+    healthy = Breaking(infomax(images), 100, spoil)
+    hooks = Hooks(checkpoints=MemoryStore(checkpoint))
+    assert len(train(make_classifier(), images, healthy, config=config, hooks=hooks)) == 6
+    # And it leads where the run would have gone.
+    expected = make_classifier()
+    train(expected, images, Breaking(infomax(images), 100, spoil), config=config)
+    resumed = make_classifier()
+    train(resumed, images, Breaking(infomax(images), 100, spoil), config=config, hooks=hooks)
+    assert_same_state(resumed, state_of(expected))
 
-    def on_step(done, total, value):
-        snapshots.append(copy.deepcopy(classifier.state_dict()))
 
-    with pytest.raises(NonFiniteLossError, match=r"became nan at step 2 of 6.*Lower the learning"):
-        train(classifier, images, loss, config=CONFIG, on_step=on_step)
-    (after_first,) = snapshots
-    assert all(torch.equal(after_first[k], v) for k, v in classifier.state_dict().items())
+def test_a_nan_image_says_that_the_checkpoint_could_not_be_saved_either(images):
+    class Full(MemoryStore):
+        def save(self, checkpoint):
+            raise OSError(28, "No space left on device")
+
+    images[3] = math.nan
+    with pytest.raises(NonFiniteLossError, match=r"no checkpoint of them could be saved.*No space"):
+        train(
+            make_classifier(),
+            images,
+            infomax(images),
+            config=CONFIG,
+            hooks=Hooks(checkpoints=Full()),
+        )
 
 
-def test_wrong_arguments_are_named(images):
-    classifier = make_classifier()
-    with pytest.raises(ValueError, match=r"confidence has shape \(9,\), but there are 10 images"):
-        train(classifier, images, UEO().loss, confidence=torch.ones(9))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"affine_lr": -1}, "affine_lr must not be negative, got -1"),
+        ({"prompt_lr": math.nan}, "prompt_lr must be finite, got nan"),
+        ({"weight_decay": math.inf}, "weight_decay must be finite, got inf"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
+        ({"early_stop": 0}, "early_stop must be at least 1, got 0"),
+        ({"checkpoint_every": -1}, "checkpoint_every must be at least 0, got -1"),
+        ({"schedule": "linear"}, "schedule='linear' is unknown; choose one of cosine, constant"),
+        ({"precision": "int8"}, "precision='int8' is unknown; choose one of fp32, bf16, fp16"),
+    ],
+)
+def test_choices_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainerConfig(**options)
+
+
+def test_nothing_to_train_is_an_error(images):
     config = TrainerConfig(prompt_lr=0, affine_lr=0)
     with pytest.raises(ValueError, match="nothing to train: prompt_lr and affine_lr are both 0"):
-        train(classifier, images, UEO().loss, config=config)
-    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
-        TrainerConfig(epochs=0)
-    with pytest.raises(ValueError, match="affine_lr must not be negative, got -1"):
-        TrainerConfig(affine_lr=-1)
+        train(make_classifier(), images, infomax(images), config=config)
+    with pytest.raises(ValueError, match="images is empty"):
+        train(make_classifier(), images[:0], infomax(images))

@@ -88,8 +88,11 @@ class ClipClassifier(nn.Module):
         return self.prompt()
 
     def image_features(self, images: Tensor) -> Tensor:
-        """(B, E) L2-normalised features of ``images`` (B, 3, H, W)."""
-        return F.normalize(self.model.encode_image(images), dim=-1)
+        """(B, E) L2-normalised features of ``images`` (B, 3, H, W); float32 under autocast too."""
+        features: Tensor = self.model.encode_image(images)
+        if features.dtype in _HALF:
+            features = features.float()
+        return F.normalize(features, dim=-1)
 
     def forward(self, images: Tensor, text_features: Tensor | None = None) -> Similarities:
         """Compare every image with every class.
@@ -100,6 +103,9 @@ class ClipClassifier(nn.Module):
                 calls (evaluation, frozen prompt); ``None`` computes them.
         """
         text = self.text_features() if text_features is None else text_features
-        image = self.image_features(images)
-        cosines = image @ text.to(image.dtype).T
+        return self.compare(self.image_features(images), text)
+
+    def compare(self, image_features: Tensor, text_features: Tensor) -> Similarities:
+        """Cosines and logits of features (B, E) and (C, E), both L2-normalised."""
+        cosines = image_features @ text_features.to(image_features.dtype).T
         return Similarities(cosines, self.logit_scale.to(cosines.dtype) * cosines)

@@ -8,12 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ueo_fast.finetune.text_tower import (
-    context_length,
-    embed_tokens,
-    encode_embeddings,
-    useful_length,
-)
+from ueo_fast.finetune.text_prefix import Packing, encode_packed, pack
+from ueo_fast.finetune.text_tower import context_length, embed_tokens, useful_length
 
 
 class PromptLearner(nn.Module):
@@ -21,12 +17,14 @@ class PromptLearner(nn.Module):
 
     ``forward()`` returns the (C, E) float32 text features, L2-normalised. With the context as it
     was initialised they equal ``encode_text`` of the prompts, normalised. The text tower runs on
-    no more positions than it needs (:func:`~ueo_fast.finetune.text_tower.useful_length`).
+    no more positions than it needs (:func:`~ueo_fast.finetune.text_tower.useful_length`), and where
+    it is causal on those of start token and context once for all classes
+    (:mod:`ueo_fast.finetune.text_prefix`).
 
-    ``context`` (n_ctx, D) is the only parameter, a float32 master copy whatever the model's dtype,
-    and the only entry of the ``state_dict``: everything that depends on the class names is a
-    non-persistent buffer, so a context trained on one list of classes loads into a learner for
-    another.
+    ``context`` (n_ctx, D) is the only parameter, a float32 master copy where the model is in half
+    precision (context and features of a float64 model are float64), and the only entry of the
+    ``state_dict``: everything that depends on the class names is a non-persistent buffer, so a
+    context trained on one list of classes loads into a learner for another.
 
     The model is referred to, not owned: its parameters are not among this module's, and freezing
     them (``model.requires_grad_(False)``) and moving them is up to the caller; move both together.
@@ -56,6 +54,8 @@ class PromptLearner(nn.Module):
     tokens: Tensor
     prefix: Tensor
     suffix: Tensor
+    packed_rows: Tensor | None
+    packed_places: Tensor | None
 
     def __init__(
         self,
@@ -81,30 +81,42 @@ class PromptLearner(nn.Module):
         with torch.no_grad():
             embeddings = embed_tokens(model, tokens)
         self._model = (model,)  # in a tuple, where nn.Module does not take it for a submodule
-        self.context = nn.Parameter(embeddings[0, start:stop].to(torch.float32, copy=True))
+        self.context_words, self.suffix_text = context, suffix
+        self.context = nn.Parameter(
+            embeddings[0, start:stop].to(_at_least_float32(embeddings), copy=True)
+        )
         device = embeddings.device
         self.register_buffer("tokens", tokens.to(device), persistent=False)
         self.register_buffer("prefix", embeddings[0, :start].clone(), persistent=False)
         self.register_buffer("suffix", embeddings[:, stop:].clone(), persistent=False)
+        packing = pack(model, tokens, stop)
+        self._groups = None if packing is None else packing.groups
+        for name, indices in (
+            ("packed_rows", None if packing is None else packing.rows),
+            ("packed_places", None if packing is None else packing.places),
+        ):
+            self.register_buffer(name, indices, persistent=False)
 
     def forward(self) -> Tensor:
         """The text features: (C, E), float32, each row of norm 1."""
         (model,) = self._model
-        classes = len(self.tokens)
-        embeddings = torch.cat(
-            [
-                self.prefix.expand(classes, -1, -1),
-                self.context.expand(classes, -1, -1),
-                self.suffix,
-            ],
-            dim=1,
-        )
-        features = encode_embeddings(model, embeddings, self.tokens)
-        return F.normalize(features.float(), dim=-1)
+        beginning = torch.cat([self.prefix, self.context])
+        features = encode_packed(model, beginning, self.suffix, self.tokens, self._packing())
+        return F.normalize(features.to(_at_least_float32(features)), dim=-1)
+
+    def _packing(self) -> Packing | None:
+        if self._groups is None or self.packed_rows is None or self.packed_places is None:
+            return None
+        common = len(self.prefix) + len(self.context)
+        return Packing(common, self._groups, self.packed_rows, self.packed_places)
 
     def extra_repr(self) -> str:
         """What ``print(learner)`` shows."""
         return f"classes={len(self.class_names)}, context={tuple(self.context.shape)}"
+
+
+def _at_least_float32(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def _clean_names(class_names: Sequence[str]) -> tuple[str, ...]:

@@ -1,180 +1,299 @@
-"""The authors' training loop: SGD, cosine schedule, evaluation mode, one loss per batch."""
+"""The training loop: SGD on the loss of each batch, in evaluation mode, resumable at any step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import math
+import time
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ueo_fast.finetune.batches import indexed_loader
+from ueo_fast.finetune.batches import IndexedImages, steps_per_epoch, training_batches
+from ueo_fast.finetune.early_stop import EarlyStop
+from ueo_fast.finetune.forward import Forward
+from ueo_fast.finetune.gradient_cache import backward_features, cached_features
+from ueo_fast.finetune.history import History, NonFiniteLossError
+from ueo_fast.finetune.hooks import Hooks, StartRecord, StepRecord
 from ueo_fast.finetune.model import ClipClassifier
+from ueo_fast.finetune.modes import RunningStatistics, check_independent, evaluation_mode
+from ueo_fast.finetune.monitor import CollapseMonitor, totals_of
+from ueo_fast.finetune.objective import Objective, Step
+from ueo_fast.finetune.optimizer import Optimizer
+from ueo_fast.finetune.step_statistics import StepStatistics, Totals, measure
+from ueo_fast.finetune.training_config import TrainerConfig
+from ueo_fast.finetune.training_state import TrainingState
 
-OnStep = Callable[[int, int, float], None]
-"""Called after each step with (steps done, steps in all, loss)."""
+__all__ = ["History", "NonFiniteLossError", "TrainerConfig", "train"]
 
-
-class BatchLoss(Protocol):
-    """A loss of one batch: ``(logits (B, C), confidence (B,) or None) -> 0-d``."""
-
-    def __call__(self, logits: Tensor, confidence: Tensor | None) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """Budget and optimiser; the defaults are the authors'.
-
-    Attributes:
-        epochs: passes over the unlabelled images.
-        batch_size: images per step; the last batch of an epoch may be smaller.
-        prompt_lr: learning rate of the prompt's context; 0 keeps the prompt frozen.
-        affine_lr: learning rate of the visual tower's affine parameters; 0 keeps them frozen.
-        seed: order of the images.
-        num_workers: worker processes of the loader.
-    """
-
-    epochs: int = 50
-    batch_size: int = 64
-    prompt_lr: float = 1e-4
-    affine_lr: float = 1e-4
-    seed: int = 0
-    num_workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("prompt_lr", "affine_lr"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-
-
-@dataclass
-class History:
-    """One entry per step.
-
-    Attributes:
-        loss: the value of the method's loss.
-        conditional_entropy: mean entropy of the batch's predictions, nats; every image weighs the
-            same, so that methods can be compared.
-        marginal_entropy: entropy of the batch's mean prediction, nats, at most log C. Near 0 it
-            says that everything is put into one class: the training has collapsed.
-    """
-
-    loss: list[float] = field(default_factory=list)
-    conditional_entropy: list[float] = field(default_factory=list)
-    marginal_entropy: list[float] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.loss)
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the weights are those of the step before."""
+# Finite, but the next weights would not be: float32 ends at 3.4e38, and the square of a weight is
+# taken by every norm.
+_LARGEST_GRADIENT = 1e30
+# fp16 starts at a loss scale of 2^16 and halves it at each overflow; after so many in a row the
+# scale cannot be what is wrong.
+_MOST_OVERFLOWS = 32
 
 
 def train(
     classifier: ClipClassifier,
     images: Dataset[Any] | Tensor,
-    loss: BatchLoss,
+    objective: Objective,
     *,
-    confidence: Tensor | None = None,
     config: TrainerConfig | None = None,
-    on_step: OnStep | None = None,
+    hooks: Hooks | None = None,
+    zero_shot: Tensor | None = None,
 ) -> History:
     """Train ``classifier`` in place on unlabelled images.
 
-    SGD without momentum or weight decay; the learning rates follow one cosine from their start to
-    0 over all steps; the model stays in evaluation mode, so the statistics of BatchNorm are never
-    touched and dropout is off.
+    SGD, by default without momentum or weight decay; the learning rates follow one cosine from
+    their start to 0 over all steps. The model is in evaluation mode, so the statistics of BatchNorm
+    are never touched and dropout is off, unless ``objective.prepare`` says otherwise; afterwards it
+    is in evaluation mode in any case.
+
+    With ``hooks.checkpoints`` the run goes on from the checkpoint there, if there is one, and ends
+    as it would have ended uninterrupted (bit for bit on a CPU with the same number of threads; the
+    history has all steps).
 
     Args:
-        classifier: what is trained: its prompt context and affine parameters.
+        classifier: what is trained: its prompt context and affine parameters. To resume, the
+            zero-shot model that the first run started from.
         images: N images, augmented by the dataset itself if at all.
-        loss: of a batch's logits and confidence.
-        confidence: (N,) by image index, from ``zero_shot_confidence``; ``None`` leaves it to the
-            loss.
+        objective: the loss of a batch.
         config: budget and optimiser; ``None`` takes the authors'.
-        on_step: called after each step with (steps done, steps in all, loss).
+        hooks: who is told of each step, and where checkpoints are kept.
+        zero_shot: (N, C) cosines before the training, which the collapse monitor compares with;
+            ``None`` takes the predictions of the first epoch.
 
     Returns:
         The history, one entry per step.
 
     Raises:
-        ValueError: ``confidence`` does not fit ``images``, or both learning rates are 0.
-        NonFiniteLossError: the loss is NaN or infinite.
+        ValueError: nothing to train, a choice that does not go with this model or device, or a
+            checkpoint of another run.
+        NonFiniteLossError: loss or gradient is NaN or infinite. The classifier has the state after
+            the last good step, and so has the last checkpoint.
+        OSError: a checkpoint could not be saved; the one before is kept.
 
     Source: authors' ``demo.py``, ``train_clip``.
     """
-    config = config or TrainerConfig()
-    loader = indexed_loader(
-        images, config.batch_size, shuffle_seed=config.seed, num_workers=config.num_workers
-    )
-    count = len(loader.dataset)  # type: ignore[arg-type]
-    if confidence is not None and confidence.shape != (count,):
-        raise ValueError(
-            f"confidence has shape {tuple(confidence.shape)}, but there are {count} images: "
-            f"it needs shape ({count},), one value per image in the order of images"
+    config, hooks = config or TrainerConfig(), hooks or Hooks()
+    try:
+        return _Run(classifier, images, objective, config, hooks, zero_shot).go()
+    finally:
+        classifier.eval()
+
+
+class _Run:
+    def __init__(
+        self,
+        classifier: ClipClassifier,
+        images: Dataset[Any] | Tensor,
+        objective: Objective,
+        config: TrainerConfig,
+        hooks: Hooks,
+        zero_shot: Tensor | None,
+    ) -> None:
+        self.classifier, self.images, self.objective = classifier, images, objective
+        self.config, self.hooks = config, hooks
+        found, subset = len(IndexedImages(images)), objective.subset
+        count = found if subset is None else len(subset)
+        if count == 0:
+            raise ValueError("images is empty: there is nothing to train on")
+        classifier.eval()  # before anything is computed: fixed text features must have no dropout
+        self.forward = Forward(classifier, config)
+        self.optimizer = Optimizer(classifier, config)
+        self.epoch_steps = steps_per_epoch(count, config.batch_size)
+        self.total = config.epochs * self.epoch_steps
+        names = classifier.prompt.class_names
+        start = None
+        if zero_shot is not None:
+            rows = zero_shot if subset is None else zero_shot[subset.to(zero_shot.device)]
+            start = totals_of(rows, float(classifier.logit_scale))
+        self.state = TrainingState(
+            classifier,
+            objective.to(self.forward.device),
+            self.optimizer,
+            CollapseMonitor(names, count, shuffled=config.shuffle, start=start),
+            None if config.early_stop is None else EarlyStop(classifier, config.early_stop),
+            {
+                **config.decisive(),
+                "images": found,
+                "classes": list(names),
+                "objective": type(objective).__name__,
+            },
         )
-    device = classifier.logit_scale.device
-    if confidence is not None:
-        confidence = confidence.to(device)
-    optimizer = _optimizer(classifier, config)
-    total = config.epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    classifier.eval()  # before anything is computed: the fixed text features must have no dropout
-    fixed_text = None
-    if config.prompt_lr == 0:
+        self.step = 0
+        self.overflows = 0
+
+    def go(self) -> History:
+        self._begin()
+        if self.state.history.stopped is None:
+            self._steps()
+        self.optimizer.clear()
+        return self.state.history
+
+    def _begin(self) -> None:
+        """Take up the run where it was left."""
+        store, state = self.hooks.checkpoints, self.state
+        checkpoint = None if store is None else store.load()
+        if checkpoint is not None:
+            state.check(checkpoint)
+            state.load_classifier(checkpoint)
+            self.step = checkpoint.step
+        self.objective.prepare(self.classifier)
+        if checkpoint is not None:
+            state.load(checkpoint)
+        visual = self.classifier.model.visual
+        self.statistics = RunningStatistics(visual)
+        if self.config.micro_batch_size is not None:
+            check_independent(visual, self.config.micro_batch_size)
+        self.hooks.on_start(StartRecord(self.step, self.total, self.step // self.epoch_steps))
+
+    def _steps(self) -> None:
+        started = time.perf_counter()
+        batches = training_batches(
+            self.images,
+            self.config.batch_size,
+            seed=self.config.seed,
+            epochs=self.config.epochs,
+            start_step=self.step,
+            num_workers=self.config.num_workers,
+            subset=self.objective.subset,
+            shuffle=self.config.shuffle,
+            pin_memory=self.forward.device.type == "cuda",
+        )
+        for epoch, images, positions in batches:
+            rates = self.optimizer.set_rates(self.step, self.total)
+            statistics = self._step(images, positions)
+            self.step += 1
+            self._tell(statistics, epoch, rates, time.perf_counter() - started)
+            reasons = self._warn(self.state.monitor.step(statistics))
+            ends = self.step % self.epoch_steps == 0
+            if ends:
+                reasons += self._end_epoch(epoch)
+            self._maybe_stop(reasons)
+            self._maybe_save(ends)
+            if self.state.history.stopped is not None:
+                return
+            started = time.perf_counter()
+
+    def _step(self, batch: Tensor, positions: Tensor) -> StepStatistics:
+        """One gradient step; if it raises, the state is that before it."""
+        forward, optimizer = self.forward, self.optimizer
+        micro = self.config.micro_batch_size
+        optimizer.clear()
+        self.statistics.keep()
+        batch = forward.to_device(batch)
+        text = forward.text_features()
+        split = micro is not None and micro < len(batch)
+        if split:
+            assert micro is not None
+            image = cached_features(forward.image_features, batch, micro)
+        else:
+            image = forward.image_features(batch)
+        cosines, logits = self.classifier.compare(image, text)
+        step = Step(cosines, logits, image, text, positions.to(forward.device))
+        loss = self.objective(step)
+        optimizer.scaled(loss).backward()
+        if split and self.config.affine_lr > 0 and image.grad is not None:
+            assert micro is not None
+            backward_features(forward.image_features, batch, image.grad, micro)
+        # The one wait for the device, and the way to stop before a NaN reaches the weights.
+        statistics = measure(loss, logits, optimizer.gradients())
+        self._check_finite(statistics)
+        optimizer.step()
         with torch.no_grad():
-            fixed_text = classifier.text_features()
+            self.objective.remember(Step(*(value.detach() for value in step)))
+        return statistics
 
-    history = History()
-    for _ in range(config.epochs):
-        for batch, index in loader:
-            logits = classifier(batch.to(device), fixed_text).logits
-            weights = None if confidence is None else confidence[index.to(device)]
-            value = loss(logits, weights)
-            # One synchronisation per step, small beside a forward pass of CLIP, and the only way
-            # to stop before a NaN reaches the weights.
-            loss_value = float(value.detach())
-            if not torch.isfinite(value.detach()):
-                raise NonFiniteLossError(
-                    f"the loss became {loss_value} at step {len(history) + 1} of {total} "
-                    f"(prompt_lr={config.prompt_lr}, affine_lr={config.affine_lr}); the weights "
-                    "are those of the step before. Lower the learning rates, and check the images "
-                    "for NaN"
-                )
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            schedule.step()
-            _record(history, loss_value, logits.detach())
-            if on_step is not None:
-                on_step(len(history), total, loss_value)
-    return history
+    def _check_finite(self, statistics: StepStatistics) -> None:
+        loss, gradient = statistics.loss, statistics.largest_gradient
+        if not math.isfinite(loss):
+            self._fail(f"the loss became {loss}")
+        if self.optimizer.scaler is not None:
+            # The scaler leaves such a step out and tries a lower scale.
+            self.overflows = 0 if math.isfinite(gradient) else self.overflows + 1
+            if self.overflows >= _MOST_OVERFLOWS:
+                self._fail(f"the gradient overflowed in {self.overflows} steps in a row")
+        elif not gradient < _LARGEST_GRADIENT:
+            self._fail(f"the gradient became {gradient} (the loss was {loss})")
 
+    def _fail(self, what: str) -> None:
+        self.statistics.restore()
+        self.optimizer.clear()
+        kept = ""
+        if self.hooks.checkpoints is not None:
+            try:
+                self.hooks.checkpoints.save(self.state.checkpoint(self.step))
+                kept = " and are saved as a checkpoint"
+            except OSError as error:
+                kept = f", but no checkpoint of them could be saved ({error})"
+        config = self.config
+        half = " Or take precision='bf16' or 'fp32'." if config.precision == "fp16" else ""
+        raise NonFiniteLossError(
+            f"{what} at step {self.step + 1} of {self.total} (prompt_lr={config.prompt_lr}, "
+            f"affine_lr={config.affine_lr}, precision={config.precision}); the weights are those "
+            f"of the step before{kept}. Lower the learning rates, and check the images for NaN."
+            f"{half}"
+        )
 
-def _optimizer(classifier: ClipClassifier, config: TrainerConfig) -> torch.optim.SGD:
-    groups = []
-    for parameters, rate in (
-        (classifier.prompt_parameters(), config.prompt_lr),
-        (classifier.affine_parameters(), config.affine_lr),
-    ):
-        trained = rate > 0
-        for parameter in parameters:
-            parameter.requires_grad_(trained)
-        if trained and parameters:
-            groups.append({"params": parameters, "lr": rate})
-    if not groups:
-        raise ValueError("nothing to train: prompt_lr and affine_lr are both 0")
-    return torch.optim.SGD(groups, lr=0.0)
+    def _tell(
+        self, statistics: StepStatistics, epoch: int, rates: dict[str, float], seconds: float
+    ) -> None:
+        history, marginal = self.state.history, statistics.marginal_entropy
+        history.loss.append(statistics.loss)
+        history.conditional_entropy.append(statistics.conditional_entropy)
+        history.marginal_entropy.append(marginal)
+        self.state.totals.add(statistics)
+        self.hooks.on_step(
+            StepRecord(
+                step=self.step,
+                total=self.total,
+                epoch=epoch,
+                loss=statistics.loss,
+                conditional_entropy=statistics.conditional_entropy,
+                marginal_entropy=marginal,
+                largest_share=statistics.largest_share,
+                learning_rates=rates,
+                seconds=seconds,
+            )
+        )
 
+    def _end_epoch(self, epoch: int) -> list[str]:
+        """Returns why to stop."""
+        state, totals = self.state, self.state.totals
+        record = totals.record(epoch)
+        state.totals = Totals(len(record.histogram))
+        with evaluation_mode(self.classifier):
+            self.hooks.on_epoch(record)
+        reasons = self._warn(state.monitor.epoch(totals))
+        # A collapsed epoch is never the best one.
+        if state.early_stop is not None and not state.monitor.collapsed:
+            reason = state.early_stop.epoch(record)
+            reasons += [] if reason is None else [reason]
+        return reasons
 
-def _record(history: History, loss: float, logits: Tensor) -> None:
-    p = torch.softmax(logits.float(), dim=1)
-    history.loss.append(loss)
-    history.conditional_entropy.append(float(torch.special.entr(p).sum(dim=1).mean()))
-    history.marginal_entropy.append(float(torch.special.entr(p.mean(dim=0)).sum()))
+    def _warn(self, warnings: list[str]) -> list[str]:
+        for text in warnings:
+            self.hooks.on_warning(f"step {self.step} of {self.total}: {text}")
+        return warnings
+
+    def _maybe_stop(self, reasons: list[str]) -> None:
+        """With early stopping: at a reason, or at the end, go back to the best epoch."""
+        stop = self.state.early_stop
+        if stop is None or not (reasons or self.step == self.total):
+            return
+        history = self.state.history
+        history.kept_epoch = stop.restore()
+        if reasons and self.step < self.total:
+            history.stopped = f"after step {self.step} of {self.total}: {reasons[0]}"
+
+    def _maybe_save(self, epoch_ends: bool) -> None:
+        if self.hooks.checkpoints is None:
+            return
+        every = self.config.checkpoint_every
+        due = self.step % every == 0 if every else epoch_ends
+        last = self.step == self.total or self.state.history.stopped is not None
+        if due or last:
+            self.hooks.checkpoints.save(self.state.checkpoint(self.step))

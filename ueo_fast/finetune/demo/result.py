@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from ueo_fast.finetune.history import History
 from ueo_fast.finetune.metrics import Metrics
-from ueo_fast.finetune.trainer import History
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,4 @@ class MethodResult:
 
     def history_record(self) -> dict[str, Any]:
         """The line of ``history.jsonl``."""
-        return {"seed": self.seed, "method": self.method, **asdict(self.history)}
+        return {"seed": self.seed, "method": self.method, **self.history.as_dict()}

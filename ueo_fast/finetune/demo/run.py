@@ -10,24 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ueo_fast import mcm_score
-from ueo_fast.finetune.confidence import zero_shot_confidence
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.digits import DIGIT_NAMES, load_digits
 from ueo_fast.finetune.demo.problem import Problem, make_problem
 from ueo_fast.finetune.demo.report import write_report
 from ueo_fast.finetune.demo.result import MethodResult
-from ueo_fast.finetune.demo.tiny_clip import pretrain, tiny_clip, tiny_tokenizer
+from ueo_fast.finetune.demo.tiny_clip import OnStep, pretrain, tiny_clip, tiny_tokenizer
+from ueo_fast.finetune.hooks import Hooks
 from ueo_fast.finetune.methods import UEO, AdaBN, EntMin, InfoMax, LossMethod, Method, ZeroShot
 from ueo_fast.finetune.metrics import Metrics, compute_metrics
 from ueo_fast.finetune.model import ClipClassifier
 from ueo_fast.finetune.predict import predict_cosines
 from ueo_fast.finetune.prompt import PromptLearner
 from ueo_fast.finetune.run_folder import RunFolder
-from ueo_fast.finetune.trainer import OnStep
+from ueo_fast.finetune.target import Target, zero_shot_target
 
 
 def demo_methods(config: DemoConfig) -> list[Method]:
@@ -37,7 +36,7 @@ def demo_methods(config: DemoConfig) -> list[Method]:
         methods.append(AdaBN())
     methods.append(EntMin(eps=config.eps))
     methods.append(InfoMax(trade_off=config.trade_off, eps=config.eps))
-    methods.append(UEO(trade_off=config.trade_off, eps=config.eps))
+    methods.append(UEO(trade_off=config.trade_off, mcm_scale=config.mcm_scale, eps=config.eps))
     return methods
 
 
@@ -106,10 +105,11 @@ def run_seed(config: DemoConfig, problem: Problem, bar: tqdm[Any]) -> Iterator[M
         f"known: {', '.join(problem.split.known)}; unlabelled: {len(problem.train.images)} images "
         f"of {', '.join(problem.split.train)}"
     )
-    confidence = zero_shot_confidence(zero_shot, problem.train.images, mcm_scale=config.mcm_scale)
+    target = zero_shot_target(zero_shot, problem.train.images)
+    hooks = Hooks(on_step=lambda record: on_step(record.step, record.total, record.loss))
     for method in demo_methods(config):
         bar.set_description(f"seed {problem.seed}: {method.title}")
-        result = run_method(config, problem, zero_shot, confidence, method, on_step)
+        result = run_method(config, problem, zero_shot, target, method, hooks)
         yield result
         say(f"{method.title:9} {_brief(result.metrics)}  ({result.seconds:.1f} s)")
 
@@ -138,9 +138,9 @@ def run_method(
     config: DemoConfig,
     problem: Problem,
     zero_shot: ClipClassifier,
-    confidence: Tensor,
+    target: Target,
     method: Method,
-    on_step: OnStep | None = None,
+    hooks: Hooks | None = None,
 ) -> MethodResult:
     """Adapt a copy of ``zero_shot`` with ``method`` and test it on the whole shifted target.
 
@@ -148,18 +148,17 @@ def run_method(
         config: of the run.
         problem: of the seed.
         zero_shot: where every method starts; left as it is.
-        confidence: (len(problem.train),) from :func:`zero_shot_confidence`.
+        target: ``problem.train`` with what ``zero_shot`` says about it.
         method: a row of the table.
-        on_step: called after each gradient step.
+        hooks: who is told of each gradient step.
     """
     classifier = copy.deepcopy(zero_shot)
     started = time.perf_counter()
     history = method.adapt(
         classifier,
-        problem.train.images,
-        confidence=confidence,
+        target,
         config=config.trainer(problem.seed),
-        on_step=on_step,
+        hooks=hooks,
     )
     seconds = time.perf_counter() - started
     cosines = predict_cosines(classifier, problem.target.images)

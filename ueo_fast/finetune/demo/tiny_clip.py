@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,8 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
-from ueo_fast.finetune.trainer import OnStep
+OnStep = Callable[[int, int, float], None]
+"""Called after each step with (steps done, steps in all, loss)."""
 
 CONTEXT_LENGTH = 16
 EMBED_DIM = 64

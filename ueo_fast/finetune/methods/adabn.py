@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import Dataset
 
 from ueo_fast.finetune.batches import even_loader
+from ueo_fast.finetune.hooks import Hooks
 from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.trainer import History, OnStep, TrainerConfig
+from ueo_fast.finetune.target import Target
+from ueo_fast.finetune.trainer import History, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class AdaBN(Method):
 
     batch_size: int = 256
 
+    name: ClassVar[str] = "adabn"
     title: ClassVar[str] = "AdaBN"
 
     @torch.no_grad()
     def adapt(
         self,
         classifier: ClipClassifier,
-        images: Dataset[Any] | Tensor,
+        target: Target,
         *,
-        confidence: Tensor | None = None,
         config: TrainerConfig | None = None,
-        on_step: OnStep | None = None,
+        hooks: Hooks | None = None,
     ) -> History:
         """As :meth:`Method.adapt`; of ``config`` only the seed and the workers are used.
 
@@ -66,7 +66,7 @@ class AdaBN(Method):
             )
         config = config or TrainerConfig()
         loader = even_loader(
-            images, self.batch_size, seed=config.seed, num_workers=config.num_workers
+            target.images, self.batch_size, seed=config.seed, num_workers=config.num_workers
         )
         device = classifier.logit_scale.device
         before = [(copy.deepcopy(dict(layer.named_buffers())), layer.momentum) for layer in layers]

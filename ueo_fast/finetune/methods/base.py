@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor
-from torch.utils.data import Dataset
-
+from ueo_fast.finetune.hooks import Hooks
 from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.trainer import History, OnStep, TrainerConfig, train
+from ueo_fast.finetune.objective import Objective
+from ueo_fast.finetune.target import Target
+from ueo_fast.finetune.trainer import History, TrainerConfig, train
 
 
 class Method(ABC):
     """Adapts a classifier to unlabelled images.
 
     Attributes:
+        name: how it is chosen, ``--method name``.
         title: how it is written in tables.
     """
 
+    name: ClassVar[str]
     title: ClassVar[str]
 
     @abstractmethod
     def adapt(
         self,
         classifier: ClipClassifier,
-        images: Dataset[Any] | Tensor,
+        target: Target,
         *,
-        confidence: Tensor | None = None,
         config: TrainerConfig | None = None,
-        on_step: OnStep | None = None,
+        hooks: Hooks | None = None,
     ) -> History:
         """Change ``classifier`` in place.
 
         Args:
             classifier: the zero-shot model to start from.
-            images: N unlabelled images of the target, a dataset or a tensor (N, 3, H, W).
-            confidence: (N,) zero-shot confidence by image index; see ``zero_shot_confidence``.
+            target: the unlabelled images.
             config: budget and optimiser; ``None`` takes the authors'.
-            on_step: called after each step with (steps done, steps in all, loss).
+            hooks: who is told of each step, and where checkpoints go.
 
         Returns:
             One entry per gradient step; empty where the method takes none.
@@ -49,23 +49,26 @@ class LossMethod(Method):
     """A method that is a loss of each batch, minimised by the common training loop."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, confidence: Tensor | None) -> Tensor:
-        """Loss of one batch, 0-d, from logits (B, C) and confidence (B,)."""
+    def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
+        """The loss, with all that it needs to know about the target's images.
+
+        Called when ``classifier`` is still the zero-shot model.
+        """
 
     def adapt(
         self,
         classifier: ClipClassifier,
-        images: Dataset[Any] | Tensor,
+        target: Target,
         *,
-        confidence: Tensor | None = None,
         config: TrainerConfig | None = None,
-        on_step: OnStep | None = None,
+        hooks: Hooks | None = None,
     ) -> History:
+        objective = self.objective(classifier, target)
         return train(
             classifier,
-            images,
-            self.loss,
-            confidence=confidence,
+            target.training_images,
+            objective,
             config=config,
-            on_step=on_step,
+            hooks=hooks,
+            zero_shot=target.cosines,
         )

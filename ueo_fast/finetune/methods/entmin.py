@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ueo_fast import ueo_loss
 from ueo_fast.finetune.methods.base import LossMethod
+from ueo_fast.finetune.model import ClipClassifier
+from ueo_fast.finetune.objective import Objective, Step
+from ueo_fast.finetune.target import Target
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,18 @@ class EntMin(LossMethod):
 
     eps: float = 0.0
 
+    name: ClassVar[str] = "entmin"
     title: ClassVar[str] = "EntMin"
 
-    def loss(self, logits: Tensor, confidence: Tensor | None) -> Tensor:
-        return ueo_loss(logits, logits.new_ones(len(logits)), trade_off=0.0, eps=self.eps)
+    def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
+        return _Entropy(self.eps)
+
+
+class _Entropy(Objective):
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, step: Step) -> Tensor:
+        ones = step.logits.new_ones(len(step.logits))
+        return ueo_loss(step.logits, ones, trade_off=0.0, eps=self.eps)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ueo_fast import ueo_loss
 from ueo_fast.finetune.methods.base import LossMethod
+from ueo_fast.finetune.model import ClipClassifier
+from ueo_fast.finetune.objective import Objective, Step
+from ueo_fast.finetune.target import Target
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,18 @@ class InfoMax(LossMethod):
     trade_off: float = 1.0
     eps: float = 0.0
 
+    name: ClassVar[str] = "infomax"
     title: ClassVar[str] = "InfoMax"
 
-    def loss(self, logits: Tensor, confidence: Tensor | None) -> Tensor:
-        ones = logits.new_ones(len(logits))
-        return ueo_loss(logits, ones, trade_off=self.trade_off, eps=self.eps)
+    def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
+        return _Information(self)
+
+
+class _Information(Objective):
+    def __init__(self, method: InfoMax) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, step: Step) -> Tensor:
+        ones = step.logits.new_ones(len(step.logits))
+        return ueo_loss(step.logits, ones, trade_off=self.method.trade_off, eps=self.method.eps)

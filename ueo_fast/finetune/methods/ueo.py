@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from ueo_fast import ueo_loss
+from ueo_fast import mcm_score, ueo_loss
 from ueo_fast.finetune.methods.base import LossMethod
+from ueo_fast.finetune.model import ClipClassifier
+from ueo_fast.finetune.objective import Objective, Step
+from ueo_fast.finetune.target import Target
+
+Confidence = Literal["zeroshot", "online"]
 
 
 @dataclass(frozen=True)
@@ -20,24 +25,46 @@ class UEO(LossMethod):
 
     Attributes:
         trade_off: λ.
-        confidence_scale: used where no confidence is given: the batch's own
-            ``max softmax(confidence_scale * logits)`` is the weight.
+        confidence: ``zeroshot`` takes the weights ``w`` from the zero-shot model and un-augmented
+            images, once; ``online`` from the model as it is, in every batch.
+        mcm_scale: multiplies the *cosines* in ``w_i = max softmax(mcm_scale * cosines_i)``. The
+            authors use 1, which makes the weights nearly uniform.
         eps: added inside the logarithms; 1e-5 is the authors' released code.
 
     Source: docs/math.md, steps 1 to 7; arXiv 2308.12919, section 3.3.
     """
 
     trade_off: float = 1.0
-    confidence_scale: float = 1.0
+    confidence: Confidence = "zeroshot"
+    mcm_scale: float = 1.0
     eps: float = 0.0
 
+    name: ClassVar[str] = "ueo"
     title: ClassVar[str] = "UEO"
 
-    def loss(self, logits: Tensor, confidence: Tensor | None) -> Tensor:
-        return ueo_loss(
-            logits,
-            confidence,
-            trade_off=self.trade_off,
-            confidence_scale=self.confidence_scale,
-            eps=self.eps,
-        )
+    def __post_init__(self) -> None:
+        if self.confidence not in get_args(Confidence):
+            raise ValueError(
+                f"confidence={self.confidence!r} is unknown: choose one of "
+                f"{', '.join(get_args(Confidence))}"
+            )
+
+    def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
+        frozen = target.confidence(self.mcm_scale) if self.confidence == "zeroshot" else None
+        return _UniversalEntropy(self, frozen)
+
+
+class _UniversalEntropy(Objective):
+    weights: Tensor | None
+
+    def __init__(self, method: UEO, weights: Tensor | None) -> None:
+        super().__init__()
+        self.method = method
+        self.register_buffer("weights", weights)
+
+    def forward(self, step: Step) -> Tensor:
+        if self.weights is None:
+            w = mcm_score(step.cosines.detach(), self.method.mcm_scale)
+        else:
+            w = self.weights[step.positions]
+        return ueo_loss(step.logits, w, trade_off=self.method.trade_off, eps=self.method.eps)

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor
-from torch.utils.data import Dataset
-
+from ueo_fast.finetune.hooks import Hooks
 from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.trainer import History, OnStep, TrainerConfig
+from ueo_fast.finetune.target import Target
+from ueo_fast.finetune.trainer import History, TrainerConfig
 
 
 @dataclass(frozen=True)
 class ZeroShot(Method):
     """Leaves the classifier as it is."""
 
+    name: ClassVar[str] = "zeroshot"
     title: ClassVar[str] = "zero-shot"
 
     def adapt(
         self,
         classifier: ClipClassifier,
-        images: Dataset[Any] | Tensor,
+        target: Target,
         *,
-        confidence: Tensor | None = None,
         config: TrainerConfig | None = None,
-        on_step: OnStep | None = None,
+        hooks: Hooks | None = None,
     ) -> History:
         return History()

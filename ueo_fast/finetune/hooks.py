@@ -1,0 +1,160 @@
+"""What a training run tells, and to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StartRecord:
+    """Where a run begins, or goes on.
+
+    Attributes:
+        step: steps that are done already, by the run that is resumed; 0 in a new one.
+        total: steps in all.
+        epoch: whole epochs that are done already.
+    """
+
+    step: int
+    total: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One gradient step.
+
+    Attributes:
+        step: steps done, from 1.
+        total: steps in all.
+        epoch: from 1.
+        loss: value of the method's loss.
+        conditional_entropy: mean entropy of the batch's predictions, nats; every image weighs the
+            same, so that methods can be compared.
+        marginal_entropy: entropy of the batch's mean prediction, nats, at most log C.
+        largest_share: share of the batch that is put into the most frequent class.
+        learning_rates: by group, ``prompt`` and ``affine``, those of this step.
+        seconds: that the step took, loading included.
+    """
+
+    step: int
+    total: int
+    epoch: int
+    loss: float
+    conditional_entropy: float
+    marginal_entropy: float
+    largest_share: float
+    learning_rates: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One pass over the images, as training saw them.
+
+    Attributes:
+        epoch: from 1.
+        loss: mean over steps.
+        conditional_entropy: mean over the epoch's images, nats.
+        marginal_entropy: entropy of the epoch's mean prediction, nats.
+        histogram: images per predicted class, C numbers.
+    """
+
+    epoch: int
+    loss: float
+    conditional_entropy: float
+    marginal_entropy: float
+    histogram: tuple[int, ...]
+
+    @property
+    def mutual_information(self) -> float:
+        """Marginal minus conditional entropy, nats: high where predictions are sure and spread."""
+        return self.marginal_entropy - self.conditional_entropy
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on.
+
+    Attributes:
+        step: steps done.
+        tensors: by name, on the CPU.
+        values: numbers and lists that JSON can hold.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, object]
+
+
+class CheckpointStore(Protocol):
+    """Where checkpoints are kept, one at a time."""
+
+    def load(self) -> Checkpoint | None:
+        """The last one that was saved whole."""
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Replaces it, atomically."""
+
+
+def _ignore(record: object) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Who is told of what; nobody, by default.
+
+    Everything is told before the checkpoint of its step is saved, so a log always has all steps of
+    the checkpoint; what it has beyond, a resumed run tells again (:attr:`on_start` says from
+    where). What a hook raises ends the run.
+
+    Attributes:
+        on_start: called once, before the first step, when a checkpoint has been loaded.
+        on_step: called after each gradient step.
+        on_epoch: called after each epoch, with the classifier in evaluation mode.
+        on_warning: called with a sentence when something looks wrong (a collapse).
+        checkpoints: where to resume from and where to save to; ``None``: neither.
+    """
+
+    on_start: Callable[[StartRecord], None] = _ignore
+    on_step: Callable[[StepRecord], None] = _ignore
+    on_epoch: Callable[[EpochRecord], None] = _ignore
+    on_warning: Callable[[str], None] = _ignore
+    checkpoints: CheckpointStore | None = None
+
+
+def combine(*hooks: Hooks) -> Hooks:
+    """Hooks that tell all of ``hooks``, in their order.
+
+    Raises:
+        ValueError: more than one of them has checkpoints.
+    """
+    stores = [one.checkpoints for one in hooks if one.checkpoints is not None]
+    if len(stores) > 1:
+        raise ValueError(
+            f"{len(stores)} of the hooks have checkpoints, but a run has one place to resume from: "
+            "leave them out of all but one"
+        )
+
+    def on_start(record: StartRecord) -> None:
+        for one in hooks:
+            one.on_start(record)
+
+    def on_step(record: StepRecord) -> None:
+        for one in hooks:
+            one.on_step(record)
+
+    def on_epoch(record: EpochRecord) -> None:
+        for one in hooks:
+            one.on_epoch(record)
+
+    def on_warning(text: str) -> None:
+        for one in hooks:
+            one.on_warning(text)
+
+    return Hooks(on_start, on_step, on_epoch, on_warning, stores[0] if stores else None)

@@ -1,0 +1,111 @@
+"""DANCE: cluster each image with its neighbours, and separate sure images from unsure ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ueo_fast import ueo_loss
+from ueo_fast.finetune.methods.base import LossMethod
+from ueo_fast.finetune.model import ClipClassifier
+from ueo_fast.finetune.objective import Objective, Step
+from ueo_fast.finetune.target import Target
+from ueo_fast.reference import compute_dtype
+
+
+@dataclass(frozen=True)
+class DANCE(LossMethod):
+    """``L = mean_i H(q_i) + mean_i s(H(p_i))``: neighbourhood clustering + entropy separation.
+
+    ``q_i = softmax_j(f_i · v_j / τ)`` says which neighbour image ``i`` resembles: ``v`` are the C
+    class prototypes (text features) and the features of all other images, those of the batch as
+    they are and the others as they were when last seen, from a memory bank. Its entropy is lowered,
+    so that an image moves to a prototype or to a cluster of its own kind.
+
+    ``s(h) = -|h - ρ|`` where ``|h - ρ| > m``, else 0, with ``ρ = log(C) / 2``: predictions much
+    surer than ρ become surer still (known), much less sure ones less (unknown). ``log 2 / 2`` is
+    below 0.5: with two classes nothing is ever separated at the default margin.
+
+    What differs from the paper: there is no labelled source, hence no source loss, and the weight
+    0.05 of both terms beside it, which would only scale the learning rate, is left out. The
+    classifier keeps CLIP's own temperature in ``p``, τ is that of ``q`` alone. The bank holds
+    nothing at the start and an image that was never seen is no neighbour (masked); in the authors'
+    code it is a zero vector, of similarity 0 to everything, until its first visit. ``i`` itself is
+    masked as well, where the code gives it similarity -1. Inside the margin the code's term is the
+    constant ``-m`` in place of the paper's 0: the same gradient.
+
+    The bank takes 4 N E bytes, and a batch B (C + N + B) similarities.
+
+    Attributes:
+        temperature: τ.
+        margin: m, in nats.
+        eps: added inside the logarithms; 1e-5 is the authors' released code.
+
+    Source: Saito et al., *Universal Domain Adaptation through Self-Supervision*, NeurIPS 2020,
+    arXiv 2002.07953, "Neighborhood Clustering" and "Entropy Separation"; authors'
+    ``train_dance.py``, ``utils/loss.py``, ``models/LinearAverage.py`` (momentum 0, as configured).
+    """
+
+    temperature: float = 0.05
+    margin: float = 0.5
+    eps: float = 0.0
+
+    name: ClassVar[str] = "dance"
+    title: ClassVar[str] = "DANCE"
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if not self.margin >= 0:
+            raise ValueError(f"margin must not be negative, got {self.margin}")
+
+    @torch.no_grad()
+    def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
+        return _Neighbours(self, len(target), classifier.text_features().shape[1])
+
+
+class _Neighbours(Objective):
+    bank: Tensor
+    seen: Tensor
+
+    def __init__(self, method: DANCE, images: int, features: int) -> None:
+        super().__init__()
+        self.method = method
+        self.register_buffer("bank", torch.zeros(images, features))
+        self.register_buffer("seen", torch.zeros(images, dtype=torch.bool))
+
+    def forward(self, step: Step) -> Tensor:
+        logits = step.logits.to(compute_dtype(step.logits.dtype))
+        return self._clustering(step, logits.dtype) + self._separation(logits)
+
+    def remember(self, step: Step) -> None:
+        features = F.normalize(step.image_features.to(self.bank.dtype), dim=1)
+        self.bank[step.positions] = features
+        self.seen[step.positions] = True
+
+    def _clustering(self, step: Step, dtype: torch.dtype) -> Tensor:
+        images = step.image_features.to(dtype)
+        stale = ~self.seen
+        stale[step.positions] = True  # these have newer features, beside the bank
+        own = torch.eye(len(images), dtype=torch.bool, device=images.device)
+        similarities = [
+            images @ step.text_features.to(dtype).T,
+            (images @ self.bank.to(dtype).T).masked_fill(stale, -math.inf),
+            (images @ images.T).masked_fill(own, -math.inf),
+        ]
+        logits = torch.cat(similarities, dim=1) / self.method.temperature
+        # -inf is a masked class: the mean entropy of the rows over what is left.
+        ones = logits.new_ones(len(logits))
+        return ueo_loss(logits, ones, trade_off=0.0, eps=self.method.eps)
+
+    def _separation(self, logits: Tensor) -> Tensor:
+        log_p = torch.log_softmax(logits, dim=1)
+        p = log_p.exp()
+        entropy = -(p * (log_p if self.method.eps == 0 else (p + self.method.eps).log())).sum(dim=1)
+        distance = (entropy - math.log(logits.shape[1]) / 2).abs()
+        return -torch.where(distance > self.method.margin, distance, 0.0).mean()

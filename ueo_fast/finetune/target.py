@@ -1,0 +1,106 @@
+"""The unlabelled images, and what the zero-shot model says about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ueo_fast import mcm_score
+from ueo_fast.finetune.model import ClipClassifier
+from ueo_fast.finetune.predict import predict_cosines
+
+
+@dataclass(frozen=True)
+class Target:
+    """N images of the target. One index means the same image in every field.
+
+    Attributes:
+        images: un-augmented, a dataset or a tensor (N, 3, H, W).
+        augmented: the same images as training sees them, drawn anew each time; ``None``: as
+            ``images``.
+        cosines: (N, C) what the zero-shot model says, computed once before anything is trained;
+            :func:`zero_shot_target` fills it in.
+        labels: (N,) int64 position in the list of known classes, -1 for unknown. No method but the
+            oracle looks at them.
+
+    Raises:
+        ValueError: fields of different lengths.
+    """
+
+    images: Dataset[Any] | Tensor
+    augmented: Dataset[Any] | Tensor | None = None
+    cosines: Tensor | None = None
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("augmented", "cosines", "labels"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self):
+                raise ValueError(
+                    f"{name} has {len(value)} entries, but there are {len(self)} images: they must "
+                    "be of the same images in the same order"
+                )
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.images))
+
+    @property
+    def training_images(self) -> Dataset[Any] | Tensor:
+        """What training sees."""
+        return self.images if self.augmented is None else self.augmented
+
+    def zero_shot_cosines(self) -> Tensor:
+        """``cosines``, which a method needs.
+
+        Raises:
+            ValueError: they were not computed.
+        """
+        if self.cosines is None:
+            raise ValueError(
+                "cosines is None, but this method starts from what the zero-shot model says about "
+                "the images: make the target with zero_shot_target(classifier, images)"
+            )
+        return self.cosines
+
+    def confidence(self, mcm_scale: float = 1.0) -> Tensor:
+        """(N,) maximum softmax of ``mcm_scale * cosines``: the frozen weights ``w`` of UEO.
+
+        Args:
+            mcm_scale: multiplies the *cosines*. The authors use 1 (the MCM score), which makes the
+                weights nearly uniform; 100 would give the model's own softmax confidence.
+
+        Raises:
+            ValueError: ``mcm_scale`` is not positive, or the cosines were not computed.
+
+        Source: authors' ``demo.py`` (``target_maxpro``); arXiv 2308.12919, section 3.3.
+        """
+        if not mcm_scale > 0:
+            raise ValueError(f"mcm_scale must be positive, got {mcm_scale}")
+        return mcm_score(self.zero_shot_cosines(), mcm_scale)
+
+
+def zero_shot_target(
+    classifier: ClipClassifier,
+    images: Dataset[Any] | Tensor,
+    *,
+    augmented: Dataset[Any] | Tensor | None = None,
+    labels: Tensor | None = None,
+    batch_size: int = 256,
+    num_workers: int = 0,
+) -> Target:
+    """A target with its zero-shot cosines.
+
+    Args:
+        classifier: the zero-shot model: call this before anything is trained.
+        images: N un-augmented images.
+        augmented: as in :class:`Target`.
+        labels: as in :class:`Target`.
+        batch_size: images per forward pass.
+        num_workers: worker processes of the loader.
+    """
+    cosines = predict_cosines(classifier, images, batch_size=batch_size, num_workers=num_workers)
+    return Target(images, augmented, cosines, labels)
