@@ -1,0 +1,91 @@
+"""A report's page, parsed: what its tests ask of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+@dataclass
+class Node:
+    """An element; text stands among its children as strings."""
+
+    tag: str
+    attributes: dict[str, str] = field(default_factory=dict)
+    children: list[Node | str] = field(default_factory=list)
+
+    def find(self, tag: str, **attributes: str) -> list[Node]:
+        """All descendants of a tag with these attributes; ``tag="*"`` is any."""
+        found = []
+        for child in self.children:
+            if isinstance(child, Node):
+                wanted = (
+                    attributes.items()
+                    <= {key: child.attributes.get(key) for key in attributes}.items()
+                )
+                if tag in ("*", child.tag) and wanted:
+                    found.append(child)
+                found += child.find(tag, **attributes)
+        return found
+
+    def one(self, tag: str, **attributes: str) -> Node:
+        """The only one there is."""
+        (node,) = self.find(tag, **attributes)
+        return node
+
+    @property
+    def text(self) -> str:
+        """Of the element and all within, blanks joined."""
+        parts = [c if isinstance(c, str) else c.text for c in self.children]
+        return " ".join(" ".join(parts).split())
+
+    def table(self) -> list[list[str]]:
+        """Rows of the text of cells."""
+        return [
+            [cell.text for cell in row.children if isinstance(cell, Node)]
+            for row in self.find("tr")
+        ]
+
+
+class _Parser(HTMLParser):
+    """Builds the tree; a tag that is closed out of turn is an error."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.root = Node("document")
+        self._open = [self.root]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        node = Node(tag, {key: value or "" for key, value in attrs})
+        self._open[-1].children.append(node)
+        if tag not in VOID:
+            self._open.append(node)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._open[-1].children.append(Node(tag, {key: value or "" for key, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open[-1].tag == tag, f"</{tag}> closes <{self._open[-1].tag}>"
+        self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self._open[-1].children.append(data)
+
+    def finish(self) -> Node:
+        self.close()
+        assert self._open == [self.root], f"not closed: {[node.tag for node in self._open[1:]]}"
+        return self.root
+
+
+def parse(html: str) -> Node:
+    """The tree of a page whose every element is closed in its turn."""
+    parser = _Parser()
+    parser.feed(html)
+    return parser.finish()
+
+
+def parse_file(path: Path) -> Node:
+    return parse(path.read_text(encoding="utf-8"))
