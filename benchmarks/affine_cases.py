@@ -54,7 +54,10 @@ class AffineCase:
 
 
 def _cases() -> tuple[AffineCase, ...]:
-    """RN50's at 224 pixels: the target's first, then sizes where little is to be gained."""
+    """RN50's at 224 pixels: the target's first, then sizes where little is to be gained.
+
+    Among them those around ``ueo_fast.patch.batch_norm.MIN_ELEMENTS``.
+    """
     target = (64, 256, 56, 56)
     grid = [
         AffineCase(op, target, layout, dtype)
@@ -70,11 +73,15 @@ def _cases() -> tuple[AffineCase, ...]:
             ("bn+relu", (64, 512, 28, 28)),
             ("bn+add+relu", (64, 2048, 7, 7)),
             ("bn+relu", (16, 256, 56, 56)),
-            ("bn+relu", (1, 64, 56, 56)),
         )
     ]
+    small = [  # around the size from which a patched tower fuses
+        AffineCase("bn+relu", (batch, 64, 56, 56), layout)
+        for batch in (1, 2, 4)
+        for layout in ("contiguous", "channels_last")
+    ]
     transformer = [AffineCase("affine", (64, 197, 768), dtype=dtype) for dtype in DTYPES]
-    return (*grid, *more, *transformer)
+    return (*grid, *more, *small, *transformer)
 
 
 CASES = _cases()

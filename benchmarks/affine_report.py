@@ -83,12 +83,16 @@ def tower_cells(key: Key) -> list[str]:
     return [*key[:3], "bfloat16 autocast" if key[3] == "bfloat16" else key[3]]
 
 
+def _is_target(key: Key) -> bool:
+    return key[:2] == ("bn+relu", TARGET_SHAPE) and key[3] == "float32"
+
+
 def affine_table(name: str, folder: Path | None = None) -> list[str]:
     head = ["layer", "x", "layout", "dtype", "ueo_fast", "(b)", "(c)", "vs (b)", "vs (c)"]
     lines = []
     for key, row in _affine(name, folder).cases.items():
         mine = row["ueo_fast"]
-        aimed = name == TUNED and key[:2] == ("bn+relu", TARGET_SHAPE) and key[3] == "float32"
+        aimed = name == TUNED and _is_target(key)
         lines.append(
             [
                 *layer_cells(key),
@@ -99,6 +103,17 @@ def affine_table(name: str, folder: Path | None = None) -> list[str]:
             ]
         )
     return markdown.table([*head, "of the floor"], lines, words=4)
+
+
+def beyond_the_floor(times: Times) -> list[str]:
+    """Where a target asks for less time than the floor."""
+    lines = [
+        f"{', '.join(layer_cells(key))} (plain PyTorch takes {row['eager'] / row['floor']:.2f} "
+        "times the floor)"
+        for key, row in times.cases.items()
+        if _is_target(key) and row["eager"] < TARGET * row["floor"]
+    ]
+    return [f"The target is beyond the floor: {'; '.join(lines) or 'nowhere'}."]
 
 
 def no_gain(times: Times, ours: str, cells: Callable[[Key], list[str]]) -> list[str]:
@@ -234,6 +249,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "affine no gain": if_measured(
         TUNED, lambda: no_gain(_affine(TUNED, None), "ueo_fast", layer_cells)
     ),
+    "affine beyond the floor": if_measured(TUNED, lambda: beyond_the_floor(_affine(TUNED, None))),
     "affine provenance": if_measured(TUNED, lambda: provenance(TUNED)),
     "affine default": if_measured(DEFAULT, lambda: affine_table(DEFAULT)),
     "patch speed": if_measured(STEP, step_table),

@@ -45,7 +45,7 @@ CASES = (
 )
 COMPILED = (CASES[0], CASES[2])
 """Half a minute each: the others go without torch.compile on a CPU."""
-MEMORY_CASES = (CASES[0], CASES[2], CASES[4], CASES[5])
+MEMORY_CASES = (CASES[0], CASES[2], VisualCase("ViT-B-16", 16), CASES[4], CASES[5])
 GPU_CASES = (
     VisualCase("RN50", 64, "contiguous", "bfloat16"),
     VisualCase("RN50", 64, "channels_last", "bfloat16"),

@@ -14,7 +14,8 @@ from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ueo_fast import affine_parameters, freeze_all_but_affine
+from ueo_fast import affine_parameters, freeze_all_but_affine, patch_visual
+from ueo_fast.patch import PatchHandle
 
 
 def tower(name: str, image_size: int | None = None, **vision: Any) -> nn.Module:
@@ -36,6 +37,11 @@ def tower(name: str, image_size: int | None = None, **vision: Any) -> nn.Module:
     )
     logging.disable(logging.NOTSET)
     return perturbed(built)
+
+
+def patch_all(model: nn.Module) -> PatchHandle:
+    """Patch whatever the size of the inputs: those of tests are small."""
+    return patch_visual(model, min_elements=0)
 
 
 def perturbed(model: nn.Module) -> nn.Module:

@@ -157,6 +157,23 @@ def test_the_cpus_tables_are_those_of_the_csvs(tmp_path):
     assert kinds[-1] == "| together | 40 MiB | 100 MiB |"
 
 
+@pytest.mark.parametrize(
+    ("floor", "said"),
+    [
+        (50.0, "channels_last, float32 (plain PyTorch takes 2.00 times the floor)."),
+        (40.0, "The target is beyond the floor: nowhere."),  # 2.5 times: what is asked for
+    ],
+)
+def test_a_target_beyond_the_floor_is_said(floor, said):
+    target = ("bn+relu", affine_report.TARGET_SHAPE, "channels_last", "float32")
+    other = ("bn+relu", "1x64x56x56", "channels_last", "float32")
+    times = {"ueo_fast": 50.0, "eager": 100.0, "floor": floor}
+    cases = {target: times, other: {**times, "floor": 90.0}}
+    (line,) = affine_report.beyond_the_floor(affine_report.Times({}, cases))
+    assert line.endswith(said)
+    assert "1 x 64" not in line
+
+
 def test_where_patching_does_not_pay_is_said(tmp_path, monkeypatch):
     write_cpu_results(tmp_path)
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)

@@ -13,7 +13,7 @@ import torch
 from affine_backends import BACKENDS, COMPILED
 from affine_truth import assert_exact, differentiate
 
-from ueo_fast import channel_affine, reference
+from ueo_fast import backends, channel_affine, reference
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -243,3 +243,35 @@ def test_every_instruction_set(level):
         env=dict(os.environ, UEO_FAST_CPU_CAPABILITY=level),
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.skipif(backends.unavailable_reason("cpp") is not None, reason="needs the CPU library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_stored_past_the_cache(dtype):
+    """From 32 MiB on, with a residual and channels_last: the bits of the parts, which are smaller.
+
+    24 channels: rows of 528 elements, which in bfloat16 begin in the middle of cache lines.
+    """
+    size = 300 if dtype == torch.bfloat16 else 216
+    generator = torch.Generator().manual_seed(0)
+    x, residual, grad_out = (
+        torch.randn(8, 24, size, size, generator=generator)
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last)
+        for _ in range(3)
+    )
+    assert x.numel() * x.element_size() >= 32 << 20
+    scale, shift = torch.randn(2, 24, generator=generator)
+
+    def run(part: slice) -> list[torch.Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (x[part], scale, shift, residual[part])]
+        y = channel_affine(*leaves[:3], 1, activation="relu", residual=leaves[3], backend="cpp")
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad_out[part])]
+
+    whole = run(slice(None))
+    parts = [run(slice(i, i + 1)) for i in range(8)]
+    for i in (0, 1, 4):  # the result, the gradients of x and of the residual
+        assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
+    for i in (2, 3):
+        together = torch.stack([part[i].double() for part in parts]).sum(0)
+        torch.testing.assert_close(whole[i].double(), together, rtol=1e-4, atol=1e-1)

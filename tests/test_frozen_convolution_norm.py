@@ -11,9 +11,9 @@ from torch import nn
 
 pytest.importorskip("open_clip")
 
-from patch_models import assert_as_exact_as_eager, gradients, perturbed
+from patch_models import assert_as_exact_as_eager, gradients, patch_all, perturbed
 
-from ueo_fast import backends, patch_visual
+from ueo_fast import backends
 
 pytestmark = pytest.mark.skipif(
     backends.unavailable_reason("cpp") is not None, reason="without the binary nothing is fused"
@@ -39,7 +39,7 @@ def test_gradients(after, stride, memory_format, autocast):
     modules = {"nothing": [], "relu": [nn.ReLU(inplace=True)], "gelu": [nn.GELU()]}[after]
     assert_as_exact_as_eager(
         lambda: shortcut(*modules, stride=stride),
-        patch_visual,
+        patch_all,
         image(memory_format),
         autocast=autocast,
         tolerance=2e-2 if autocast else 1e-5,
@@ -50,7 +50,7 @@ def test_gradients(after, stride, memory_format, autocast):
 def test_the_input_is_held_and_nothing_wide(after):
     model = shortcut(*after)
     model[0].requires_grad_(False)
-    patch_visual(model)
+    patch_all(model)
     x = image().requires_grad_()
     values_per_channel = 4 * 32 * 4 + 8  # scale, shift, statistics, and a few bits
     assert saved_bytes(model, lambda: model(x)) <= x.numel() * 4 + values_per_channel
@@ -67,7 +67,7 @@ def test_what_does_not_fit_runs_one_by_one(spoiler):
         if spoiler.startswith("hook"):
             watched = model[0 if spoiler.endswith("conv") else 1]
             watched.register_forward_hook(lambda m, a, out: seen.append(m))
-    report = patch_visual(patched).report
+    report = patch_all(patched).report
     ours, theirs = gradients(patched, image()), gradients(eager, image())
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
@@ -80,7 +80,7 @@ def test_what_does_not_fit_runs_one_by_one(spoiler):
 def test_second_derivatives_are_refused():
     model = shortcut()
     model[0].requires_grad_(False)
-    patch_visual(model)
+    patch_all(model)
     x = image().requires_grad_()
     (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):

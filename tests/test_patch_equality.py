@@ -11,9 +11,15 @@ from torch import nn
 open_clip = pytest.importorskip("open_clip")
 timm = pytest.importorskip("timm")
 
-from patch_models import assert_as_exact_as_eager, images, perturbed, tower  # noqa: E402
+from patch_models import (  # noqa: E402
+    assert_as_exact_as_eager,
+    images,
+    patch_all,
+    perturbed,
+    tower,
+)
 
-from ueo_fast import freeze_all_but_affine, patch_visual  # noqa: E402
+from ueo_fast import freeze_all_but_affine  # noqa: E402
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -39,7 +45,7 @@ def test_small_towers(name, memory_format, autocast):
     size, vision = TOWERS[name]
     assert_as_exact_as_eager(
         lambda: tower(name, size, **vision).to(memory_format=memory_format),
-        patch_visual,
+        patch_all,
         images(2, size, memory_format),
         autocast=autocast,
         tolerance=TOLERANCE[autocast],
@@ -53,7 +59,7 @@ def test_published_towers(name, autocast):
     size = open_clip.get_model_config(name)["vision_cfg"].get("image_size", 224)
     assert_as_exact_as_eager(
         lambda: tower(name),
-        patch_visual,
+        patch_all,
         images(1, size, torch.contiguous_format),
         autocast=autocast,
         tolerance=TOLERANCE[autocast],
@@ -70,7 +76,7 @@ def test_torchvision(name, memory_format):
         return perturbed(models.get_model(name)).to(memory_format=memory_format)
 
     x = images(2, 32, memory_format)
-    assert_as_exact_as_eager(build, patch_visual, x, tolerance=1e-5)
+    assert_as_exact_as_eager(build, patch_all, x, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext3"])
@@ -80,14 +86,14 @@ def test_timm(name):
         return perturbed(timm.create_model(name))
 
     x = images(2, 64, torch.contiguous_format)
-    assert_as_exact_as_eager(build, patch_visual, x, tolerance=1e-5)
+    assert_as_exact_as_eager(build, patch_all, x, tolerance=1e-5)
 
 
 def test_everything_trained():
     size, vision = TOWERS["RN50"]
     x = images(2, size, torch.contiguous_format)
     assert_as_exact_as_eager(
-        lambda: tower("RN50", size, **vision), patch_visual, x, tolerance=1e-5, freeze=False
+        lambda: tower("RN50", size, **vision), patch_all, x, tolerance=1e-5, freeze=False
     )
 
 
@@ -121,7 +127,7 @@ def test_every_kind_of_site(memory_format):
         return perturbed(one_of_each())
 
     x = images(3, 32, memory_format)
-    assert_as_exact_as_eager(build, patch_visual, x, tolerance=1e-5)
+    assert_as_exact_as_eager(build, patch_all, x, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("name", ["RN50", "convnext_base"])
@@ -130,7 +136,7 @@ def test_training_mode_is_the_original(name):
     size, vision = TOWERS[name]
     eager = tower(name, size, **vision).train()
     patched = copy.deepcopy(eager)
-    patch_visual(patched)
+    patch_all(patched)
     x = images(4, size, torch.contiguous_format)
     for model in (eager, patched):
         torch.manual_seed(4)  # stochastic depth
@@ -147,7 +153,7 @@ def test_ten_steps_lead_to_the_same_parameters():
     size, vision = TOWERS["RN50"]
     eager = tower("RN50", size, **vision)
     patched = copy.deepcopy(eager)
-    patch_visual(patched)
+    patch_all(patched)
     x = images(4, size, torch.contiguous_format)
     start = copy.deepcopy(eager.state_dict())
     for model in (eager, patched):

@@ -14,13 +14,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
-from ueo_fast import freeze_all_but_affine, patch_visual
+from ueo_fast import freeze_all_but_affine
 from ueo_fast.patch import unpatch
 
 open_clip = pytest.importorskip("open_clip")
 
 from open_clip.modified_resnet import Bottleneck  # noqa: E402
-from patch_models import gradients, images, tower  # noqa: E402
+from patch_models import gradients, images, patch_all, tower  # noqa: E402
 
 CONTIGUOUS = torch.contiguous_format
 
@@ -55,7 +55,7 @@ def test_parameters_names_and_types_stay():
     before = classes(model)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     keys = list(model.state_dict())
-    handle = patch_visual(model)
+    handle = patch_all(model)
     assert list(model.state_dict()) == keys
     after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert all(after[name] is tensor for name, tensor in tensors.items())
@@ -71,7 +71,7 @@ def test_parameters_names_and_types_stay():
 def test_other_instances_are_untouched():
     one, other = small(), small()
     before = classes(other)
-    patch_visual(one)
+    patch_all(one)
     assert classes(other) == before
     assert type(nn.Conv2d(1, 1, 1)) is nn.Conv2d
 
@@ -79,10 +79,10 @@ def test_other_instances_are_untouched():
 def test_context_manager_undoes_even_after_an_error():
     model = small()
     before = classes(model)
-    with pytest.raises(RuntimeError, match="channels"), patch_visual(model):
+    with pytest.raises(RuntimeError, match="channels"), patch_all(model):
         model(torch.zeros(1, 4, 32, 32))
     assert classes(model) == before
-    with patch_visual(model) as handle:
+    with patch_all(model) as handle:
         assert handle.report.patched
         assert classes(model) != before
     assert classes(model) == before
@@ -90,9 +90,9 @@ def test_context_manager_undoes_even_after_an_error():
 
 def test_patching_twice_says_so_and_changes_nothing():
     model = small()
-    first = patch_visual(model)
+    first = patch_all(model)
     patched = classes(model)
-    second = patch_visual(model)
+    second = patch_all(model)
     assert classes(model) == patched
     assert {site.reason for site in second.report.sites} == {"already patched"}
     second.undo()
@@ -106,7 +106,7 @@ def test_copies_are_patched_and_independent(way):
     model = small()
     freeze_all_but_affine(model)
     before = classes(model)
-    patch_visual(model)
+    patch_all(model)
     if way == "deepcopy":
         twin = copy.deepcopy(model)
     elif way == "pickle":
@@ -127,7 +127,7 @@ def test_copies_are_patched_and_independent(way):
 def test_a_handle_copied_with_its_model_undoes_the_copy():
     model = small()
     before = classes(model)
-    handle = patch_visual(model)
+    handle = patch_all(model)
     twin, twins_handle = copy.deepcopy((model, handle))
     twins_handle.undo()
     assert classes(twin) == before
@@ -136,7 +136,7 @@ def test_a_handle_copied_with_its_model_undoes_the_copy():
 
 def test_state_dicts_pass_both_ways():
     plain, model = small(), small()
-    patch_visual(model)
+    patch_all(model)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -159,8 +159,8 @@ def test_hooks_see_what_they_saw(watched):
 
     watch("eager", eager)
     watch("before", before)
-    report = patch_visual(before).report
-    patch_visual(after)
+    report = patch_all(before).report
+    patch_all(after)
     watch("after", after)
     if watched != "conv3":
         (site,) = [s for s in report.sites if s.name == f"bn{watched[-1]}"]
@@ -174,7 +174,7 @@ def test_hooks_see_what_they_saw(watched):
 
 def test_hooks_on_all_modules_see_every_module():
     model = block()
-    patch_visual(model)
+    patch_all(model)
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, a, out: seen.append(m))
     try:
@@ -192,7 +192,7 @@ def test_compiled_as_one_graph(tower_name, backend):
     freeze_all_but_affine(model)
     x = images(2, 32, CONTIGUOUS)
     expected = gradients(model, x)
-    patch_visual(model)
+    patch_all(model)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     found = gradients(compiled, x)
@@ -201,7 +201,7 @@ def test_compiled_as_one_graph(tower_name, backend):
 
 def test_moving_and_casting():
     model = small()
-    patch_visual(model)
+    patch_all(model)
     x = images(2, 32, CONTIGUOUS)
     assert model.double()(x.double()).dtype == torch.float64
     assert model.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
@@ -211,7 +211,7 @@ def test_moving_and_casting():
 def test_frozen_or_trained_is_seen_in_every_call():
     eager = small()
     model = copy.deepcopy(eager)
-    patch_visual(model)
+    patch_all(model)
     x = images(2, 32, CONTIGUOUS)
     for frozen in (False, True, False):
         for m in (eager, model):
@@ -223,7 +223,7 @@ def test_frozen_or_trained_is_seen_in_every_call():
 def test_functional_transforms():
     eager = block()
     model = copy.deepcopy(eager)
-    patch_visual(model)
+    patch_all(model)
     x = feature_map()
 
     def gradient(module):
@@ -237,7 +237,7 @@ def test_functional_transforms():
 
 def test_traced_modules_are_made_of_ordinary_operations():
     model = block()
-    patch_visual(model)
+    patch_all(model)
     traced = torch.jit.trace(model, feature_map())
     torch.testing.assert_close(traced(feature_map()), model(feature_map()), rtol=1e-4, atol=1e-5)
     assert "Function" not in str(traced.inlined_graph)
@@ -246,7 +246,7 @@ def test_traced_modules_are_made_of_ordinary_operations():
 
 def test_a_parametrised_module_stays_patched_and_undo_says_so():
     model = block()
-    handle = patch_visual(model)
+    handle = patch_all(model)
     parametrizations.weight_norm(model.conv1)
     with pytest.warns(UserWarning, match=r"1 patched modules stay.*ParametrizedPatchedConv2d"):
         handle.undo()
@@ -261,7 +261,7 @@ def _train(rank: int, where: str) -> None:
     try:
         model = small()
         freeze_all_but_affine(model)
-        patch_visual(model)
+        patch_all(model)
         parallel = DistributedDataParallel(model)
         x = images(4, 32, CONTIGUOUS)[2 * rank : 2 * rank + 2]
         parallel(x).square().sum().backward()
@@ -286,4 +286,4 @@ def test_two_processes_average_their_gradients(tmp_path: Path):
 @pytest.mark.parametrize("model", [None, "RN50", torch.zeros(1)])
 def test_what_is_no_module_is_refused(model):
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got"):
-        patch_visual(model)
+        patch_all(model)

@@ -8,10 +8,10 @@ from torch import nn
 
 pytest.importorskip("open_clip")
 
-from patch_models import images, tower
+from patch_models import images, patch_all, tower
 from saved_activations import saved_bytes
 
-from ueo_fast import backends, freeze_all_but_affine, patch_visual
+from ueo_fast import backends, freeze_all_but_affine
 
 pytestmark = pytest.mark.skipif(
     backends.unavailable_reason("cpp") is not None, reason="without the binary nothing is fused"
@@ -22,7 +22,7 @@ def ratio(model: nn.Module, x: torch.Tensor, scope: str = "all") -> float:
     """Bytes held with the patch over bytes held without."""
     freeze_all_but_affine(model, scope)
     eager = saved_bytes(model, lambda: model(x))
-    with patch_visual(model):
+    with patch_all(model):
         return saved_bytes(model, lambda: model(x)) / eager
 
 

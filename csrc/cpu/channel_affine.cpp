@@ -9,6 +9,7 @@
 #include "../channel_affine_tensors.h"
 #include "channel_affine_driver.h"
 #include "threads.h"
+#include "tuning.h"
 
 namespace ueo_fast::cpu {
 namespace {
@@ -17,6 +18,12 @@ ParallelFor threads_for(const ChannelLayout& layout) {
   return [elements = layout.elements()](int64_t n, const auto& body) {
     parallel_for(n, elements, body);
   };
+}
+
+// `like`: a result; see kAffineStreamBytes.
+bool is_streamed(const Tensor& like, const ChannelLayout& layout, bool has_residual) {
+  const int64_t bytes = layout.elements() * static_cast<int64_t>(like.element_size());
+  return has_residual && layout.inner < tuning::kMinRun && bytes >= tuning::kAffineStreamBytes;
 }
 
 std::tuple<Tensor, Tensor> channel_affine_forward(const Tensor& x, const Tensor& scale,
@@ -41,7 +48,8 @@ std::tuple<Tensor, Tensor> channel_affine_forward(const Tensor& x, const Tensor&
                                 residual ? residual->const_data_ptr() : nullptr,
                                 out.mutable_data_ptr(),
                                 bytes ? bits.mutable_data_ptr<uint8_t>() : nullptr,
-                                relu};
+                                relu,
+                                is_streamed(out, layout, residual.has_value())};
     affine_forward<A>(affine_loops<A>(capability()), layout, args, scales.const_data_ptr<A>(),
                       shifts.const_data_ptr<A>(), threads_for(layout));
     return 0;
@@ -84,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> channel_affine_backward(
                                  relu && has_bits ? bits.const_data_ptr<uint8_t>() : nullptr,
                                  needs_x ? grad_x.mutable_data_ptr() : nullptr,
                                  needs_residual ? grad_residual.mutable_data_ptr() : nullptr,
-                                 relu};
+                                 relu,
+                                 is_streamed(grad_out, layout, needs_residual)};
     affine_backward<A>(affine_loops<A>(capability()), layout, args, scales.const_data_ptr<A>(),
                        shifts.const_data_ptr<A>(), centers.const_data_ptr<A>(),
                        needs_sums ? sums.mutable_data_ptr<A>() : nullptr, threads_for(layout));

@@ -33,6 +33,7 @@ struct AffineForward {
   void* out;
   uint8_t* bits;  // the mask (csrc/channel_affine.h), or null
   bool relu;
+  bool stream;  // store past the cache
 };
 
 template <class A>
@@ -46,6 +47,7 @@ struct AffineBackward {
   void* grad_x;         // or null
   void* grad_residual;  // or null
   bool relu;
+  bool stream;  // store past the cache
 };
 
 // Rows [row, row_end) and, of each, columns [column, column_end), a multiple of 8 at either end

@@ -48,6 +48,7 @@ void forward_runs(const AffineForward<A>& args, int64_t begin, int64_t end) {
       });
     });
   });
+  if (args.stream) stream_fence();
 }
 
 template <class A, class S>
@@ -58,6 +59,7 @@ void forward_columns(const AffineForward<A>& args, const Block& block) {
       span(0, n, Spread<A>{p.scale + column}, Spread<A>{p.shift + column});
     });
   });
+  if (args.stream) stream_fence();
 }
 
 template <class A, class S>
@@ -80,6 +82,7 @@ void backward_runs(const AffineBackward<A>& args, int64_t begin, int64_t end, A*
       });
     });
   });
+  if (args.stream) stream_fence();
 }
 
 template <class A, class S>
@@ -96,6 +99,7 @@ void backward_columns(const AffineBackward<A>& args, const Block& block, A* sums
                        sums ? sums + column : nullptr, sums ? sums + p.period + column : nullptr);
     });
   });
+  if (args.stream) stream_fence();
 }
 
 // The storage type is chosen per unit of work, far outside the loops.

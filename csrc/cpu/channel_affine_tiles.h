@@ -10,6 +10,7 @@
 #include "channel_affine_spans.h"
 #include "channel_mask.h"
 #include "half.h"
+#include "stream.h"
 
 namespace ueo_fast::cpu {
 namespace {
@@ -29,29 +30,39 @@ inline const A* loaded(const S* from, int64_t n, A* __restrict buffer) {
   }
 }
 
-// Where a tile of results is computed: in place, or in a buffer and then rounded.
+// Where a tile of results is computed: in place, or in a buffer where it is then rounded or stored
+// past the cache.
 template <class A, class S>
 struct TileWriter {
   static constexpr bool kConverts = !std::is_same_v<A, S>;
   S* place;
-  alignas(64) A computed[kConverts ? kAffineTile : 1];
+  bool stream;
+  alignas(64) A computed[kAffineTile];
+  alignas(64) S rounded[kConverts ? kAffineTile : 1];
 
-  TileWriter(void* base, int64_t begin) : place(static_cast<S*>(base) + begin) {}
+  TileWriter(void* base, int64_t begin, bool stream)
+      : place(static_cast<S*>(base) + begin), stream(stream) {}
 
   A* to() {
-    if constexpr (kConverts) {
-      return computed;
-    } else {
-      return place;
+    if constexpr (!kConverts) {
+      if (!stream) return place;
     }
+    return computed;
   }
 
-  void round(int64_t n) {
+  // Returns the results as stored, where they are still in the cache.
+  const S* store(int64_t n) {
+    const S* result = place;
     if constexpr (kConverts) {
-      S* __restrict out = place;
+      S* __restrict out = stream ? rounded : place;
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) from_float(computed[j], out[j]);
+      result = out;
+    } else if (stream) {
+      result = computed;
     }
+    if (stream) stream_copy(place, result, n * static_cast<int64_t>(sizeof(S)));
+    return result;
   }
 };
 
@@ -66,7 +77,7 @@ template <class A, class S, class Cut>
 inline void forward_tile(const AffineForward<A>& args, int64_t begin, int64_t n, Cut&& cut) {
   alignas(64) A x_buffer[kAffineTile];
   alignas(64) A residual_buffer[kAffineTile];
-  TileWriter<A, S> out(args.out, begin);
+  TileWriter<A, S> out(args.out, begin, args.stream);
   const A* x = loaded(static_cast<const S*>(args.x) + begin, n, x_buffer);
   const A* residual = nullptr;
   if (args.residual) {
@@ -83,22 +94,24 @@ inline void forward_tile(const AffineForward<A>& args, int64_t begin, int64_t n,
     if (args.relu) return forward_span<A, true, false>(from, from, scale, shift, count, to);
     forward_span<A, false, false>(from, from, scale, shift, count, to);
   });
-  out.round(n);
-  if (args.bits) pack_mask(out.place, n, args.bits + begin / 8);
+  const S* stored = out.store(n);
+  if (args.bits) pack_mask(stored, n, args.bits + begin / 8);
 }
 
-// The gradient where the mask is one of bits, else grad_out; in grad_residual too if that is wanted.
+// The gradient where the mask is one of bits, else grad_out; in grad_residual too, if wanted.
 template <class S, class A>
 inline const S* masked_by_bits(const AffineBackward<A>& args, int64_t begin, int64_t n,
                                S* buffer) {
   const S* g = static_cast<const S*>(args.grad_out) + begin;
   S* residual = args.grad_residual ? static_cast<S*>(args.grad_residual) + begin : nullptr;
+  const int64_t bytes = n * static_cast<int64_t>(sizeof(S));
   if (args.bits) {
-    S* to = residual ? residual : buffer;
+    S* to = residual && !args.stream ? residual : buffer;
     apply_mask(g, args.bits + begin / 8, n, to);
+    if (residual && args.stream) stream_copy(residual, to, bytes);
     return to;
   }
-  if (residual) __builtin_memcpy(residual, g, n * sizeof(S));
+  if (residual) __builtin_memcpy(residual, g, bytes);
   return g;
 }
 
@@ -116,9 +129,9 @@ inline void backward_tile(const AffineBackward<A>& args, int64_t begin, int64_t 
   const A* g = loaded(masked, n, grad_buffer);
   const A* x = stored_x ? loaded(stored_x, n, x_buffer) : nullptr;
   if (!args.grad_x) return cut(g, x, static_cast<A*>(nullptr));
-  TileWriter<A, S> grad_x(args.grad_x, begin);
+  TileWriter<A, S> grad_x(args.grad_x, begin, args.stream);
   cut(g, x, grad_x.to());
-  grad_x.round(n);
+  grad_x.store(n);
 }
 
 // One span: what is wanted of it is known from the pointers. The variants without sums need no x

@@ -9,13 +9,20 @@ from types import TracebackType
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ueo_fast.patch.batch_norm import PatchedBatchNorm
+from ueo_fast.patch.batch_norm import (
+    MIN_ELEMENTS,
+    PatchedBatchNorm,
+    PatchedBatchNormAct,
+    set_min_elements,
+)
 from ueo_fast.patch.blocks import Chain
 from ueo_fast.patch.hooks import has_hooks
 from ueo_fast.patch.patched import Patched, original_class, restore, swap
 from ueo_fast.patch.report import PatchReport, Site
 from ueo_fast.patch.sites import block_of, decide, kind_of
 from ueo_fast.patch.tower import visual_tower
+
+_BATCH_NORMS = (PatchedBatchNorm, PatchedBatchNormAct)
 
 
 class PatchHandle:
@@ -56,13 +63,13 @@ class PatchHandle:
         return f"PatchHandle({patched} of {len(self.report.sites)} sites patched)"
 
 
-def patch_visual(model: nn.Module) -> PatchHandle:
+def patch_visual(model: nn.Module, *, min_elements: int | None = None) -> PatchHandle:
     """Replace, on this instance, what holds memory or time in vain where only affines are trained.
 
     - Batch norms by running statistics become one fused call each, with the ReLU, or the addition
       and the ReLU, that follow where the structure is known (open_clip's ModifiedResNet,
-      torchvision's residual blocks, timm's ``BatchNormAct2d``, ``nn.Sequential``). In training mode
-      they are the originals.
+      torchvision's residual blocks, timm's ``BatchNormAct2d``, ``nn.Sequential``). In training
+      mode, and for small inputs on a CPU, they are the originals.
     - Layer norms use fused kernels on a GPU.
     - Convolutions with a frozen weight, and average pools, hold no input for backward.
 
@@ -73,13 +80,16 @@ def patch_visual(model: nn.Module) -> PatchHandle:
     Args:
         model: an open_clip model, whose ``visual`` is patched, or any other module, which is
             patched as a whole. Changed in place.
+        min_elements: inputs of a batch norm with fewer elements are left to the original on a CPU,
+            where it is faster than a fused call. None means 400,000, as measured; 0 fuses all.
 
     Returns:
         A handle: ``print(handle.report)``, ``handle.undo()``, or ``with patch_visual(model):``. A
         module that was patched before is left to the handle that patched it, and reported so.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or ``min_elements`` no integer.
+        ValueError: ``min_elements`` is negative.
 
     Source: Bhatia and Dangel, 2024, "Lowering PyTorch's Memory Consumption for Selective
     Differentiation"; the fused kernels are :func:`ueo_fast.frozen_batch_norm` and
@@ -87,6 +97,7 @@ def patch_visual(model: nn.Module) -> PatchHandle:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    _check_min_elements(min_elements)
     tower, prefix = visual_tower(model)
     rows: list[tuple[nn.Module, Site]] = []
     swapped: list[nn.Module] = []
@@ -102,6 +113,8 @@ def patch_visual(model: nn.Module) -> PatchHandle:
             if patch is not None:
                 swap(module, patch)
                 swapped.append(module)
+                if min_elements is not None and issubclass(patch, _BATCH_NORMS):
+                    set_min_elements(module, min_elements)
         type_ = original_class(module).__name__
         full = f"{prefix}{name}".rstrip(".")
         rows.append((module, Site(full, type_, kind, patched, reason)))
@@ -118,9 +131,20 @@ def patch_visual(model: nn.Module) -> PatchHandle:
             dataclasses.replace(site, reason=fused[module]) if module in fused else site
             for module, site in rows
         ),
-        _notes(tower),
+        _notes(tower, swapped, MIN_ELEMENTS if min_elements is None else min_elements),
     )
     return PatchHandle(report, swapped)
+
+
+def _check_min_elements(value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(
+            f"min_elements must be an int or None (as measured), got {type(value).__name__}"
+        )
+    if value < 0:
+        raise ValueError(f"min_elements must not be negative, got {value}: 0 fuses every size")
 
 
 def _fused(chains: list[Chain]) -> dict[nn.Module, str]:
@@ -146,14 +170,19 @@ def _fused(chains: list[Chain]) -> dict[nn.Module, str]:
     return said
 
 
-def _notes(tower: nn.Module) -> tuple[str, ...]:
-    training = any(isinstance(m, _BatchNorm) and m.training for m in tower.modules())
-    if not training:
-        return ()
-    return (
-        "The model is in training mode: its batch norms use the statistics of the batch and run "
-        "the originals until model.eval().",
-    )
+def _notes(tower: nn.Module, swapped: list[nn.Module], min_elements: int) -> tuple[str, ...]:
+    notes = []
+    if min_elements and any(isinstance(module, _BATCH_NORMS) for module in swapped):
+        notes.append(
+            f"A batch norm's input of fewer than {min_elements:,} elements on the CPU is left to "
+            "PyTorch's own, which is faster there: patch_visual(model, min_elements=0) fuses all."
+        )
+    if any(isinstance(m, _BatchNorm) and m.training for m in tower.modules()):
+        notes.append(
+            "The model is in training mode: its batch norms use the statistics of the batch and "
+            "run the originals until model.eval()."
+        )
+    return tuple(notes)
 
 
 def unpatch(model: nn.Module) -> None:

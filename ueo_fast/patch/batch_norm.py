@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ueo_fast import backends
@@ -12,12 +13,20 @@ from ueo_fast.ops.frozen import is_traced
 from ueo_fast.patch.hooks import is_observed
 from ueo_fast.patch.patched import Patched
 
+MIN_ELEMENTS = 400_000
+"""Elements of a call on a CPU below which the originals run. A fused call costs some 40
+microseconds of Python and autograd more than theirs; at this size it has won them back in all
+layouts and dtypes but the addition in float32, which is even (docs/performance.md)."""
+_OWN = "_ueo_min_elements"  # of a module for which another number was asked
+
 
 class PatchedBatchNorm(Patched):
     """``nn.BatchNorm1d``, ``2d``, ``3d`` and ``nn.SyncBatchNorm``.
 
-    In training mode, and without running statistics, it is the original.
+    In training mode, without running statistics, and for small inputs it is the original.
     """
+
+    _ueo_options = (_OWN,)
 
     def forward(self, input: Tensor) -> Tensor:
         norm: Any = self
@@ -29,6 +38,8 @@ class PatchedBatchNorm(Patched):
 
 class PatchedBatchNormAct(Patched):
     """timm's ``BatchNormAct2d``: normalisation, dropout (if any), activation (if any)."""
+
+    _ueo_options = (_OWN,)
 
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self
@@ -46,17 +57,36 @@ def is_plain_relu(module: nn.Module) -> bool:
     return type(module) is nn.ReLU and not is_observed(module)
 
 
-def runs_fused(norm: Any, x: Tensor) -> bool:
-    """Whether a batch norm uses its running statistics and a compiled kernel can run on ``x``.
+def set_min_elements(norm: nn.Module, elements: int) -> None:
+    """Another number than :data:`MIN_ELEMENTS` for a patched norm, its copies and its pickles."""
+    vars(norm)[_OWN] = elements
+
+
+def runs_fused(norm: Any, x: Tensor, elements: int | None = None) -> bool:
+    """Whether a batch norm uses its running statistics and a compiled kernel is to run on ``x``.
 
     Without a kernel (an unknown device, torch.func, tracing) the original is faster and holds less
     than our reference.
+
+    Args:
+        norm: the module.
+        x: its input, or what its input is made of.
+        elements: of its input, where that is not ``x``.
     """
     if norm.training or norm.running_mean is None or norm.running_var is None:
         return False
     if is_traced() or not x.is_floating_point():
         return False
+    if _is_small(norm, x, x.numel() if elements is None else elements):
+        return False
     return backends.choose("auto", x, norm.weight, norm.bias) != "reference"
+
+
+def _is_small(norm: Any, x: Tensor, elements: int) -> bool:
+    # A compiled graph has no Python to spare, and is not to be tied to a size.
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return elements < int(vars(norm).get(_OWN, MIN_ELEMENTS))
 
 
 def normalize(

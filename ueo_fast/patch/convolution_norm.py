@@ -45,8 +45,13 @@ def can_join(conv: Any, norm: Any, x: Tensor) -> bool:
         and x.dim() == conv.weight.dim()
         and not is_observed(conv)
         and not is_observed(norm)
-        and runs_fused(norm, x)
+        and runs_fused(norm, x, _elements_of_output(conv, x))
     )
+
+
+def _elements_of_output(conv: Any, x: Tensor) -> int:
+    """Of a convolution for which :func:`widens` holds; up to what its stride leaves over."""
+    return x.numel() // conv.in_channels // math.prod(conv.stride) * int(conv.out_channels)
 
 
 def join(conv: Any, norm: Any, x: Tensor, relu: nn.Module | None = None) -> Tensor:

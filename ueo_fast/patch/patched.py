@@ -18,6 +18,8 @@ class Patched:
     # Names that no child module has, which they would hide.
     _ueo_patch: ClassVar[type[Patched]]
     _ueo_original: ClassVar[type[nn.Module]]
+    # Attributes of the instance that go with the patch.
+    _ueo_options: ClassVar[tuple[str, ...]] = ()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles by the original class: no module holds the subclass by name."""
@@ -70,6 +72,8 @@ def restore(module: nn.Module) -> bool:
     """
     cls = type(module)
     if "_ueo_original" in vars(cls) and issubclass(cls, Patched):
+        for name in cls._ueo_options:
+            vars(module).pop(name, None)
         module.__class__ = cls._ueo_original
         return True
     return not isinstance(module, Patched)
