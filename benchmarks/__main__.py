@@ -1,9 +1,9 @@
 """`python -m benchmarks [PART ...]`: measures, writes benchmarks/results/*.csv, redraws the docs.
 
-Parts: `loss` (about five minutes on two cores), `affine` and `visual` (some six together); all of
-them without a name. Time is measured by pytest-benchmark in a process of its own, of the loss and
-of the affine layers twice: with an allocator that keeps its memory, and with the allocator as a
-process comes.
+Parts: `loss` (about five minutes on two cores), `affine` and `visual` (some six together), `step`
+(a quarter of an hour and 16 GB); all of them without a name. Time is measured by pytest-benchmark
+in a process of its own, of the loss and of the affine layers twice: with an allocator that keeps
+its memory, and with the allocator as a process comes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,17 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks import memory, render, results_file, visual_cases, visual_memory
+from benchmarks import (
+    memory,
+    render,
+    results_file,
+    step_cases,
+    step_report,
+    visual_cases,
+    visual_memory,
+)
 from benchmarks.allocator import MAPPED_ALLOCATOR as MAPPED
 from benchmarks.allocator import TUNED_ALLOCATOR
 from benchmarks.cases import CASES
@@ -35,10 +44,10 @@ Header = dict[str, str]
 Rows = list[dict[str, object]]
 
 
-def measure_time(
-    bench: str, keys: Sequence[str], threads: int, repeats: int, allocator: dict[str, str]
-) -> Rows:
-    """One row per case and contender: medians over the repeats, in microseconds."""
+def run_bench(
+    bench: str, threads: int, repeats: int, allocator: dict[str, str]
+) -> list[dict[str, Any]]:
+    """What pytest-benchmark says of each run of a file, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "benchmark.json"
         environment = dict(
@@ -50,7 +59,15 @@ def measure_time(
         command = [sys.executable, "-m", "pytest", "-q", str(FOLDER / bench)]
         command += [f"--benchmark-json={output}", "--benchmark-quiet"]
         subprocess.run(command, env=environment, check=True)
-        runs = json.loads(output.read_text())["benchmarks"]
+        runs: list[dict[str, Any]] = json.loads(output.read_text())["benchmarks"]
+    return runs
+
+
+def measure_time(
+    bench: str, keys: Sequence[str], threads: int, repeats: int, allocator: dict[str, str]
+) -> Rows:
+    """One row per case and contender: medians over the repeats, in microseconds."""
+    runs = run_bench(bench, threads, repeats, allocator)
     collected: dict[tuple[object, ...], list[float]] = defaultdict(list)
     for run in runs:
         key = tuple(run["extra_info"][name] for name in (*keys, "contender"))
@@ -116,10 +133,25 @@ def measure_visual(header: Header, threads: int, repeats: int) -> None:
     results_file.write("visual_step_cpu.csv", about, rows)
 
 
+def measure_step(header: Header, threads: int, repeats: int) -> None:
+    reason = visual_cases.unavailable_reason()
+    if reason is not None:
+        sys.exit(f"step: {reason}: pip install 'ueo_fast[clip]'")
+    # As it comes: glibc's heap, kept, would need half as much again of the authors' many gigabytes.
+    about = {**header, "open_clip": visual_cases.version(), "allocator": _words({})}
+    rows = measure_time("bench_step_text.py", ("classes", "rows"), threads, repeats, {})
+    results_file.write(step_report.TEXT, describe(**about), rows)
+    runs: list[dict[str, Any]] = []
+    for case in step_cases.CASES:  # a process each, and a file at once: they take minutes
+        runs += run_bench("bench_step.py", threads, repeats, {"UEO_FAST_BENCH_CASES": str(case)})
+        results_file.write(step_report.CSV, describe(**about), step_report.rows(runs))
+
+
 PARTS: dict[str, tuple[Callable[[Header, int, int], None], int]] = {
     "loss": (measure_loss, 7),
     "affine": (measure_affine, 5),
     "visual": (measure_visual, 3),
+    "step": (measure_step, 3),
 }
 """Name to what measures it and how often each contender takes its turn."""
 

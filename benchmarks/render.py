@@ -12,7 +12,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import affine_report, gpu_affine_report, gpu_report, markdown, results_file
+from benchmarks import (
+    affine_report,
+    gpu_affine_report,
+    gpu_report,
+    markdown,
+    results_file,
+    step_report,
+)
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = tuple(
@@ -111,6 +118,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     **gpu_report.TABLES,
     **affine_report.TABLES,
     **gpu_affine_report.TABLES,
+    **step_report.TABLES,
 }
 
 

@@ -132,6 +132,28 @@ def test_the_prompts_are_cut_where_the_tower_allows() -> None:
     assert PromptLearner(small_coca(), tokenizer, NAMES).tokens.shape == (4, CONTEXT)
 
 
+def test_start_and_context_are_computed_once_and_padding_never() -> None:
+    model = small_clip()
+    learner = PromptLearner(model, tokenizer, NAMES)
+    rows: list[int] = []
+    first = model.transformer.resblocks[0]
+    first.mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
+    learner()
+    used = int((tokenizer(PROMPTS) != 0).sum())
+    assert rows == [used - (len(NAMES) - 1) * (1 + len(learner.context))]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_double_model_has_a_double_context_and_double_features(kind: str) -> None:
+    model, tokenize = MODELS[kind]()
+    learner = PromptLearner(model.double(), tokenize, NAMES)
+    features = learner()
+    assert learner.context.dtype == features.dtype == torch.float64
+    tokens = tokenize(PROMPTS, context_length=CONTEXT)
+    expected = F.normalize(model.encode_text(tokens), dim=-1)
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-12)
+
+
 def test_gradients_reach_the_context_only() -> None:
     model = small_clip()
     learner = PromptLearner(model, tokenizer, NAMES)

@@ -22,6 +22,7 @@ from open_clip.model import (  # noqa: E402
 )
 from open_clip.transformer import TextTransformer  # noqa: E402
 
+from ueo_fast.finetune.text_prefix import encode_packed, pack  # noqa: E402
 from ueo_fast.finetune.text_tower import (  # noqa: E402
     context_length,
     embed_tokens,
@@ -39,6 +40,8 @@ SIZES = {
 }
 VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 16}
 PROMPT_LENGTHS = (4, 7, 5)
+COMMON = 2
+"""Leading tokens that the prompts share."""
 
 # What is not part of a tower's kind: its size, and how its text is tokenized.
 NOT_KIND = {*SIZES, "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode"}
@@ -54,6 +57,7 @@ def make_tokens(text_cfg: dict[str, Any]) -> Tensor:
     for row, length in zip(tokens, PROMPT_LENGTHS, strict=True):
         row[:length] = torch.randint(5, VOCAB - 1, (length,), generator=generator)
         row[length - 1] = eot
+    tokens[:, :COMMON] = tokens[0, :COMMON].clone()
     return tokens
 
 
@@ -98,11 +102,20 @@ def output_weights(features: Tensor) -> Tensor:
 
 
 def gradients_of(
-    model: nn.Module, tokens: Tensor, length: int
+    model: nn.Module, tokens: Tensor, length: int, packed: bool = False
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-    """Features; gradient of the first ``length`` embeddings; gradients of the text parameters."""
-    embeddings = embed_tokens(model, tokens[:, :length]).detach().requires_grad_()
-    features = encode_embeddings(model, embeddings, tokens[:, :length])
+    """Features; gradient of the first ``length`` embeddings; gradients of the text parameters.
+
+    With ``packed`` the first ``COMMON`` embeddings of the first class stand for those of all.
+    """
+    tokens = tokens[:, :length]
+    embeddings = embed_tokens(model, tokens).detach().requires_grad_()
+    if packed:
+        prefix, suffixes = embeddings[0, :COMMON], embeddings[:, COMMON:]
+        packing = pack(model, tokens, COMMON)
+        features = encode_packed(model, prefix, suffixes, tokens, packing)
+    else:
+        features = encode_embeddings(model, embeddings, tokens)
     parameters = text_parameters(model)
     gradients = torch.autograd.grad(
         (features * output_weights(features)).sum(),
@@ -124,13 +137,19 @@ def check_tower(model: nn.Module, tokens: Tensor) -> int:
     torch.testing.assert_close(cut[0], whole[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(cut[1], whole[1][:, :length], rtol=1e-11, atol=1e-12)
     assert not whole[1][:, length:].any()
+    packed = gradients_of(model, tokens, length, packed=True)
+    torch.testing.assert_close(packed[0], whole[0], rtol=1e-12, atol=1e-12)
+    summed = cut[1].clone()
+    summed[0, :COMMON] = summed[:, :COMMON].sum(dim=0)
+    summed[1:, :COMMON] = 0
+    torch.testing.assert_close(packed[1], summed, rtol=1e-11, atol=1e-12)
     features = encode_text(model, tokens)
     parameters = text_parameters(model)
     expected = torch.autograd.grad(
         (features * output_weights(features)).sum(), list(parameters.values())
     )
     for name, truth in zip(parameters, expected, strict=True):
-        for ours in (whole[2][name], cut[2][name]):
+        for ours in (whole[2][name], cut[2][name], packed[2][name]):
             torch.testing.assert_close(
                 ours, truth, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
             )
@@ -176,6 +195,7 @@ def test_every_published_kind_of_tower(kind: str) -> None:
     pooled_at_eot = text_cfg.get("pool_type", "argmax") in ("argmax", "eos")
     cuttable = causal and pooled_at_eot and not text_cfg.get("embed_cls")
     assert length == (max(PROMPT_LENGTHS) if cuttable else CONTEXT)
+    assert (pack(model, tokens, COMMON) is not None) == cuttable
     if "cls" not in kind:
         # Exactly what open_clip reads: not a position too many, not one too few.
         assert positions_read(model, tokens) == length

@@ -18,8 +18,12 @@ from torch import Tensor, nn
 _TOWER_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final")
 
 
-def _text_tower(model: nn.Module) -> Any:
-    """The module that holds the text parts: ``model.text`` where there is one, else the model."""
+def text_tower(model: nn.Module) -> Any:
+    """The module that holds the text parts: ``model.text`` where there is one, else the model.
+
+    Raises:
+        TypeError: the tower is not one of open_clip's own transformers (e.g. HFTextEncoder).
+    """
     tower = getattr(model, "text", model)
     missing = [part for part in _TOWER_PARTS if not hasattr(tower, part)]
     if missing:
@@ -38,7 +42,7 @@ def _pool_type(tower: Any) -> str:
     return str(tower.text_pool_type if hasattr(tower, "text_pool_type") else tower.pool_type)
 
 
-def _eot_positions(tower: Any, tokens: Tensor) -> Tensor:
+def eot_positions(tower: Any, tokens: Tensor) -> Tensor:
     """Index of the token at which an ``argmax`` or ``eos`` tower is pooled: (C,), int64."""
     if _pool_type(tower) == "argmax":
         return tokens.argmax(dim=-1)
@@ -48,6 +52,16 @@ def _eot_positions(tower: Any, tokens: Tensor) -> Tensor:
 
 def _class_token(tower: Any) -> nn.Parameter | None:
     return getattr(tower, "cls_emb", None)
+
+
+def is_pooled_at_eot(tower: Any) -> bool:
+    """Whether the features are those of the end-of-text token."""
+    return _pool_type(tower) in ("argmax", "eos") and _class_token(tower) is None
+
+
+def hides_padding(tower: Any) -> bool:
+    """Whether the tower's attention mask depends on the tokens."""
+    return _class_token(tower) is not None or bool(getattr(tower, "use_pad_mask", False))
 
 
 def _is_causal(mask: Tensor | None) -> bool:
@@ -71,7 +85,7 @@ def context_length(model: nn.Module) -> int:
     Raises:
         TypeError: the tower is not one of open_clip's own transformers.
     """
-    tower = _text_tower(model)
+    tower = text_tower(model)
     positions: int = tower.positional_embedding.shape[0]
     return positions if _class_token(tower) is None else positions - 1
 
@@ -89,7 +103,7 @@ def embed_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
     Raises:
         TypeError: the tower is not one of open_clip's own transformers.
     """
-    embedding: nn.Embedding = _text_tower(model).token_embedding
+    embedding: nn.Embedding = text_tower(model).token_embedding
     return embedding(tokens.to(embedding.weight.device))
 
 
@@ -113,11 +127,10 @@ def useful_length(model: nn.Module, tokens: Tensor) -> int:
         TypeError: the tower is not one of open_clip's own transformers.
         ValueError: ``tokens`` is not (C, L) or is empty.
     """
-    tower = _text_tower(model)
+    tower = text_tower(model)
     _check_tokens(tokens)
-    pooled_at_eot = _pool_type(tower) in ("argmax", "eos") and _class_token(tower) is None
-    if pooled_at_eot and _is_causal(tower.attn_mask):
-        return int(_eot_positions(tower, tokens).max()) + 1
+    if is_pooled_at_eot(tower) and _is_causal(tower.attn_mask):
+        return int(eot_positions(tower, tokens).max()) + 1
     return tokens.shape[1]
 
 
@@ -139,13 +152,38 @@ def _pool(tower: Any, x: Tensor, tokens: Tensor) -> Tensor:
     """(C, L', D) to (C, D)."""
     pool_type = "last" if _class_token(tower) is not None else _pool_type(tower)
     if pool_type in ("argmax", "eos"):
-        return x[torch.arange(len(x), device=x.device), _eot_positions(tower, tokens)]
+        return x[torch.arange(len(x), device=x.device), eot_positions(tower, tokens)]
     if pool_type in ("first", "last"):
         return x[:, 0 if pool_type == "first" else -1]
     raise ValueError(
         f"the text tower's pool_type is {pool_type!r}, which gives one feature per token and none "
         "per prompt; choose a model with pool_type 'argmax', 'eos', 'first' or 'last'"
     )
+
+
+def check_device(tower: Any, embeddings: Tensor) -> None:
+    """
+    Raises:
+        ValueError: the embeddings are not on the tower's device.
+    """
+    device = tower.positional_embedding.device
+    if embeddings.device != device:
+        raise ValueError(
+            f"embeddings is on {embeddings.device}, but the text tower is on {device}; move both, "
+            "the prompt learner and its model, to the same device"
+        )
+
+
+def project(tower: Any, pooled: Tensor) -> Tensor:
+    """What follows the pooling: (C, D) to (C, E).
+
+    The last LayerNorm acts on each position alone, so it is applied to the pooled one only.
+    """
+    features: Tensor = tower.ln_final(pooled)
+    projection = getattr(tower, "text_projection", None)
+    if projection is None:
+        return features
+    return projection(features) if isinstance(projection, nn.Module) else features @ projection
 
 
 def encode_embeddings(model: nn.Module, embeddings: Tensor, tokens: Tensor) -> Tensor:
@@ -172,7 +210,7 @@ def encode_embeddings(model: nn.Module, embeddings: Tensor, tokens: Tensor) -> T
 
     Source: the ``encode_text`` of open_clip 3.3's CLIP, and its ``TextTransformer.forward``.
     """
-    tower = _text_tower(model)
+    tower = text_tower(model)
     _check_tokens(tokens)
     if embeddings.ndim != 3 or embeddings.shape[:2] != tokens.shape:
         raise ValueError(
@@ -185,13 +223,8 @@ def encode_embeddings(model: nn.Module, embeddings: Tensor, tokens: Tensor) -> T
             f"tokens has {tokens.shape[1]} positions, but the text tower takes {limit}: tokenize "
             f"with context_length={limit}"
         )
-    device = tower.positional_embedding.device
-    if embeddings.device != device:
-        raise ValueError(
-            f"embeddings is on {embeddings.device}, but the text tower is on {device}; move both, "
-            "the prompt learner and its model, to the same device"
-        )
-    tokens = tokens.to(device)
+    check_device(tower, embeddings)
+    tokens = tokens.to(embeddings.device)
     dtype = tower.transformer.get_cast_dtype()
     x = embeddings.to(dtype)
     class_token = _class_token(tower)
@@ -201,14 +234,9 @@ def encode_embeddings(model: nn.Module, embeddings: Tensor, tokens: Tensor) -> T
     mask = tower.attn_mask
     if mask is not None:
         mask = mask[:length, :length]
-    if class_token is not None or getattr(tower, "use_pad_mask", False):
+    if hides_padding(tower):
         padding = _padding_mask(tower, tokens, dtype)
         mask = padding if mask is None else mask + padding
     x = x + tower.positional_embedding[:length].to(dtype)
     x = tower.transformer(x, attn_mask=mask)
-    # The last LayerNorm acts on each position alone, so it is applied to the pooled one only.
-    features: Tensor = tower.ln_final(_pool(tower, x, tokens))
-    projection = getattr(tower, "text_projection", None)
-    if projection is None:
-        return features
-    return projection(features) if isinstance(projection, nn.Module) else features @ projection
+    return project(tower, _pool(tower, x, tokens))
