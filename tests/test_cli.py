@@ -49,7 +49,7 @@ def test_usage_lists_the_commands(capsys):
 
 def test_unknown_command_names_the_choices(capsys):
     assert main(["dmeo"]) == 2
-    assert "no command 'dmeo': choose one of demo, info" in capsys.readouterr().err
+    assert "no command 'dmeo': choose one of demo, finetune, evaluate, score, report, compare, info" in capsys.readouterr().err
 
 
 def test_demo_help_explains_every_option(capsys):
@@ -187,7 +187,7 @@ def test_a_missing_extra_is_named_with_the_way_out(module, tmp_path):
     assert result.returncode == 1, result.stderr
     assert f"needs the module '{module}', which is not installed" in result.stderr
     assert "In a clone of the repository" in result.stderr  # the package is on no index
-    assert 'pip install ".[demo]"' in result.stderr
+    assert 'pip install ".[recipe]"' in result.stderr
     assert "make setup" in result.stderr
     assert "Traceback" not in result.stderr
 

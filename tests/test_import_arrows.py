@@ -25,7 +25,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 CORE = [
-    path for path in PACKAGE.rglob("*.py") if "finetune" not in path.parts and path.stem != "cli"
+    path for path in PACKAGE.rglob("*.py") if not {"finetune", "cli"} & set(path.parts)
 ]
 
 

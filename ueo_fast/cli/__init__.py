@@ -1,16 +1,14 @@
-"""The command `ueo-fast`: one function per subcommand, each importing only what it needs."""
+"""The command `ueo-fast`: picks the subcommand, and turns what it raises into an exit status."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+from ueo_fast.cli.commands import COMMANDS
 
 INTERRUPTED = 130  # 128 + SIGINT: what shells report for a command ended by Ctrl-C
 
@@ -51,15 +49,14 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"ueo_fast {__version__}")
         return 0
     name, *rest = words
-    if name not in _COMMANDS:
+    if name not in COMMANDS:
         print(
-            f"ueo-fast: no command {name!r}: choose one of {', '.join(_COMMANDS)}\n\n{_usage()}",
+            f"ueo-fast: no command {name!r}: choose one of {', '.join(COMMANDS)}\n\n{_usage()}",
             file=sys.stderr,
         )
         return 2
-    command, _ = _COMMANDS[name]
     try:
-        return command(rest)
+        return COMMANDS[name].run(rest)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
@@ -71,7 +68,7 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         print(
             f"ueo-fast {name} needs the module {package!r}, which is not installed. In a clone of "
-            'the repository:\n    pip install ".[demo]"\nor, for an environment of its own:\n'
+            'the repository:\n    pip install ".[recipe]"\nor, for an environment of its own:\n'
             "    make setup",
             file=sys.stderr,
         )
@@ -79,7 +76,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"    {name:8}{summary}" for name, (_, summary) in _COMMANDS.items()]
+    lines = [f"    {name:10}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: ueo-fast COMMAND [options]",
@@ -91,90 +88,3 @@ def _usage() -> str:
             "ueo-fast COMMAND --help explains a command's options; ueo-fast --version.",
         ]
     )
-
-
-def _info(words: Sequence[str]) -> int:
-    from ueo_fast.info import main as print_info
-
-    if words:
-        print(f"ueo-fast info takes no options, got {' '.join(words)!r}", file=sys.stderr)
-        return 2
-    return print_info() or 0
-
-
-def _demo(words: Sequence[str]) -> int:
-    parser = _demo_parser()
-    options = vars(parser.parse_args(list(words)))
-    del options["config"]
-    from ueo_fast.finetune.demo.config import DemoConfig
-
-    try:
-        config = DemoConfig(**options)
-    except ValueError as error:
-        parser.error(str(error))
-    from ueo_fast.finetune.demo.run import run_demo
-    from ueo_fast.finetune.trainer import NonFiniteLossError
-
-    try:
-        run_demo(config)
-    except BrokenPipeError:  # an OSError too, but no fault of the run folder's
-        raise
-    except FileExistsError as error:
-        print(f"ueo-fast demo: {error}", file=sys.stderr)
-        return 2
-    except (OSError, NonFiniteLossError) as error:
-        print(f"ueo-fast demo: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _demo_parser() -> ArgumentParser:
-    """One flag per field of ``DemoConfig``, whose metadata has the help."""
-    from dataclasses import fields
-    from typing import get_type_hints
-
-    from jsonargparse import ArgumentParser
-
-    from ueo_fast.finetune.demo.config import DemoConfig
-
-    parser = ArgumentParser(
-        prog="ueo-fast demo",
-        description=(
-            "Watch a real CLIP being adapted to unlabelled images with unknown classes among them. "
-            "A tiny CLIP learns to read handwritten digits; then the images change and some digits "
-            "are taken off the list of classes. Zero-shot, AdaBN, EntMin, InfoMax and UEO are "
-            "compared from the same start. Nothing is downloaded; the defaults take one "
-            "to two minutes on two cores."
-        ),
-    )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="file with options (YAML or JSON), e.g. the config.json of another run",
-    )
-    hints = get_type_hints(DemoConfig)
-    defaults = DemoConfig()
-    for field in fields(DemoConfig):
-        flag = "--" + field.name.replace("_", "-")
-        default = getattr(defaults, field.name)
-        kind: dict[str, Any]
-        if isinstance(default, tuple):  # several words after the flag: --seeds 0 1 2
-            kind = {
-                "type": type(default[0]),
-                "nargs": "+",
-                "default": list(default),
-            }
-        else:
-            kind = {"type": hints[field.name], "default": default}
-        parser.add_argument(flag, help=field.metadata["help"], **kind)
-    return parser
-
-
-_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "demo": (_demo, "adapt a tiny CLIP to shifted digits with unknown classes, and compare"),
-    "info": (_info, "versions, instruction set, and which backends can run, or why not"),
-}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,274 @@
+"""`ueo-fast finetune`, `evaluate`, `score`, `report`, `compare`, as a new user would try them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import pyarrow.parquet
+import pytest
+import safetensors.torch
+import torch
+from photo_folder import CORRUPT, KNOWN, ODD, photo_folder
+from tiny_model_folder import save_tiny_clip
+
+from ueo_fast.cli import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, photographs, class names and a finished run of two epochs."""
+    place = tmp_path_factory.mktemp("user – 用户")
+    save_tiny_clip(place / "model", pretrain_steps=60)
+    photo_folder(place / "photos")
+    (place / "names.txt").write_text("# the digits that I know\n" + "\n".join(KNOWN) + "\n")
+    assert finetune(place, "run", "--epochs", "2") == 0
+    return place
+
+
+def finetune(place, out, *more):
+    words = ["--data", place / "photos", "--classes", place / "names.txt"]
+    words += ["--model", place / "model", "--out", place / out, "--workers", 0, "--threads", 1]
+    rates = ["--prompt-lr", 1e-3, "--affine-lr", 3e-2, "--batch-size", 16]
+    return main(["finetune", *map(str, words + rates), *more])
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_all_that_it_promises(place):
+    run = place / "run"
+    found = {path.name for path in run.iterdir()} - {".lock"}
+    assert found == {
+        *("config.json", "environment.json", "problem.json", "images.json"),
+        *("zero_shot.safetensors", "metrics.jsonl", "train.jsonl", "epochs.jsonl"),
+        *("predictions.csv", "delta.safetensors", "report.html", "finished.json"),
+        "checkpoint.safetensors",
+    }
+    problem = json.loads((run / "problem.json").read_text())
+    assert problem["known"] == list(KNOWN)
+    assert problem["unknown"] == ["seven", "six"]
+    assert [skipped["image"] for skipped in problem["skipped"]] == [CORRUPT]
+    assert problem["train_images"] == 8 * 6 + len(ODD)
+    steps = lines(run / "train.jsonl")
+    assert [step["step"] for step in steps] == list(range(1, 9))
+    assert [epoch["epoch"] for epoch in lines(run / "epochs.jsonl")] == [1, 2]
+
+
+def test_metrics_are_there_before_and_after(place):
+    records = lines(place / "run" / "metrics.jsonl")
+    assert [(r["method"], r["stage"], r["split"]) for r in records] == [
+        ("zeroshot", "before", "test"),
+        ("ueo", "after", "test"),
+    ]
+    for record in records:
+        assert record["positive_class"] == "known"
+        assert record["known_images"] + record["unknown_images"] == 8 * 6 + len(ODD)
+
+
+def test_predictions_name_every_image_and_its_label(place):
+    table = rows(place / "run" / "predictions.csv")
+    names = [row["image"] for row in table]
+    assert set(ODD.values()) <= set(names)
+    assert CORRUPT not in names
+    assert len(names) == len(set(names)) == 8 * 6 + len(ODD)
+    for row in table:
+        assert row["label"] == row["image"].split("/")[0]
+        assert row["adapted_class"] in KNOWN
+        assert 1 / 6 < float(row["adapted_mcm"]) < 1
+
+
+def test_what_was_learnt_is_small_and_differs_from_the_start(place):
+    path = place / "run" / "delta.safetensors"
+    assert path.stat().st_size < 300_000
+    learnt = safetensors.torch.load_file(path)
+    base = safetensors.torch.load_file(place / "model" / "open_clip_model.safetensors")
+    moved = [name for name in learnt if name in base and not torch.equal(learnt[name], base[name])]
+    assert moved
+    assert all(name.startswith("visual.") for name in moved)
+
+
+def test_the_same_command_gives_the_same_bits(place):
+    assert finetune(place, "again", "--epochs", "2") == 0
+    first, second = (
+        safetensors.torch.load_file(place / name / "delta.safetensors") for name in ("run", "again")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_config_is_printed_and_read_back(place, capsys):
+    config = place / "run" / "config.json"
+    capsys.readouterr()
+    assert main(["finetune", "--config", str(config), "--print_config"]) == 0
+    (place / "printed.yaml").write_text(capsys.readouterr().out)
+    out = place / "from yaml"
+    words = ["--config", str(place / "printed.yaml"), "--out", str(out), "--epochs", "1"]
+    assert main(["finetune", *words]) == 0
+    saved = json.loads((out / "config.json").read_text())
+    assert saved == {**json.loads(config.read_text()), "epochs": 1}
+
+
+def test_labels_are_not_needed(place, tmp_path, capsys):
+    listed = tmp_path / "list.txt"
+    paths = sorted((place / "photos").glob("*/IMG*.png"))
+    listed.write_text("\n".join(map(str, paths)), encoding="utf-8")
+    assert finetune(place, "unlabelled", "--epochs", "1", "--data", str(listed)) == 0
+    assert "no labels, hence no metrics" in capsys.readouterr().out
+    assert not (place / "unlabelled" / "metrics.jsonl").exists()
+    assert all(row["label"] == "" for row in rows(place / "unlabelled" / "predictions.csv"))
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["zeroshot", "infomax", "entmin", "adabn", "tent", "upl", "pouf", "dance", "oracle"],
+)
+def test_every_method_runs_and_reports(place, method):
+    assert finetune(place, f"run {method}", "--epochs", "1", "--method", method) == 0
+    run = place / f"run {method}"
+    seen = [(r["method"], r["split"]) for r in lines(run / "metrics.jsonl")]
+    after = {"zeroshot": [], "tent": [("tent", "test"), ("tent", "online")]}
+    assert seen == [("zeroshot", "test"), *after.get(method, [(method, "test")])]
+    assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_evaluate_puts_zero_shot_beside_adapted(place, tmp_path, capsys):
+    out = tmp_path / "again.csv"
+    words = ["--run", place / "run", "--workers", 0, "--out", out]
+    assert main(["evaluate", *map(str, words)]) == 0
+    printed = capsys.readouterr().out
+    assert "54 images, 41 of known classes and 13 of others" in printed
+    for record in lines(place / "run" / "metrics.jsonl"):
+        title = {"zeroshot": "zero-shot", "ueo": "UEO"}[record["method"]]
+        (line,) = re.findall(rf"^{title} .*$", printed, re.M)
+        assert f"{100 * record['auroc']:.1f}" in line
+        assert f"{100 * record['hm']:.1f}" in line
+    before = rows(place / "run" / "predictions.csv")
+    for now, then in zip(rows(out), before, strict=True):
+        assert now["adapted_class"] == then["adapted_class"]
+        assert float(now["adapted_mcm"]) == pytest.approx(float(then["adapted_mcm"]), abs=1e-6)
+    assert main(["evaluate", *map(str, words)]) == 2  # nothing is overwritten
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_score_tables_every_image(place, tmp_path, capsys, kind):
+    out = tmp_path / f"scores.{kind}"
+    words = ["--run", place / "run", "--data", place / "photos", "--out", out, "--workers", 0]
+    assert main(["score", *map(str, words), "--top-k", "3", "--threshold", "tpr95"]) == 0
+    printed = capsys.readouterr().out
+    assert "54 images scored" in printed
+    assert CORRUPT in printed
+    table = rows(out) if kind == "csv" else pyarrow.parquet.read_table(out).to_pylist()
+    known = {row["image"]: row for row in rows(place / "run" / "predictions.csv")}
+    assert [row["image"] for row in table] == list(known)
+    for row in table:
+        assert row["class_1"] == known[row["image"]]["adapted_class"]
+        scores = [float(row[f"probability_{rank}"]) for rank in (1, 2, 3)]
+        assert scores == sorted(scores, reverse=True)
+        assert float(row["mcm"]) == pytest.approx(
+            float(known[row["image"]]["adapted_mcm"]), abs=1e-6
+        )
+    kept = [str(row["known"]).lower() == "true" for row in table if row["label"] in KNOWN]
+    assert sum(kept) / len(kept) >= 0.95
+
+
+def test_score_is_strict_where_it_is_asked_to_be(place, tmp_path, capsys):
+    out = tmp_path / "scores.csv"
+    words = ["--run", place / "run", "--data", place / "photos", "--out", out, "--workers", 0]
+    assert main(["score", *map(str, words), "--strict", "true"]) == 2
+    assert CORRUPT in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_is_written_where_it_is_wanted(place, tmp_path, capsys):
+    assert main(["report", str(place / "run"), "--out", str(tmp_path / "page.html")]) == 0
+    assert str(tmp_path / "page.html") in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+
+
+def test_compare_shows_mean_and_spread(place, capsys):
+    for seed in (1, 2):
+        assert finetune(place, f"seed {seed}", "--epochs", "2", "--seed", str(seed)) == 0
+    capsys.readouterr()
+    runs = [str(place / name) for name in ("run", "seed 1", "seed 2")]
+    assert main(["compare", *runs]) == 0
+    printed = capsys.readouterr().out
+    (line,) = re.findall(r"^UEO .*±.*$", printed, re.M)
+    values = [
+        next(r["hm"] for r in lines(place / name / "metrics.jsonl") if r["stage"] == "after")
+        for name in ("run", "seed 1", "seed 2")
+    ]
+    assert f"{100 * sum(values) / 3:.1f} ±" in line
+    assert "zero-shot" in printed
+    assert main(["compare", *runs, "--markdown", "true"]) == 0
+    assert "| --- |" in capsys.readouterr().out
+
+
+def test_a_finished_run_has_nothing_to_resume(place, capsys):
+    before = {path.name: path.read_bytes() for path in (place / "run").iterdir()}
+    assert main(["finetune", "--resume", "true", "--out", str(place / "run")]) == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in (place / "run").iterdir()}
+
+
+def test_a_resumed_run_keeps_its_options(place, capsys):
+    out = str(place / "run")
+    assert main(["finetune", "--resume", "true", "--out", out, "--epochs", "7"]) == 2
+    assert "epochs=7 differs from 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--out x", "give --data, the images, and --classes"),
+        ("--data photos --classes missing.txt", "missing.txt"),
+        ("--data missing --classes names.txt", "missing does not exist"),
+        ("--data empty --classes names.txt", "has no image"),
+        ("--dataset officehome --root .", "needs --domain and --root"),
+        ("--data photos --classes names.txt --eps 1e-5 --method tent --trade-off 2", "trade_off"),
+        ("--data photos --classes names.txt --prompt-template photo", "{} once"),
+        ("--data photos --classes names.txt --model RN5O --pretrained openai", "RN50"),
+        ("--data photos --classes names.txt --model RN50 --pretrained opnai", "openai"),
+        ("--data photos --classes names.txt --batch-size 0", "batch_size must be at least 1"),
+        ("--data photos --classes names.txt --threads 0", "threads must be at least 1"),
+    ],
+)
+def test_a_mistake_is_named_and_leaves_nothing(
+    place, monkeypatch, tmp_path, capsys, words, message
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "photos").symlink_to(place / "photos")
+    (tmp_path / "names.txt").symlink_to(place / "names.txt")
+    monkeypatch.chdir(tmp_path)
+    assert main(["finetune", *words.split()]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} <= {"empty", "photos", "names.txt", "runs"}
+    assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "score", "report", "compare"])
+def test_help_explains_every_option(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--config" in text
+    assert "--print_config" in text
+    for option in re.findall(r"^  (--[a-z-]+) ", text, re.M):
+        assert option.replace("_", "-") == option
+
+
+def test_commands_that_use_a_run_say_what_is_missing(tmp_path, capsys):
+    for words in (
+        f"evaluate --run {tmp_path}",
+        f"score --run {tmp_path} --data {tmp_path} --out {tmp_path}/s.csv",
+        f"report {tmp_path}",
+        f"compare {tmp_path}",
+    ):
+        assert main(words.split()) in (1, 2), words
+        assert str(tmp_path) in capsys.readouterr().err

@@ -1,0 +1,146 @@
+"""The subcommands: what each is for, its options, and what runs it. Imported only when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand whose options are a dataclass.
+
+    Attributes:
+        name: the word after ``ueo-fast``.
+        summary: one line of ``ueo-fast --help``.
+        description: head of ``ueo-fast NAME --help``.
+        config: ``module:class`` of the dataclass of options, below ``ueo_fast.finetune``.
+        entry: ``module:function`` that takes it; an int that it returns is the exit status.
+    """
+
+    name: str
+    summary: str
+    description: str
+    config: str
+    entry: str
+
+    def run(self, words: Sequence[str]) -> int:
+        """Parse, run, and turn what a user can mend into a message and a status."""
+        from ueo_fast.cli.flags import parse
+
+        config = parse(
+            _load(self.config), words, prog=f"ueo-fast {self.name}", description=self.description
+        )
+        entry = _load(self.entry)
+        from ueo_fast.finetune.trainer import NonFiniteLossError
+
+        try:
+            status = entry(config)
+            return status if isinstance(status, int) else 0
+        except BrokenPipeError:  # an OSError too, but nobody's fault
+            raise
+        except (FileExistsError, ValueError) as error:
+            print(f"ueo-fast {self.name}: {error}", file=sys.stderr)
+            return 2
+        except (OSError, NonFiniteLossError) as error:
+            print(f"ueo-fast {self.name}: {error}", file=sys.stderr)
+            return 1
+
+
+@dataclass(frozen=True)
+class Info:
+    """``ueo-fast info``, which has no options."""
+
+    summary: str = "versions, instruction set, and which backends can run, or why not"
+
+    def run(self, words: Sequence[str]) -> int:
+        from ueo_fast.info import main as print_info
+
+        if words:
+            print(f"ueo-fast info takes no options, got {' '.join(words)!r}", file=sys.stderr)
+            return 2
+        return print_info() or 0
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(f"ueo_fast.finetune.{module}"), name)
+
+
+_ALL = (
+    Command(
+        name="demo",
+        summary="adapt a tiny CLIP to shifted digits with unknown classes, and compare",
+        description=(
+            "Watch a real CLIP being adapted to unlabelled images with unknown classes among them. "
+            "A tiny CLIP learns to read handwritten digits; then the images change and some digits "
+            "are taken off the list of classes. Zero-shot, AdaBN, EntMin, InfoMax and UEO are "
+            "compared from the same start. Nothing is downloaded; the defaults take one "
+            "to two minutes on two cores."
+        ),
+        config="demo.config:DemoConfig",
+        entry="demo.run:run_demo",
+    ),
+    Command(
+        name="finetune",
+        summary="adapt CLIP to a folder of unlabelled images and a list of class names",
+        description=(
+            "Adapt CLIP to your own unlabelled images, some of which may belong to no class on "
+            "your list: ueo-fast finetune --data photos/ --classes names.txt --out run. No label "
+            "is needed; where there are labels (class folders, a list with labels) they are used "
+            "for metrics only, before, during and after. Everything goes into the run folder, "
+            "whose delta.safetensors is what was learnt; a run that was stopped goes on with "
+            "--resume true."
+        ),
+        config="commands.finetune_config:FinetuneConfig",
+        entry="commands.finetune:run",
+    ),
+    Command(
+        name="evaluate",
+        summary="zero-shot beside adapted on labelled images",
+        description=(
+            "Metrics of a run's adapted CLIP beside zero-shot CLIP, on images with labels (class "
+            "folders, or a list or CSV with labels). Labels that are not among the run's classes "
+            "are unknown images."
+        ),
+        config="commands.evaluate:EvaluateConfig",
+        entry="commands.evaluate:run",
+    ),
+    Command(
+        name="score",
+        summary="classes, probabilities and known/unknown for each image of a folder",
+        description=(
+            "For each image the most probable classes, the MCM score (high: known) and the "
+            "verdict known or unknown, written to a CSV or Parquet file. Memory does not grow with "
+            "the number of images; images that cannot be read are listed and skipped."
+        ),
+        config="commands.score:ScoreConfig",
+        entry="commands.score:run",
+    ),
+    Command(
+        name="report",
+        summary="one HTML page that tells what a run did",
+        description=(
+            "Write report.html into the run folder (or to --out): one page that needs no network, "
+            "with metrics before and after, MCM histogram and ROC curve, per-class accuracy, "
+            "training curves, and the most and least confident images."
+        ),
+        config="commands.report:ReportConfig",
+        entry="commands.report:run",
+    ),
+    Command(
+        name="compare",
+        summary="runs side by side: methods, seeds, mean and spread",
+        description=(
+            "Compare run folders of ueo-fast finetune: one row per method, mean and standard "
+            "deviation over its seeds, and a table of every run."
+        ),
+        config="commands.compare:CompareConfig",
+        entry="commands.compare:run",
+    ),
+)
+
+COMMANDS: dict[str, Command | Info] = {**{c.name: c for c in _ALL}, "info": Info()}

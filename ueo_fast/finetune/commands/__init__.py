@@ -1,0 +1,1 @@
+"""What the subcommands of `ueo-fast` do: one file each, options and all."""

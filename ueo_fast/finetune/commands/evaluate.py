@@ -1,0 +1,152 @@
+"""`ueo-fast evaluate`: zero-shot beside adapted on labelled images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ueo_fast.finetune.adaptation import make_classifier, views_of
+from ueo_fast.finetune.commands.adapted import open_run
+from ueo_fast.finetune.commands.evaluation import (
+    PREDICTION_COLUMNS,
+    measure,
+    metrics_table,
+    prediction_rows,
+)
+from ueo_fast.finetune.commands.problem import Labelled, reread_problem
+from ueo_fast.finetune.commands.stages import watched
+from ueo_fast.finetune.data.image_list import read_images
+from ueo_fast.finetune.methods.registry import METHODS
+from ueo_fast.finetune.model import ClipClassifier
+from ueo_fast.finetune.predict import Readable, collect, predict_batches
+from ueo_fast.finetune.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Choices of ``ueo-fast evaluate``.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    run: str = field(metadata={"help": "folder of a run of ueo-fast finetune"})
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "labelled images: class folders, a list or a CSV with labels; default: those "
+            "that the run was measured on"
+        },
+    )
+    data_root: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder that the paths in a list or CSV are relative to; default: the file's "
+            "own folder"
+        },
+    )
+    mcm_scale: float | None = field(
+        default=None,
+        metadata={"help": "multiplies the cosines in the MCM score; default: the run's"},
+    )
+    out: str | None = field(
+        default=None,
+        metadata={"help": "CSV file for class and MCM score of each image, before and after"},
+    )
+    batch_size: int = field(default=192, metadata={"help": "images per step"})
+    workers: int = field(default=2, metadata={"help": "processes that load images"})
+    precision: Literal["fp32", "bf16", "fp16"] = field(
+        default="fp32", metadata={"help": "of the image tower"}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one"}
+    )
+    strict: bool = field(default=False, metadata={"help": "fail at an image that cannot be read"})
+
+    def __post_init__(self) -> None:
+        if self.mcm_scale is not None and not self.mcm_scale > 0:
+            raise ValueError(f"mcm_scale must be positive, got {self.mcm_scale}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.out is not None and Path(self.out).exists():
+            raise ValueError(f"out={self.out!r} exists, and nothing is overwritten: choose another")
+
+
+def run(config: EvaluateConfig) -> None:
+    """Measure both classifiers on the same images and print their metrics."""
+    adapted = open_run(config.run, config.device)
+    problem = reread_problem(adapted.folder)
+    images = problem.tested
+    if config.data is not None:
+        images = Labelled.of(read_images(config.data, root=config.data_root), problem.known)
+    if images.labels is None:
+        raise ValueError(
+            f"data={config.data or config.run!r} has no labels to measure by: "
+            f"{images.note or 'give class folders, or a list or CSV with labels'}. To classify "
+            "images without labels use ueo-fast score"
+        )
+    zero_shot = make_classifier(
+        adapted.clip.model,
+        adapted.clip.tokenizer,
+        problem.known,
+        template=adapted.config.prompt_template,
+        patch=False,
+    )
+    before = _predict(config, zero_shot, images, "zero-shot")
+    images = _readable(config, images, before)
+    after = _predict(config, adapted.classifier(), images, "adapted")
+    scale = config.mcm_scale or adapted.config.mcm_scale
+    rows = [_row("zeroshot", before.cosines, images.labels, scale)]
+    if adapted.config.method != "zeroshot":
+        rows.append(_row(adapted.config.method, after.cosines, images.labels, scale))
+    print(f"{len(images.images)} images, {problem_line(images)}")
+    print(metrics_table(rows))
+    if config.out is not None:
+        out = Path(config.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        rows_of = prediction_rows(images, problem.known, before.cosines, after.cosines, scale)
+        RunFolder(out.parent).write_csv(out.name, PREDICTION_COLUMNS, rows_of)
+        print(f"predictions: {out}")
+
+
+def problem_line(images: Labelled) -> str:
+    """How many images are of known classes, and how many are not."""
+    assert images.labels is not None
+    known = int((images.labels >= 0).sum())
+    return f"{known} of known classes and {len(images.labels) - known} of others"
+
+
+def _row(name: str, cosines: Tensor, labels: Tensor | None, scale: float) -> dict[str, Any]:
+    metrics = measure(cosines, labels, scale)
+    if metrics is None:
+        raise ValueError(
+            "no image that can be read is of a known class, so there is nothing to measure"
+        )
+    return {"title": METHODS[name].title, **metrics.as_dict()}
+
+
+def _predict(
+    config: EvaluateConfig, classifier: ClipClassifier, images: Labelled, title: str
+) -> Readable:
+    batches = predict_batches(
+        classifier,
+        views_of(images.images, classifier.model, None).plain,
+        batch_size=config.batch_size,
+        num_workers=config.workers,
+        precision=config.precision,
+    )
+    return collect(watched(title, len(images.images))(batches))
+
+
+def _readable(config: EvaluateConfig, images: Labelled, seen: Readable) -> Labelled:
+    if not seen.failures:
+        return images
+    listed = [f"  {images.images.names[place]}: {reason}" for place, reason in seen.failures]
+    count = f"{len(listed)} image(s) cannot be read"
+    if config.strict:
+        raise ValueError(f"{count}, the first is{listed[0][1:]}; leave out --strict to skip them")
+    print("\n".join([f"{count} and are left out:", *listed]))
+    return images.subset(seen.positions)

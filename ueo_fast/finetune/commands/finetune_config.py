@@ -1,0 +1,324 @@
+"""Everything that can be chosen about a fine-tuning run, with a sentence for each choice."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from ueo_fast.finetune.methods.base import Method
+from ueo_fast.finetune.methods.registry import METHODS, make_method, options_of
+from ueo_fast.finetune.template import split_template
+from ueo_fast.finetune.trainer import TrainerConfig
+
+MethodName = Literal[
+    "zeroshot", "ueo", "infomax", "entmin", "adabn", "tent", "upl", "pouf", "dance", "oracle"
+]
+Dataset = Literal["office31", "officehome", "visdac", "domainnet"]
+Scenario = Literal["CSDA", "CDA", "PDA", "ODA", "OPDA"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Choices of ``ueo-fast finetune``; each field is a flag, its help is in the metadata.
+
+    The defaults are the authors', but for ``eps`` (the exact entropy of the paper) and
+    ``affine_scope`` (all normalisation layers): ``--eps 1e-5 --affine-scope authors`` are theirs.
+
+    Raises:
+        ValueError: a value outside its range, or choices that do not go together.
+    """
+
+    data: str | None = field(
+        default=None,
+        metadata=_help(
+            "the images: a folder (class folders or not), a list file of 'path label' lines, or a "
+            "CSV with a column 'image' or 'path' and, if you like, 'label'. Labels are used for "
+            "metrics only"
+        ),
+    )
+    classes: str | None = field(
+        default=None,
+        metadata=_help("text file with the names of the classes you know, one per line"),
+    )
+    out: str | None = field(
+        default=None,
+        metadata=_help(
+            "run folder, new or empty; default: runs/finetune-<date>-<time> in the current folder"
+        ),
+    )
+    resume: bool = field(
+        default=False,
+        metadata=_help("go on with the run in --out where it was stopped, with its own options"),
+    )
+    data_root: str | None = field(
+        default=None,
+        metadata=_help(
+            "folder that the paths in a list or CSV are relative to; default: the file's own folder"
+        ),
+    )
+    test_data: str | None = field(
+        default=None,
+        metadata=_help(
+            "labelled images for the metrics, given like --data; default: the images of --data"
+        ),
+    )
+    dataset: Dataset | None = field(
+        default=None,
+        metadata=_help(
+            "a data set of the paper instead of --data and --classes; needs --domain and --root"
+        ),
+    )
+    domain: str | None = field(
+        default=None, metadata=_help("of the data set, e.g. art, webcam, validation, sketch")
+    )
+    scenario: Scenario = field(
+        default="OPDA",
+        metadata=_help(
+            "which classes of the data set are known and which are among the training images: "
+            "closed set (CSDA), all known (CDA), some known (PDA), all known and some unknown "
+            "(ODA), some known and some unknown (OPDA)"
+        ),
+    )
+    root: str | None = field(default=None, metadata=_help("folder of the data set"))
+    check_counts: bool = field(
+        default=True,
+        metadata=_help("refuse a data set whose number of images is not the published one"),
+    )
+    model: str = field(
+        default="RN50",
+        metadata=_help(
+            "name of an open_clip model, or a folder with open_clip_config.json and weights"
+        ),
+    )
+    pretrained: str | None = field(
+        default=None,
+        metadata=_help(
+            "open_clip's tag of the weights, a file with them, or tag=file; 'none': random "
+            "weights; default: openai for RN50; a folder brings its own"
+        ),
+    )
+    activation: Literal["gelu", "quickgelu"] | None = field(
+        default=None,
+        metadata=_help("of the model, where a file of weights leaves it open"),
+    )
+    method: MethodName = field(
+        default="ueo",
+        metadata=_help(
+            "ueo, or a method to compare with; oracle reads the labels, to say what is the most "
+            "that weighting can bring"
+        ),
+    )
+    train: Literal["both", "prompt", "affine"] = field(
+        default="both",
+        metadata=_help(
+            "what is trained: the prompt's context, the scale and shift of the image tower's "
+            "normalisation layers, or both"
+        ),
+    )
+    prompt_template: str = field(
+        default="a photo of a {}.",
+        metadata=_help(
+            "{} is the class name; the words before it are where the learnt context starts"
+        ),
+    )
+    affine_scope: Literal["all", "authors"] = field(
+        default="all",
+        metadata=_help("which normalisation layers: all, or those with 'bn' or 'ln' in their name"),
+    )
+    confidence: Literal["zeroshot", "online"] = field(
+        default="zeroshot",
+        metadata=_help(
+            "UEO's weights: once, from the zero-shot model, or in each batch from the model as it "
+            "is"
+        ),
+    )
+    mcm_scale: float = field(
+        default=1.0,
+        metadata=_help(
+            "multiplies the cosines in the MCM score, which weighs the images and tells unknown "
+            "ones; 1 is the authors', 100 the model's own temperature"
+        ),
+    )
+    eps: float = field(
+        default=0.0,
+        metadata=_help("added inside the logarithms; 1e-5 is the authors' released code"),
+    )
+    trade_off: float = field(
+        default=1.0, metadata=_help("weight of the marginal entropy (ueo, infomax, oracle)")
+    )
+    top_k: int = field(default=16, metadata=_help("pseudo-labelled images per class (upl)"))
+    epochs: int = field(default=50, metadata=_help("passes over the images"))
+    batch_size: int = field(default=64, metadata=_help("images per step"))
+    prompt_lr: float = field(default=1e-4, metadata=_help("learning rate of the context"))
+    affine_lr: float = field(
+        default=1e-4, metadata=_help("learning rate of the normalisation layers")
+    )
+    momentum: float = field(default=0.0, metadata=_help("of SGD"))
+    weight_decay: float = field(default=0.0, metadata=_help("of SGD"))
+    schedule: Literal["cosine", "constant"] = field(
+        default="cosine", metadata=_help("of the learning rates, per step")
+    )
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata=_help(
+            "images that go through the image tower at a time, where a whole batch does not fit: "
+            "the gradient is that of the whole batch, for one forward pass more"
+        ),
+    )
+    precision: Precision = field(
+        default="fp32",
+        metadata=_help("of the towers; weights that are trained and the loss stay fp32"),
+    )
+    channels_last: bool = field(
+        default=False, metadata=_help("memory layout of the images (ResNets on a GPU, bf16)")
+    )
+    compile: bool = field(default=False, metadata=_help("torch.compile the image tower"))
+    patch: bool = field(
+        default=True,
+        metadata=_help("run the image tower with the fused layers of ueo_fast.patch_visual"),
+    )
+    seed: int = field(default=0, metadata=_help("order of the images, and their augmentation"))
+    workers: int = field(default=2, metadata=_help("processes that load images"))
+    device: str | None = field(
+        default=None, metadata=_help("cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    )
+    threads: int | None = field(
+        default=None, metadata=_help("CPU threads; default: PyTorch's choice")
+    )
+    eval_every: int = field(
+        default=10,
+        metadata=_help("epochs between two evaluations on labelled images; 0: only at the end"),
+    )
+    eval_batch_size: int = field(default=192, metadata=_help("images per step of an evaluation"))
+    checkpoint_every: int = field(
+        default=100, metadata=_help("steps between checkpoints; 0: one per epoch")
+    )
+    early_stop: int | None = field(
+        default=None,
+        metadata=_help(
+            "stop when the mutual information of image and prediction, which needs no labels, has "
+            "not risen for so many epochs, and keep the best"
+        ),
+    )
+    strict: bool = field(
+        default=False, metadata=_help("fail at an image that cannot be read instead of skipping it")
+    )
+    tensorboard: bool = field(
+        default=False, metadata=_help("log to TensorBoard as well, into the run folder")
+    )
+    wandb: str | None = field(
+        default=None, metadata=_help("log to this project of Weights & Biases as well")
+    )
+
+    def __post_init__(self) -> None:
+        if self.resume and self.out is None:
+            raise ValueError("resume needs --out, the folder of the run to go on with")
+        if not self.resume:
+            self._check_data()
+        if self.out == "":
+            raise ValueError(
+                "out is empty: name a folder, or leave it out for a new one under runs/"
+            )
+        for name in ("eval_batch_size", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every must not be negative, got {self.eval_every}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in 0..2**63-1, got {self.seed}")
+        if not self.mcm_scale > 0:
+            raise ValueError(f"mcm_scale must be positive, got {self.mcm_scale}")
+        split_template(self.prompt_template)
+        self.make_method()
+        self.trainer()
+
+    def _check_data(self) -> None:
+        if self.dataset is None:
+            if self.domain is not None or self.root is not None:
+                raise ValueError(
+                    f"domain={self.domain!r} and root={self.root!r} are for --dataset "
+                    "(office31, officehome, visdac, domainnet); for your own images give --data "
+                    "and --classes"
+                )
+            if self.data is None or self.classes is None:
+                raise ValueError(
+                    f"data={self.data!r} and classes={self.classes!r}: give --data, the images, "
+                    "and --classes, a text file with one class name per line; or --dataset, "
+                    "--domain and --root for a data set of the paper"
+                )
+        elif self.data is not None or self.classes is not None or self.test_data is not None:
+            raise ValueError(
+                f"dataset={self.dataset!r} brings its own images and classes: leave out --data, "
+                "--classes and --test-data"
+            )
+        elif self.domain is None or self.root is None:
+            raise ValueError(
+                f"dataset={self.dataset!r} needs --domain and --root, the folder that has it"
+            )
+
+    @property
+    def weights(self) -> str | None:
+        """``pretrained``, or the authors' for the default model."""
+        return "openai" if self.pretrained is None and self.model == "RN50" else self.pretrained
+
+    def make_method(self) -> Method:
+        """The method with its own choices.
+
+        Raises:
+            ValueError: a choice that the method has no use for.
+        """
+        options: dict[str, Any] = {
+            "trade_off": self.trade_off,
+            "confidence": self.confidence,
+            "eps": self.eps,
+            "k": self.top_k,
+        }
+        if "mcm_scale" in options_of(METHODS[self.method]):
+            options["mcm_scale"] = self.mcm_scale  # else it only scores, which all methods need
+        return make_method(self.method, **options)
+
+    def trainer(self) -> TrainerConfig:
+        """Budget and optimiser."""
+        return TrainerConfig(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            prompt_lr=0.0 if self.train == "affine" else self.prompt_lr,
+            affine_lr=0.0 if self.train == "prompt" else self.affine_lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            schedule=self.schedule,
+            micro_batch_size=self.micro_batch_size,
+            precision=self.precision,
+            channels_last=self.channels_last,
+            compile=self.compile,
+            seed=self.seed,
+            num_workers=self.workers,
+            checkpoint_every=self.checkpoint_every,
+            early_stop=self.early_stop,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """What ``--config`` reads back; without ``out`` and ``resume``, so that a rerun gets its
+        own folder."""
+        values = asdict(self)
+        del values["out"], values["resume"]
+        return values
+
+    def command(self) -> str:
+        """The shortest command that gives the same run; without ``--out``."""
+        words = ["ueo-fast", "finetune"]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in ("out", "resume") or value == item.default or value is MISSING:
+                continue
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            words += ["--" + item.name.replace("_", "-"), text]
+        return shlex.join(words)

@@ -1,0 +1,165 @@
+"""The images and classes of a run, and how its folder remembers them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
+from ueo_fast.finetune.data.benchmarks import load_benchmark
+from ueo_fast.finetune.data.image_list import (
+    ImageList,
+    match_labels,
+    read_class_names,
+    read_images,
+)
+from ueo_fast.finetune.run_folder import RunFolder
+
+IMAGES = "images.json"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images, and labels to measure by where there are some.
+
+    Attributes:
+        images: N of them.
+        labels: (N,) int64, position among the known classes, -1 for unknown, or ``None``.
+        note: why there are no labels, where one may have expected some; else empty.
+    """
+
+    images: ImageList
+    labels: Tensor | None
+    note: str = ""
+
+    @classmethod
+    def of(cls, images: ImageList, known: tuple[str, ...]) -> Labelled:
+        """With the labels that ``images`` has; without any where they cannot be used."""
+        try:
+            labels = match_labels(images, known)
+        except ValueError as error:  # labels serve metrics only: the run can do without
+            return cls(images, None, f"the labels are not used, so there are no metrics: {error}")
+        note = ""
+        if labels is None and images.labels is not None:
+            some = ", ".join(repr(label) for label in list(dict.fromkeys(images.labels))[:3])
+            note = (
+                f"no label ({some}, ...) is a class of your list, so they are taken for mere "
+                "folders and there are no metrics"
+            )
+        return cls(images, labels, note)
+
+    def subset(self, positions: Tensor) -> Labelled:
+        """The images at ``positions``."""
+        labels = None if self.labels is None else self.labels[positions]
+        return Labelled(self.images.subset(positions), labels, self.note)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a run is about.
+
+    Attributes:
+        known: the user's classes.
+        train: the images to adapt to.
+        test: those that metrics and predictions are about; ``None``: the training images.
+    """
+
+    known: tuple[str, ...]
+    train: Labelled
+    test: Labelled | None
+
+    @property
+    def tested(self) -> Labelled:
+        """``test``, or the training images."""
+        return self.train if self.test is None else self.test
+
+    def unknown(self) -> list[str]:
+        """Names of the labelled classes that are not known, in order of appearance."""
+        if self.tested.labels is None or self.tested.images.labels is None:
+            return []
+        pairs = zip(self.tested.images.labels, self.tested.labels.tolist(), strict=True)
+        return list(dict.fromkeys(str(name) for name, position in pairs if position < 0))
+
+
+def read_problem(config: FinetuneConfig) -> Problem:
+    """The images and classes that the options name.
+
+    Raises:
+        OSError, ValueError: something is missing or cannot be understood.
+    """
+    if config.dataset is not None:
+        assert config.domain is not None
+        assert config.root is not None
+        found = load_benchmark(
+            config.dataset,
+            config.domain,
+            config.scenario,
+            config.root,
+            check_counts=config.check_counts,
+        )
+        return Problem(
+            found.known,
+            Labelled(found.train, found.train_labels),
+            Labelled(found.test, found.test_labels),
+        )
+    assert config.classes is not None
+    assert config.data is not None
+    known = read_class_names(config.classes)
+    train = Labelled.of(read_images(config.data, root=config.data_root), known)
+    if config.test_data is None:
+        return Problem(known, train, None)
+    test = Labelled.of(read_images(config.test_data, root=config.data_root), known)
+    if test.labels is None:
+        raise ValueError(
+            f"test_data={config.test_data!r} has no labels to measure by: "
+            f"{test.note or 'give class folders, or a list or CSV with labels'}"
+        )
+    return Problem(known, train, test)
+
+
+def write_problem(folder: RunFolder, problem: Problem) -> None:
+    """Keep the lists in the run folder: a resumed run sees the same images, whatever was added to
+    the user's folder since."""
+    lists = {"train": problem.train, "test": problem.test}
+    folder.write_json(
+        IMAGES,
+        {
+            "known": list(problem.known),
+            **{name: None if part is None else _to_json(part) for name, part in lists.items()},
+        },
+    )
+
+
+def reread_problem(folder: RunFolder) -> Problem:
+    """What :func:`write_problem` kept."""
+    values = folder.read_json(IMAGES)
+    train, test = values["train"], values["test"]
+    return Problem(
+        tuple(values["known"]), _from_json(train), None if test is None else _from_json(test)
+    )
+
+
+def _to_json(part: Labelled) -> dict[str, Any]:
+    return {
+        "names": list(part.images.names),
+        "paths": [os.path.abspath(path) for path in part.images.paths],
+        "labels": None if part.images.labels is None else list(part.images.labels),
+        "positions": None if part.labels is None else part.labels.tolist(),
+        "note": part.note,
+    }
+
+
+def _from_json(values: dict[str, Any]) -> Labelled:
+    labels, positions = values["labels"], values["positions"]
+    images = ImageList(
+        tuple(values["paths"]), tuple(values["names"]), None if labels is None else tuple(labels)
+    )
+    return Labelled(
+        images,
+        None if positions is None else torch.tensor(positions, dtype=torch.int64),
+        values["note"],
+    )

@@ -1,0 +1,144 @@
+"""How a run begins: images are read, the zero-shot model speaks, and the folder remembers both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ueo_fast.finetune.adaptation import make_classifier, views_of, zero_shot
+from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
+from ueo_fast.finetune.commands.problem import (
+    IMAGES,
+    Labelled,
+    Problem,
+    reread_problem,
+    write_problem,
+)
+from ueo_fast.finetune.load import LoadedClip
+from ueo_fast.finetune.model import ClipClassifier
+from ueo_fast.finetune.predict import Predicted
+from ueo_fast.finetune.run_folder import RunFolder
+from ueo_fast.finetune.target import Target
+
+ZERO_SHOT = "zero_shot.safetensors"
+PROBLEM = "problem.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins.
+
+    Attributes:
+        classifier: the zero-shot classifier; training changes it.
+        target: the readable images to adapt to.
+        train: the same images with their names.
+        tested: the readable images that metrics and predictions are about.
+        test_views: the same, un-augmented.
+        test_cosines: (M, C) what the zero-shot classifier says about them.
+        separate: whether these are other images than those of ``target``.
+    """
+
+    classifier: ClipClassifier
+    target: Target
+    train: Labelled
+    tested: Labelled
+    test_cosines: Tensor
+    separate: bool
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The user's classes, as the prompts have them."""
+        return self.classifier.prompt.class_names
+
+
+def is_begun(folder: RunFolder) -> bool:
+    """Whether the folder has all that :func:`continued` needs."""
+    return all((folder.path / name).exists() for name in (IMAGES, ZERO_SHOT))
+
+
+def begin(config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, problem: Problem) -> Start:
+    """Classify all images by the zero-shot model, leave out what cannot be read, and keep both."""
+    classifier = _classifier(config, clip, problem.known)
+    for note in {problem.train.note, problem.tested.note} - {""}:
+        print(f"note: {note}")
+    train, target, skipped = _zero_shot(config, classifier, problem.train, "zero-shot")
+    tested, test_cosines = train, target.zero_shot_cosines()
+    if problem.test is not None:
+        tested, tests, more = _zero_shot(config, classifier, problem.test, "zero-shot, test")
+        test_cosines = tests.zero_shot_cosines()
+        skipped = (*skipped, *more)
+    kept = Problem(problem.known, train, None if problem.test is None else tested)
+    folder.write_json(
+        PROBLEM,
+        {
+            "known": list(problem.known),
+            "unknown": kept.unknown(),
+            "train_images": len(train.images),
+            "test_images": len(tested.images),
+            "labelled": tested.labels is not None,
+            "skipped": [{"image": name, "reason": reason} for name, reason in skipped],
+        },
+    )
+    if skipped:
+        print(f"{len(skipped)} image(s) cannot be read and are left out ({PROBLEM} has all):")
+        for name, reason in skipped[:5]:
+            print(f"  {name}: {reason}")
+    write_problem(folder, kept)
+    tensors = {"train": target.zero_shot_cosines()}
+    if problem.test is not None:
+        tensors["test"] = test_cosines
+    folder.write_tensors(ZERO_SHOT, tensors)
+    return Start(classifier, target, train, tested, test_cosines, problem.test is not None)
+
+
+def continued(folder: RunFolder, clip: LoadedClip, config: FinetuneConfig) -> Start:
+    """As :func:`begin` left it, without looking at the images again."""
+    problem = reread_problem(folder)
+    tensors, _ = folder.read_tensors(ZERO_SHOT)
+    classifier = _classifier(config, clip, problem.known)
+    views = views_of(problem.train.images, classifier.model, problem.train.labels)
+    target = Target(views.plain, views.augmented, tensors["train"], views.labels)
+    cosines = tensors["train" if problem.test is None else "test"]
+    separate = problem.test is not None
+    return Start(classifier, target, problem.train, problem.tested, cosines, separate)
+
+
+def _classifier(config: FinetuneConfig, clip: LoadedClip, known: tuple[str, ...]) -> ClipClassifier:
+    return make_classifier(
+        clip.model,
+        clip.tokenizer,
+        known,
+        template=config.prompt_template,
+        scope=config.affine_scope,
+        patch=config.patch,
+    )
+
+
+def _zero_shot(
+    config: FinetuneConfig, classifier: ClipClassifier, part: Labelled, title: str
+) -> tuple[Labelled, Target, tuple[tuple[str, str], ...]]:
+    views = views_of(part.images, classifier.model, part.labels)
+    seen = zero_shot(
+        classifier,
+        views,
+        config.trainer(),
+        strict=config.strict,
+        batch_size=config.eval_batch_size,
+        watch=watched(title, len(part.images)),
+    )
+    return part.subset(seen.positions), seen.target, seen.unreadable
+
+
+def watched(title: str, images: int) -> Callable[[Iterator[Predicted]], Iterable[Predicted]]:
+    """Passes predictions on under a progress bar."""
+
+    def watch(batches: Iterator[Predicted]) -> Iterator[Predicted]:
+        with tqdm(total=images, desc=title, unit="image", leave=False) as bar:
+            for batch in batches:
+                bar.update(len(batch.positions) + len(batch.failures))
+                yield batch
+
+    return watch

@@ -1,0 +1,74 @@
+"""Who is told how a run goes: the terminal, the run folder, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from ueo_fast.finetune.checkpoint import SafetensorsCheckpoints
+from ueo_fast.finetune.commands.evaluation import brief
+from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
+from ueo_fast.finetune.commands.recorder import Recorder
+from ueo_fast.finetune.hooks import EpochRecord, Hooks, StartRecord, StepRecord, combine
+from ueo_fast.finetune.run_folder import RunFolder
+from ueo_fast.finetune.tracking import (
+    JsonLinesTracker,
+    TensorBoardTracker,
+    Tracker,
+    WandbTracker,
+)
+
+
+@contextmanager
+def training_hooks(
+    config: FinetuneConfig, folder: RunFolder, recorder: Recorder
+) -> Iterator[Hooks]:
+    """Hooks for a run, and its checkpoints; what they opened is closed at the end."""
+    with ExitStack() as stack:
+        trackers: list[Tracker] = [JsonLinesTracker(folder)]
+        if config.tensorboard:
+            trackers.append(TensorBoardTracker(folder.path / "tensorboard"))
+        if config.wandb is not None:
+            trackers.append(
+                WandbTracker(config.wandb, folder, name=folder.path.name, config=config.as_dict())
+            )
+        for tracker in trackers:
+            stack.enter_context(closing(tracker))
+        # Leaves no line where a method takes no steps.
+        bar = stack.enter_context(tqdm(desc=config.method, unit="step", leave=False, delay=0.1))
+        yield combine(
+            *(tracker.hooks() for tracker in trackers),
+            _terminal(bar, recorder),
+            Hooks(checkpoints=SafetensorsCheckpoints(folder)),
+        )
+
+
+def _terminal(bar: tqdm[Any], recorder: Recorder) -> Hooks:
+    def on_start(record: StartRecord) -> None:
+        bar.reset(total=record.total)
+        bar.update(record.step)
+        recorder.goes_on(record.epoch)
+        if record.step:
+            bar.write(f"goes on after step {record.step} of {record.total}")
+
+    def on_step(record: StepRecord) -> None:
+        bar.set_postfix(
+            loss=f"{record.loss:.4f}",
+            conditional=f"{record.conditional_entropy:.3f}",
+            marginal=f"{record.marginal_entropy:.3f}",
+            refresh=False,
+        )
+        bar.update()
+
+    def on_epoch(record: EpochRecord) -> None:
+        metrics = recorder.during(record.epoch)
+        if metrics is not None:
+            bar.write(f"epoch {record.epoch}: {brief(metrics)}")
+
+    def on_warning(text: str) -> None:
+        bar.write(f"warning: {text}")
+
+    return Hooks(on_start, on_step, on_epoch, on_warning)
