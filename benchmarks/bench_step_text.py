@@ -42,7 +42,7 @@ class TextStep:
     def __init__(self, name: str, classes: int) -> None:
         from open_clip import SimpleTokenizer
 
-        from ueo_fast.finetune.prompt import PromptLearner
+        from ueo_fast.finetune.clip.prompt import PromptLearner
 
         names = step_cases.class_names(classes)
         self.whole = name == "whole"

@@ -20,8 +20,8 @@ from ueo_fast.finetune.demo.digits import load_digits
 from ueo_fast.finetune.demo.problem import make_problem
 from ueo_fast.finetune.demo.report import machine_line
 from ueo_fast.finetune.demo.run import pretrained_classifier, run_method
+from ueo_fast.finetune.evaluation.results_table import Spread
 from ueo_fast.finetune.methods import UEO, InfoMax, Method, ZeroShot
-from ueo_fast.finetune.results_table import Spread
 from ueo_fast.finetune.target import zero_shot_target
 
 THREADS = 2

@@ -109,8 +109,8 @@ class OurTraining:
     """The parts of ueo_fast's step: patched visual tower, packed prompts, fused loss."""
 
     def __init__(self, made: Any, tokenizer: Callable[..., Tensor], names: list[str]) -> None:
-        from ueo_fast.finetune.model import ClipClassifier
-        from ueo_fast.finetune.prompt import PromptLearner
+        from ueo_fast.finetune.clip.model import ClipClassifier
+        from ueo_fast.finetune.clip.prompt import PromptLearner
 
         made.requires_grad_(False)
         prompt = PromptLearner(made, tokenizer, names)

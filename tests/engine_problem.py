@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
-from ueo_fast.finetune.hooks import Checkpoint, Hooks
+from ueo_fast.finetune.engine.hooks import Checkpoint, Hooks
+from ueo_fast.finetune.engine.objective import Objective, Step
+from ueo_fast.finetune.engine.trainer import TrainerConfig
 from ueo_fast.finetune.methods import InfoMax
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.objective import Objective, Step
-from ueo_fast.finetune.prompt import PromptLearner
 from ueo_fast.finetune.target import Target
-from ueo_fast.finetune.trainer import TrainerConfig
 
 NAMES = ["one", "two", "three", "four"]
 CONFIG = TrainerConfig(epochs=2, batch_size=4, prompt_lr=0.05, affine_lr=0.02, seed=3)

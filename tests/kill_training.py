@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from engine_problem import Remembering, infomax, make_classifier, make_images
 
-from ueo_fast.finetune.adapted_state import adapted_state
-from ueo_fast.finetune.checkpoint import SafetensorsCheckpoints
-from ueo_fast.finetune.hooks import Hooks, combine
-from ueo_fast.finetune.run_folder import RunFolder
-from ueo_fast.finetune.tensor_file import write_tensors
-from ueo_fast.finetune.tracking import JsonLinesTracker
-from ueo_fast.finetune.trainer import TrainerConfig, train
+from ueo_fast.finetune.clip.adapted_state import adapted_state
+from ueo_fast.finetune.engine.checkpoint import SafetensorsCheckpoints
+from ueo_fast.finetune.engine.hooks import Hooks, combine
+from ueo_fast.finetune.engine.tracking import JsonLinesTracker
+from ueo_fast.finetune.engine.trainer import TrainerConfig, train
+from ueo_fast.finetune.files.run_folder import RunFolder
+from ueo_fast.finetune.files.tensor_file import write_tensors
 
 STEPS, STEPS_PER_EPOCH = 88, 4
 CONFIG = TrainerConfig(

@@ -34,7 +34,7 @@ def photo_folder(folder: Path, per_class: int = 6, *, unknown: int = 2) -> Path:
         (folder / name).mkdir(parents=True)
         rows = torch.nonzero(digits.labels == label)[:per_class, 0].tolist()
         for row in rows:
-            picture(digits.images[row]).save(folder / name / f"IMG {row:04d} – größe.png")
+            picture(digits.images[row]).save(folder / name / f"IMG {row:04d}, größe.png")
     some = picture(digits.images[0])
     some.convert("L").save(folder / ODD["greyscale"])
     some.convert("CMYK").save(folder / ODD["CMYK"], format="JPEG")

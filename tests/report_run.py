@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 
 from ueo_fast import mcm_score
-from ueo_fast.finetune.hooks import EpochRecord, StepRecord
-from ueo_fast.finetune.metrics import compute_metrics
-from ueo_fast.finetune.run_folder import RunFolder
+from ueo_fast.finetune.engine.hooks import EpochRecord, StepRecord
+from ueo_fast.finetune.evaluation.metrics import compute_metrics
+from ueo_fast.finetune.files.run_folder import RunFolder
 
 COLUMNS = (
     *("image", "path", "label"),

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ueo_fast.finetune.atomic import atomic_file
-from ueo_fast.finetune.run_folder import RunFolder
-from ueo_fast.finetune.tensor_file import TensorFileError, read_tensors, write_tensors
+from ueo_fast.finetune.files.atomic import atomic_file
+from ueo_fast.finetune.files.run_folder import RunFolder
+from ueo_fast.finetune.files.tensor_file import TensorFileError, read_tensors, write_tensors
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_a_killed_writer_leaves_the_old_file_and_no_trap(tmp_path):
     path.write_text("{}")
     code = f"""
         import os, signal
-        from ueo_fast.finetune.atomic import atomic_file
+        from ueo_fast.finetune.files.atomic import atomic_file
         with atomic_file({str(path)!r}) as file:
             file.write(b"x" * 100_000)
             os.kill(os.getpid(), signal.SIGKILL)

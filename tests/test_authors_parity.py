@@ -22,13 +22,13 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.authors_step import AuthorsTraining, confidence  # noqa: E402
 from ueo_fast import affine_parameters  # noqa: E402
+from ueo_fast.finetune.clip.model import ClipClassifier  # noqa: E402
+from ueo_fast.finetune.clip.prompt import PromptLearner  # noqa: E402
 from ueo_fast.finetune.demo.tiny_clip import EMBED_DIM, TOWERS  # noqa: E402
-from ueo_fast.finetune.hooks import Hooks, StepRecord  # noqa: E402
+from ueo_fast.finetune.engine.hooks import Hooks, StepRecord  # noqa: E402
+from ueo_fast.finetune.engine.trainer import TrainerConfig  # noqa: E402
 from ueo_fast.finetune.methods import UEO  # noqa: E402
-from ueo_fast.finetune.model import ClipClassifier  # noqa: E402
-from ueo_fast.finetune.prompt import PromptLearner  # noqa: E402
 from ueo_fast.finetune.target import Target  # noqa: E402
-from ueo_fast.finetune.trainer import TrainerConfig  # noqa: E402
 
 NAMES = ["airplane", "The_Great_Wall_of_China", "t-shirt", "hot_dog", "zebra", "alarm_clock"]
 IMAGES, BATCH, EPOCHS, STEPS = 30, 8, 5, 20  # the fourth batch of an epoch has six images

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from ueo_fast.finetune.batches import (
+from ueo_fast.finetune.data.batches import (
     even_loader,
     indexed_loader,
     steps_per_epoch,

@@ -18,7 +18,7 @@ import ueo_fast
 from ueo_fast.cli import INTERRUPTED, main
 from ueo_fast.finetune.demo import run as demo_run
 from ueo_fast.finetune.demo.config import DemoConfig
-from ueo_fast.finetune.trainer import NonFiniteLossError
+from ueo_fast.finetune.engine.trainer import NonFiniteLossError
 
 # Finds the package from another folder, whether it is installed or not.
 ENVIRONMENT = {
@@ -49,7 +49,10 @@ def test_usage_lists_the_commands(capsys):
 
 def test_unknown_command_names_the_choices(capsys):
     assert main(["dmeo"]) == 2
-    assert "no command 'dmeo': choose one of demo, finetune, evaluate, score, report, compare, info" in capsys.readouterr().err
+    assert (
+        "no command 'dmeo': choose one of demo, finetune, evaluate, score, report, compare, info"
+        in capsys.readouterr().err
+    )
 
 
 def test_demo_help_explains_every_option(capsys):

@@ -19,7 +19,7 @@ from ueo_fast.cli import main
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, photographs, class names and a finished run of two epochs."""
-    place = tmp_path_factory.mktemp("user – 用户")
+    place = tmp_path_factory.mktemp("user, 用户")
     save_tiny_clip(place / "model", pretrain_steps=60)
     photo_folder(place / "photos")
     (place / "names.txt").write_text("# the digits that I know\n" + "\n".join(KNOWN) + "\n")

@@ -1,4 +1,4 @@
-"""`ueo-fast finetune`, killed at random moments and resumed, ends with the bits of one that was not.
+"""`ueo-fast finetune`, killed at random and resumed, ends with the bits of a run that was not.
 
 The engine's own test (test_engine_kill.py) kills many times inside the training; here the whole
 command is killed anywhere: while it loads, looks at the images, trains or writes its results.

@@ -8,8 +8,8 @@ import statistics
 
 import pytest
 
-from ueo_fast.finetune.compare import CONVENTION, compare_runs
-from ueo_fast.finetune.run_folder import RunFolder
+from ueo_fast.finetune.evaluation.compare import CONVENTION, compare_runs
+from ueo_fast.finetune.files.run_folder import RunFolder
 
 TITLES = {"zeroshot": "zero-shot", "ueo": "UEO", "infomax": "InfoMax", "tent": "Tent"}
 CONFIG = {

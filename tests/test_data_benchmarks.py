@@ -11,7 +11,7 @@ import torch
 
 from ueo_fast.finetune.data.benchmark_facts import DATA_SETS, class_names
 from ueo_fast.finetune.data.benchmarks import BenchmarkProblem, load_benchmark
-from ueo_fast.finetune.shifts import BENCHMARKS, SHIFTS, benchmark_split
+from ueo_fast.finetune.data.shifts import BENCHMARKS, SHIFTS, benchmark_split
 
 # As the folders of the archive are called; ASCII order puts TV before Table.
 OFFICEHOME_FOLDERS = (  # noqa: SIM905

@@ -16,12 +16,12 @@ open_clip = pytest.importorskip("open_clip")
 from delta_problem import CLASSES, disturb, images, zero_shot  # noqa: E402
 from tiny_model_folder import save_tiny_clip, tiny_model_cfg  # noqa: E402
 
-from ueo_fast.finetune.adapted_state import adapted_state  # noqa: E402
-from ueo_fast.finetune.base_model import describe_base  # noqa: E402
-from ueo_fast.finetune.delta import DeltaError, load_delta, read_delta, save_delta  # noqa: E402
+from ueo_fast.finetune.clip.adapted_state import adapted_state  # noqa: E402
+from ueo_fast.finetune.clip.base_model import describe_base  # noqa: E402
+from ueo_fast.finetune.clip.delta import DeltaError, load_delta, read_delta, save_delta  # noqa: E402
+from ueo_fast.finetune.clip.load import load_base, load_clip  # noqa: E402
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer  # noqa: E402
-from ueo_fast.finetune.load import load_base, load_clip  # noqa: E402
-from ueo_fast.finetune.tensor_file import read_tensors, write_tensors  # noqa: E402
+from ueo_fast.finetune.files.tensor_file import read_tensors, write_tensors  # noqa: E402
 
 
 def saved(path, tower="bn", *, scope="all", name="", pretrained=None, **options: Any):
@@ -188,7 +188,7 @@ def test_another_base_is_refused_and_untouched(tmp_path, kind):
 
 def rewrite(path, **changes: Any) -> None:
     """A delta whose writer did other things than ours, with a checksum that fits."""
-    from ueo_fast.finetune import delta as module
+    from ueo_fast.finetune.clip import delta as module
 
     tensors, values = read_tensors(path)
     tensors = changes.pop("tensors", lambda same: same)(tensors)

@@ -21,9 +21,9 @@ from delta_problem import disturb, zero_shot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ueo_fast.finetune import delta as delta_module
-from ueo_fast.finetune.base_model import describe_base
-from ueo_fast.finetune.delta import Delta, DeltaError, read_delta, save_delta
+from ueo_fast.finetune.clip import delta as delta_module
+from ueo_fast.finetune.clip.base_model import describe_base
+from ueo_fast.finetune.clip.delta import Delta, DeltaError, read_delta, save_delta
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import pytest
 import torch
 from engine_problem import CONFIG, infomax, make_classifier, make_images
 
-from ueo_fast.finetune import atomic
-from ueo_fast.finetune.checkpoint import SafetensorsCheckpoints
-from ueo_fast.finetune.hooks import Checkpoint, Hooks
-from ueo_fast.finetune.json_lines import truncate_json_lines
-from ueo_fast.finetune.run_folder import RunFolder
-from ueo_fast.finetune.trainer import train
+from ueo_fast.finetune.engine.checkpoint import SafetensorsCheckpoints
+from ueo_fast.finetune.engine.hooks import Checkpoint, Hooks
+from ueo_fast.finetune.engine.json_lines import truncate_json_lines
+from ueo_fast.finetune.engine.trainer import train
+from ueo_fast.finetune.files import atomic
+from ueo_fast.finetune.files.run_folder import RunFolder
 
 PARTIAL = ".checkpoint.safetensors.partial"
 

@@ -16,10 +16,10 @@ from engine_problem import (
     state_of,
 )
 
-from ueo_fast.finetune.early_stop import EarlyStop
-from ueo_fast.finetune.hooks import EpochRecord
-from ueo_fast.finetune.objective import Objective
-from ueo_fast.finetune.trainer import train
+from ueo_fast.finetune.engine.early_stop import EarlyStop
+from ueo_fast.finetune.engine.hooks import EpochRecord
+from ueo_fast.finetune.engine.objective import Objective
+from ueo_fast.finetune.engine.trainer import train
 
 
 class Collapsing(Objective):

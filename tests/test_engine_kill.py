@@ -15,7 +15,7 @@ import pytest
 import torch
 from kill_training import STEPS, STEPS_PER_EPOCH
 
-from ueo_fast.finetune.tensor_file import read_tensors
+from ueo_fast.finetune.files.tensor_file import read_tensors
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 

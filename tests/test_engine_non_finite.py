@@ -19,8 +19,8 @@ from engine_problem import (
     state_of,
 )
 
-from ueo_fast.finetune.hooks import Hooks
-from ueo_fast.finetune.trainer import NonFiniteLossError, train
+from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.engine.trainer import NonFiniteLossError, train
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ from engine_problem import (
 )
 from saved_activations import saved_bytes
 
-from ueo_fast.finetune import forward
-from ueo_fast.finetune.gradient_cache import backward_features, cached_features
-from ueo_fast.finetune.hooks import Hooks
-from ueo_fast.finetune.objective import Objective
-from ueo_fast.finetune.trainer import NonFiniteLossError, train
+from ueo_fast.finetune.engine import forward
+from ueo_fast.finetune.engine.gradient_cache import backward_features, cached_features
+from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.engine.objective import Objective
+from ueo_fast.finetune.engine.trainer import NonFiniteLossError, train
 
 
 @pytest.fixture

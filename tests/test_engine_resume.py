@@ -22,11 +22,11 @@ from engine_problem import (
 )
 from torch.utils.data import Dataset
 
-from ueo_fast.finetune.checkpoint import SafetensorsCheckpoints
-from ueo_fast.finetune.hooks import Hooks
+from ueo_fast.finetune.engine.checkpoint import SafetensorsCheckpoints
+from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.engine.trainer import train
 from ueo_fast.finetune.methods import Tent
 from ueo_fast.finetune.target import Target
-from ueo_fast.finetune.trainer import train
 
 FULL = dataclasses.replace(
     CONFIG, epochs=3, momentum=0.9, weight_decay=0.01, checkpoint_every=1, early_stop=3

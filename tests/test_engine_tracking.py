@@ -10,10 +10,10 @@ import sys
 import pytest
 from engine_problem import CONFIG, MemoryStore, Told, infomax, make_classifier, make_images
 
-from ueo_fast.finetune.hooks import EpochRecord, Hooks, StartRecord, StepRecord, combine
-from ueo_fast.finetune.run_folder import RunFolder
-from ueo_fast.finetune.tracking import JsonLinesTracker, TensorBoardTracker, WandbTracker
-from ueo_fast.finetune.trainer import train
+from ueo_fast.finetune.engine.hooks import EpochRecord, Hooks, StartRecord, StepRecord, combine
+from ueo_fast.finetune.engine.tracking import JsonLinesTracker, TensorBoardTracker, WandbTracker
+from ueo_fast.finetune.engine.trainer import train
+from ueo_fast.finetune.files.run_folder import RunFolder
 
 
 def step_record(step: int, loss: float = 0.5) -> StepRecord:

@@ -24,9 +24,7 @@ LAYERS = [
     {"_extension", "triton", "reference"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-CORE = [
-    path for path in PACKAGE.rglob("*.py") if not {"finetune", "cli"} & set(path.parts)
-]
+CORE = [path for path in PACKAGE.rglob("*.py") if not {"finetune", "cli"} & set(path.parts)]
 
 
 def module_name(path: Path) -> str:

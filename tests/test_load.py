@@ -19,11 +19,11 @@ open_clip = pytest.importorskip("open_clip")
 from open_clip import factory  # noqa: E402
 from tiny_model_folder import WEIGHTS, save_tiny_clip, tiny_model_cfg  # noqa: E402
 
-from ueo_fast.finetune import weights as weights_module  # noqa: E402
-from ueo_fast.finetune.base_model import activation_of, describe_base, fingerprint  # noqa: E402
+from ueo_fast.finetune.clip import weights as weights_module  # noqa: E402
+from ueo_fast.finetune.clip.base_model import activation_of, describe_base, fingerprint  # noqa: E402
+from ueo_fast.finetune.clip.load import load_base, load_clip, load_tokenizer  # noqa: E402
+from ueo_fast.finetune.clip.weights import find_source  # noqa: E402
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip  # noqa: E402
-from ueo_fast.finetune.load import load_base, load_clip, load_tokenizer  # noqa: E402
-from ueo_fast.finetune.weights import find_source  # noqa: E402
 from ueo_fast.patch import affine_parameters, patch_visual  # noqa: E402
 
 TAG = {

@@ -16,9 +16,9 @@ from tiny_problem import (
     step_of,
 )
 
+from ueo_fast.finetune.engine.trainer import TrainerConfig
 from ueo_fast.finetune.methods import DANCE
 from ueo_fast.finetune.target import Target, zero_shot_target
-from ueo_fast.finetune.trainer import TrainerConfig
 
 FEATURES = 6
 IMAGES = 10

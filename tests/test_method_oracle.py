@@ -7,9 +7,9 @@ import torch
 from tiny_problem import check_gradients, make_classifier, make_images, random_step
 
 from ueo_fast import ueo_loss
+from ueo_fast.finetune.engine.trainer import TrainerConfig
 from ueo_fast.finetune.methods import Oracle
 from ueo_fast.finetune.target import Target, zero_shot_target
-from ueo_fast.finetune.trainer import TrainerConfig
 
 LABELS = torch.tensor([0, -1, 2, 1, 3, -1, 0, 7, 1, 2])  # 3 and 7: classes that are not known
 WEIGHTS = [1.001, 0.001, 1.001, 1.001, 0.001, 0.001, 1.001, 0.001, 1.001, 1.001]

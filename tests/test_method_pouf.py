@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_problem import check_gradients, make_classifier, make_images, random_step
 
+from ueo_fast.finetune.engine.trainer import TrainerConfig
 from ueo_fast.finetune.methods import POUF
 from ueo_fast.finetune.target import Target, zero_shot_target
-from ueo_fast.finetune.trainer import TrainerConfig
 
 
 def objective(method=None):

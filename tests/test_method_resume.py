@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_problem import make_classifier, make_images
 
-from ueo_fast.finetune.hooks import Checkpoint, Hooks
+from ueo_fast.finetune.engine.hooks import Checkpoint, Hooks
+from ueo_fast.finetune.engine.trainer import TrainerConfig
 from ueo_fast.finetune.methods import DANCE, METHODS, POUF, UEO, UPL, Oracle, Tent
 from ueo_fast.finetune.target import zero_shot_target
-from ueo_fast.finetune.trainer import TrainerConfig
 
 CONFIG = TrainerConfig(
     epochs=2, batch_size=4, prompt_lr=0.05, affine_lr=0.05, checkpoint_every=1, seed=3

@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny_problem import NAMES, check_gradients, make_classifier, make_images, random_step
 
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
-from ueo_fast.finetune.hooks import Hooks
+from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.engine.trainer import NonFiniteLossError, TrainerConfig
 from ueo_fast.finetune.methods import Tent
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.prompt import PromptLearner
 from ueo_fast.finetune.target import Target
-from ueo_fast.finetune.trainer import NonFiniteLossError, TrainerConfig
 
 CONFIG = TrainerConfig(batch_size=4, affine_lr=0.05)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

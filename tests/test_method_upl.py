@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_problem import check_gradients, make_classifier, make_images, random_features, random_step
 
+from ueo_fast.finetune.engine.trainer import TrainerConfig
 from ueo_fast.finetune.methods import UPL
 from ueo_fast.finetune.methods.upl import surest_labels
 from ueo_fast.finetune.target import Target, zero_shot_target
-from ueo_fast.finetune.trainer import TrainerConfig
 
 
 def chosen_by_hand(probabilities: list[list[float]], k: int) -> dict[int, int]:

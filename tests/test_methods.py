@@ -8,7 +8,9 @@ import pytest
 import torch
 from tiny_problem import make_classifier, make_images, random_features, random_step
 
-from ueo_fast.finetune.batches import even_loader
+from ueo_fast.finetune.data.batches import even_loader
+from ueo_fast.finetune.engine.objective import Step
+from ueo_fast.finetune.engine.trainer import TrainerConfig
 from ueo_fast.finetune.methods import (
     DANCE,
     POUF,
@@ -21,9 +23,7 @@ from ueo_fast.finetune.methods import (
     Oracle,
     ZeroShot,
 )
-from ueo_fast.finetune.objective import Step
 from ueo_fast.finetune.target import Target, zero_shot_target
-from ueo_fast.finetune.trainer import TrainerConfig
 
 POSITIONS = torch.tensor([17, 3, 0, 11, 5, 8, 19, 2, 14])
 

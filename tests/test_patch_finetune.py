@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
+from ueo_fast.finetune.engine.trainer import TrainerConfig
+from ueo_fast.finetune.evaluation.predict import predict_cosines
 from ueo_fast.finetune.methods import UEO, AdaBN
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.predict import predict_cosines
-from ueo_fast.finetune.prompt import PromptLearner
 from ueo_fast.finetune.target import zero_shot_target
-from ueo_fast.finetune.trainer import TrainerConfig
 from ueo_fast.patch import batch_norm
 
 

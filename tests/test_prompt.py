@@ -22,7 +22,7 @@ from open_clip.model import (  # noqa: E402
     convert_weights_to_lp,
 )
 
-from ueo_fast.finetune.prompt import PromptLearner  # noqa: E402
+from ueo_fast.finetune.clip.prompt import PromptLearner  # noqa: E402
 
 CONTEXT, WIDTH, EMBED = 20, 32, 24
 VISION = CLIPVisionCfg(image_size=16, patch_size=8, width=16, layers=1, head_width=16)

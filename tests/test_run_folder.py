@@ -13,13 +13,13 @@ import warnings
 import pytest
 import torch
 
-from ueo_fast.finetune.plots import (
+from ueo_fast.finetune.demo.plots import (
     plot_mcm_histograms,
     plot_per_class_accuracy,
     plot_samples,
 )
-from ueo_fast.finetune.results_table import ResultsTable, Spread
-from ueo_fast.finetune.run_folder import RunFolder
+from ueo_fast.finetune.evaluation.results_table import ResultsTable, Spread
+from ueo_fast.finetune.files.run_folder import RunFolder
 
 
 def test_default_folders_are_numbered_within_a_second(tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_a_resumed_run_goes_on_with_whole_lines(tmp_path):
 def test_one_process_writes_to_a_run(tmp_path):
     code = f"""
 from pathlib import Path
-from ueo_fast.finetune.run_folder import RunFolder
+from ueo_fast.finetune.files.run_folder import RunFolder
 try:
     with RunFolder(Path({str(tmp_path)!r})).lock():
         print("mine")
@@ -250,7 +250,7 @@ def test_equal_scores_are_drawn_without_a_warning(tmp_path, value):
 
 
 def test_plots_leave_the_program_its_own_backend():
-    code = "import sys, ueo_fast.finetune.plots\nprint('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, ueo_fast.finetune.demo.plots\nprint('matplotlib.pyplot' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

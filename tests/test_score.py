@@ -11,17 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ueo_fast.finetune import score as score_module
-from ueo_fast.finetune import score_batches
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.data import transforms
 from ueo_fast.finetune.data.dataset import ImageDataset
 from ueo_fast.finetune.data.image_list import ImageList, match_labels, read_images
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.predict import Predicted
-from ueo_fast.finetune.prompt import PromptLearner
-from ueo_fast.finetune.score import ThresholdError, score_images, validation_threshold
-from ueo_fast.finetune.thresholds import choose_threshold
+from ueo_fast.finetune.evaluation.predict import Predicted
+from ueo_fast.finetune.scoring import score as score_module
+from ueo_fast.finetune.scoring import score_batches
+from ueo_fast.finetune.scoring.score import ThresholdError, score_images, validation_threshold
+from ueo_fast.finetune.scoring.thresholds import choose_threshold
 
 NAMES = ["red", "green", "dark_blue", "x, y"]
 ODD = ['red/ü 猫, "quoted".png', "red/line\nbreak.png", "green/=1+1.png", "dark blue/a.png"]
@@ -384,7 +384,7 @@ def test_gmm_without_scikit_learn_is_refused_before_the_work(classifier, tmp_pat
     def missing() -> None:
         raise ImportError("pip install scikit-learn")
 
-    monkeypatch.setattr("ueo_fast.finetune.score_pass.require_mixture", missing)
+    monkeypatch.setattr("ueo_fast.finetune.scoring.score_pass.require_mixture", missing)
     monkeypatch.setattr(score_module, "fill_spool", lambda *_: pytest.fail("too late"))
     images, pictures = ImageList(("a", "b"), ("a", "b")), torch.rand(2, 3, 32, 32)
     with pytest.raises(ImportError, match="scikit-learn"):

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ueo_fast.finetune import score_batches
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.predict import Failure, Predicted
-from ueo_fast.finetune.prompt import PromptLearner
-from ueo_fast.finetune.score import score_images
+from ueo_fast.finetune.evaluation.predict import Failure, Predicted
+from ueo_fast.finetune.scoring import score_batches
+from ueo_fast.finetune.scoring.score import score_images
 
 MIB = 1 << 20
 

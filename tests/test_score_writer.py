@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ueo_fast.finetune.score_spool import ScoreSpool
-from ueo_fast.finetune.score_writer import ScoreRows, check_output, score_writer
+from ueo_fast.finetune.scoring.score_spool import ScoreSpool
+from ueo_fast.finetune.scoring.score_writer import ScoreRows, check_output, score_writer
 
 CLASSES = ["Käse", 'quote " and, comma', "猫"]
 NAMES = ["a,b.png", "line\nbreak", "carriage\rreturn", "=HYPERLINK(1)", "é\u2028", " lead", ""]

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from ueo_fast.finetune.shifts import (
+from ueo_fast.finetune.data.shifts import (
     BENCHMARKS,
     SHIFTS,
     UNKNOWN,

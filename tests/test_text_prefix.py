@@ -20,9 +20,9 @@ from open_clip.model import (
     convert_weights_to_lp,
 )
 
-from ueo_fast.finetune import text_prefix
-from ueo_fast.finetune.text_prefix import Packing, encode_packed, pack
-from ueo_fast.finetune.text_tower import embed_tokens, encode_embeddings
+from ueo_fast.finetune.clip import text_prefix
+from ueo_fast.finetune.clip.text_prefix import Packing, encode_packed, pack
+from ueo_fast.finetune.clip.text_tower import embed_tokens, encode_embeddings
 
 LENGTH, VOCAB, WIDTH, EMBED, PREFIX = 12, 64, 32, 24, 3
 SIZES = {

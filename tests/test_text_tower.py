@@ -22,8 +22,8 @@ from open_clip.model import (  # noqa: E402
 )
 from open_clip.transformer import TextTransformer  # noqa: E402
 
-from ueo_fast.finetune.text_prefix import encode_packed, pack  # noqa: E402
-from ueo_fast.finetune.text_tower import (  # noqa: E402
+from ueo_fast.finetune.clip.text_prefix import encode_packed, pack  # noqa: E402
+from ueo_fast.finetune.clip.text_tower import (  # noqa: E402
     context_length,
     embed_tokens,
     encode_embeddings,

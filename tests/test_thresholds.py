@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from ueo_fast.finetune import thresholds
-from ueo_fast.finetune.metrics import detection_metrics
-from ueo_fast.finetune.thresholds import (
+from ueo_fast.finetune.evaluation.metrics import detection_metrics
+from ueo_fast.finetune.scoring import thresholds
+from ueo_fast.finetune.scoring.thresholds import (
     Threshold,
     choose_threshold,
     parse_threshold,

@@ -19,12 +19,12 @@ from engine_problem import (
 )
 from torch.utils.data import TensorDataset
 
-from ueo_fast.finetune.batches import training_batches
+from ueo_fast.finetune.data.batches import training_batches
 from ueo_fast.finetune.demo.tiny_clip import tiny_tokenizer
-from ueo_fast.finetune.hooks import Hooks
-from ueo_fast.finetune.objective import Objective
-from ueo_fast.finetune.predict import predict_cosines
-from ueo_fast.finetune.trainer import TrainerConfig, train
+from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.engine.objective import Objective
+from ueo_fast.finetune.engine.trainer import TrainerConfig, train
+from ueo_fast.finetune.evaluation.predict import predict_cosines
 
 
 @pytest.fixture

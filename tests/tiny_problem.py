@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.objective import Objective, Step
-from ueo_fast.finetune.prompt import PromptLearner
+from ueo_fast.finetune.engine.objective import Objective, Step
 
 NAMES = ["one", "two", "three"]
 

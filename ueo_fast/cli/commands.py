@@ -35,7 +35,7 @@ class Command:
             _load(self.config), words, prog=f"ueo-fast {self.name}", description=self.description
         )
         entry = _load(self.entry)
-        from ueo_fast.finetune.trainer import NonFiniteLossError
+        from ueo_fast.finetune.engine.trainer import NonFiniteLossError
 
         try:
             status = entry(config)

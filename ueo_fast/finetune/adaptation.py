@@ -12,20 +12,25 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ueo_fast import mcm_score
-from ueo_fast.finetune.base_model import BaseModel, describe_base
+from ueo_fast.finetune.clip.base_model import BaseModel, describe_base
+from ueo_fast.finetune.clip.delta import save_delta
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.prompt import PromptLearner
+from ueo_fast.finetune.clip.template import split_template
 from ueo_fast.finetune.data.dataset import ImageDataset
 from ueo_fast.finetune.data.image_list import ImageList, match_labels, read_images
 from ueo_fast.finetune.data.transforms import preprocessing, test_transform, training_transform
-from ueo_fast.finetune.delta import save_delta
-from ueo_fast.finetune.hooks import Hooks
+from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.engine.trainer import History, TrainerConfig
+from ueo_fast.finetune.evaluation.predict import (
+    Predicted,
+    collect,
+    predict_batches,
+    predict_cosines,
+)
 from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.methods.registry import make_method
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.predict import Predicted, collect, predict_batches, predict_cosines
-from ueo_fast.finetune.prompt import PromptLearner
 from ueo_fast.finetune.target import Target
-from ueo_fast.finetune.template import split_template
-from ueo_fast.finetune.trainer import History, TrainerConfig
 
 Images = str | os.PathLike[str] | ImageList | Dataset[Any] | Tensor
 """A folder, list file or CSV, a list of images, or images that are tensors already."""
@@ -74,7 +79,7 @@ class Adaptation:
             images: as for :func:`adapt`, un-augmented; ``None``: those that it adapted to.
             mcm_scale: multiplies the cosines in the MCM score; 1 is the authors'.
             options: ``batch_size``, ``num_workers``, ``precision``, ``channels_last`` of
-                :func:`~ueo_fast.finetune.predict.predict_cosines`.
+                :func:`~ueo_fast.finetune.evaluation.predict.predict_cosines`.
         """
         views = self.target.images if images is None else _views(images, self.classifier).plain
         cosines = predict_cosines(self.classifier, views, **options)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ueo_fast import mcm_score
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.predict import predict_cosines
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.evaluation.predict import predict_cosines
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ueo_fast.finetune.clip.delta import load_delta, read_delta
+from ueo_fast.finetune.clip.load import LoadedClip, load_base
+from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
-from ueo_fast.finetune.delta import load_delta, read_delta
-from ueo_fast.finetune.load import LoadedClip, load_base
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.run_folder import RunFolder
+from ueo_fast.finetune.files.run_folder import RunFolder
 
 DELTA = "delta.safetensors"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ueo_fast.finetune.compare import compare_runs
+from ueo_fast.finetune.evaluation.compare import compare_runs
 
 
 @dataclass(frozen=True)

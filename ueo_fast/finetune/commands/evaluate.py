@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ueo_fast.finetune.adaptation import make_classifier, views_of
+from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.adapted import open_run
 from ueo_fast.finetune.commands.evaluation import (
     PREDICTION_COLUMNS,
@@ -19,10 +20,9 @@ from ueo_fast.finetune.commands.evaluation import (
 from ueo_fast.finetune.commands.problem import Labelled, reread_problem
 from ueo_fast.finetune.commands.stages import watched
 from ueo_fast.finetune.data.image_list import read_images
+from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches
+from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.methods.registry import METHODS
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.predict import Readable, collect, predict_batches
-from ueo_fast.finetune.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 from ueo_fast import mcm_score
 from ueo_fast.finetune.commands.problem import Labelled
 from ueo_fast.finetune.data.names import printable
-from ueo_fast.finetune.metrics import Metrics, compute_metrics
-from ueo_fast.finetune.results_table import ResultsTable
+from ueo_fast.finetune.evaluation.metrics import Metrics, compute_metrics
+from ueo_fast.finetune.evaluation.results_table import ResultsTable
 
 COLUMNS: Mapping[str, str] = {
     "per_class_accuracy": "per-class accuracy",

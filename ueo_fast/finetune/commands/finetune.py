@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
+from ueo_fast.finetune.clip.delta import save_delta
+from ueo_fast.finetune.clip.load import LoadedClip, load_clip
+from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.evaluation import PREDICTION_COLUMNS, metrics_table, prediction_rows
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.problem import Problem, read_problem
 from ueo_fast.finetune.commands.recorder import Recorder
 from ueo_fast.finetune.commands.stages import Start, begin, continued, is_begun
 from ueo_fast.finetune.commands.tracking import training_hooks
-from ueo_fast.finetune.delta import save_delta
-from ueo_fast.finetune.load import LoadedClip, load_clip
-from ueo_fast.finetune.model import ClipClassifier
+from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError
+from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.report import write_report
-from ueo_fast.finetune.run_folder import RunFolder
-from ueo_fast.finetune.trainer import History, NonFiniteLossError
 
 FINISHED = "finished.json"
 DELTA = "delta.safetensors"

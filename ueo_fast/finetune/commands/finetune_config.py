@@ -6,10 +6,10 @@ import shlex
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from ueo_fast.finetune.clip.template import split_template
+from ueo_fast.finetune.engine.trainer import TrainerConfig
 from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.methods.registry import METHODS, make_method, options_of
-from ueo_fast.finetune.template import split_template
-from ueo_fast.finetune.trainer import TrainerConfig
 
 MethodName = Literal[
     "zeroshot", "ueo", "infomax", "entmin", "adabn", "tent", "upl", "pouf", "dance", "oracle"

@@ -17,7 +17,7 @@ from ueo_fast.finetune.data.image_list import (
     read_class_names,
     read_images,
 )
-from ueo_fast.finetune.run_folder import RunFolder
+from ueo_fast.finetune.files.run_folder import RunFolder
 
 IMAGES = "images.json"
 

@@ -12,9 +12,9 @@ from ueo_fast.finetune.adaptation import views_of
 from ueo_fast.finetune.commands.adapted import open_run
 from ueo_fast.finetune.commands.problem import Labelled
 from ueo_fast.finetune.data.image_list import read_images
-from ueo_fast.finetune.score import score_images
-from ueo_fast.finetune.score_writer import check_output
-from ueo_fast.finetune.thresholds import parse_threshold
+from ueo_fast.finetune.scoring.score import score_images
+from ueo_fast.finetune.scoring.score_writer import check_output
+from ueo_fast.finetune.scoring.thresholds import parse_threshold
 
 
 @dataclass(frozen=True)

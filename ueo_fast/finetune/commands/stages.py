@@ -9,6 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ueo_fast.finetune.adaptation import make_classifier, views_of, zero_shot
+from ueo_fast.finetune.clip.load import LoadedClip
+from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.problem import (
     IMAGES,
@@ -17,10 +19,8 @@ from ueo_fast.finetune.commands.problem import (
     reread_problem,
     write_problem,
 )
-from ueo_fast.finetune.load import LoadedClip
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.predict import Predicted
-from ueo_fast.finetune.run_folder import RunFolder
+from ueo_fast.finetune.evaluation.predict import Predicted
+from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.target import Target
 
 ZERO_SHOT = "zero_shot.safetensors"

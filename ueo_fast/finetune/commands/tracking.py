@@ -8,18 +8,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ueo_fast.finetune.checkpoint import SafetensorsCheckpoints
 from ueo_fast.finetune.commands.evaluation import brief
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.recorder import Recorder
-from ueo_fast.finetune.hooks import EpochRecord, Hooks, StartRecord, StepRecord, combine
-from ueo_fast.finetune.run_folder import RunFolder
-from ueo_fast.finetune.tracking import (
+from ueo_fast.finetune.engine.checkpoint import SafetensorsCheckpoints
+from ueo_fast.finetune.engine.hooks import EpochRecord, Hooks, StartRecord, StepRecord, combine
+from ueo_fast.finetune.engine.tracking import (
     JsonLinesTracker,
     TensorBoardTracker,
     Tracker,
     WandbTracker,
 )
+from ueo_fast.finetune.files.run_folder import RunFolder
 
 
 @contextmanager

@@ -76,7 +76,7 @@ DATA_SETS: dict[str, DataSet] = {
         aliases={},
     ),
 }
-"""By the names that :data:`ueo_fast.finetune.shifts.BENCHMARKS` has.
+"""By the names that :data:`ueo_fast.finetune.data.shifts.BENCHMARKS` has.
 
 Sources: the publishers' pages; counts of DomainNet's lists as in the TensorFlow Datasets catalogue.
 """

@@ -15,7 +15,7 @@ from torch import Tensor
 from ueo_fast.finetune.data.benchmark_facts import DATA_SETS, DataSet, class_names
 from ueo_fast.finetune.data.image_list import ImageList, read_images
 from ueo_fast.finetune.data.names import counted
-from ueo_fast.finetune.shifts import SHIFTS, CategorySplit, benchmark_split
+from ueo_fast.finetune.data.shifts import SHIFTS, CategorySplit, benchmark_split
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def load_benchmark(
     Args:
         dataset: ``office31``, ``officehome``, ``visdac`` or ``domainnet``.
         domain: of the data set, such as ``art``; capitals do not matter.
-        scenario: one of :data:`ueo_fast.finetune.shifts.SHIFTS`.
+        scenario: one of :data:`ueo_fast.finetune.data.shifts.SHIFTS`.
         root: folder with the lists or with the domains' folders.
         check_counts: insist on the published number of images.
 

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from ueo_fast.finetune.trainer import TrainerConfig
+from ueo_fast.finetune.engine.trainer import TrainerConfig
 
 Tower = Literal["bn", "vit"]
 Shift = Literal["contrast", "noise", "rotation", "texture"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ueo_fast.finetune.data.shifts import CategorySplit, split_classes
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.digits import DIGIT_NAMES, Domain, apply_shift, split_domains
-from ueo_fast.finetune.shifts import CategorySplit, split_classes
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ import torch
 
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.digits import DIGIT_NAMES
-from ueo_fast.finetune.demo.problem import Problem
-from ueo_fast.finetune.demo.result import MethodResult
-from ueo_fast.finetune.demo.verdict import RULE, verdict
-from ueo_fast.finetune.plots import (
+from ueo_fast.finetune.demo.plots import (
     plot_mcm_histograms,
     plot_per_class_accuracy,
     plot_samples,
 )
-from ueo_fast.finetune.results_table import ResultsTable
-from ueo_fast.finetune.run_folder import RunFolder, environment
+from ueo_fast.finetune.demo.problem import Problem
+from ueo_fast.finetune.demo.result import MethodResult
+from ueo_fast.finetune.demo.verdict import RULE, verdict
+from ueo_fast.finetune.evaluation.results_table import ResultsTable
+from ueo_fast.finetune.files.run_folder import RunFolder, environment
 
 _CONVENTIONS = (
     "Percent, mean ± sample standard deviation over seeds. AUROC is of the MCM score with known "

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ueo_fast.finetune.history import History
-from ueo_fast.finetune.metrics import Metrics
+from ueo_fast.finetune.engine.history import History
+from ueo_fast.finetune.evaluation.metrics import Metrics
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ import torch
 from tqdm import tqdm
 
 from ueo_fast import mcm_score
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.digits import DIGIT_NAMES, load_digits
 from ueo_fast.finetune.demo.problem import Problem, make_problem
 from ueo_fast.finetune.demo.report import write_report
 from ueo_fast.finetune.demo.result import MethodResult
 from ueo_fast.finetune.demo.tiny_clip import OnStep, pretrain, tiny_clip, tiny_tokenizer
-from ueo_fast.finetune.hooks import Hooks
+from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.evaluation.metrics import Metrics, compute_metrics
+from ueo_fast.finetune.evaluation.predict import predict_cosines
+from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.methods import UEO, AdaBN, EntMin, InfoMax, LossMethod, Method, ZeroShot
-from ueo_fast.finetune.metrics import Metrics, compute_metrics
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.predict import predict_cosines
-from ueo_fast.finetune.prompt import PromptLearner
-from ueo_fast.finetune.run_folder import RunFolder
 from ueo_fast.finetune.target import Target, zero_shot_target
 
 

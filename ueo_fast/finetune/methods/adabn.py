@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ueo_fast.finetune.batches import even_loader
-from ueo_fast.finetune.hooks import Hooks
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.data.batches import even_loader
+from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.engine.trainer import History, TrainerConfig
 from ueo_fast.finetune.methods.base import Method
-from ueo_fast.finetune.model import ClipClassifier
 from ueo_fast.finetune.target import Target
-from ueo_fast.finetune.trainer import History, TrainerConfig
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ueo_fast import ueo_loss
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.methods.base import LossMethod
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.objective import Objective, Step
 from ueo_fast.finetune.target import Target
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ueo_fast import ueo_loss
-from ueo_fast.finetune.hooks import Hooks
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.engine.objective import Objective, Step
+from ueo_fast.finetune.engine.trainer import History, TrainerConfig, train
 from ueo_fast.finetune.methods.base import Method
-from ueo_fast.finetune.model import ClipClassifier
-from ueo_fast.finetune.objective import Objective, Step
 from ueo_fast.finetune.target import Target
-from ueo_fast.finetune.trainer import History, TrainerConfig, train
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ueo_fast.finetune.hooks import Hooks
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.engine.trainer import History, TrainerConfig
 from ueo_fast.finetune.methods.base import Method
-from ueo_fast.finetune.model import ClipClassifier
 from ueo_fast.finetune.target import Target
-from ueo_fast.finetune.trainer import History, TrainerConfig
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.metrics import auc, roc_curve
 
-from ueo_fast.finetune.hooks import StepRecord
+from ueo_fast.finetune.engine.hooks import StepRecord
 from ueo_fast.finetune.report.svg import (
     INK,
     KNOWN,

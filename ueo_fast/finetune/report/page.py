@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ueo_fast import __version__
-from ueo_fast.finetune.atomic import atomic_file
+from ueo_fast.finetune.files.atomic import atomic_file
 from ueo_fast.finetune.methods.registry import METHODS
 from ueo_fast.finetune.report import tables, text
 from ueo_fast.finetune.report.charts import window

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ueo_fast.finetune.hooks import EpochRecord, StepRecord
+from ueo_fast.finetune.engine.hooks import EpochRecord, StepRecord
 from ueo_fast.finetune.report.predictions import Predictions, read_predictions
 
 T = TypeVar("T")

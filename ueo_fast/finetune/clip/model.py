@@ -1,0 +1,111 @@
+"""The classifier that is adapted: a CLIP visual tower against learned prompts."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ueo_fast.finetune.clip.prompt import PromptLearner
+from ueo_fast.patch import PatchHandle, affine_parameters, freeze_all_but_affine, patch_visual
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Similarities(NamedTuple):
+    """What the classifier says about a batch of B images and C classes.
+
+    Attributes:
+        cosines: (B, C) cosine of image and text features, in [-1, 1].
+        logits: (B, C) ``logit_scale.exp() * cosines``: 100 x cosine for OpenAI's CLIP.
+    """
+
+    cosines: Tensor
+    logits: Tensor
+
+
+class ClipClassifier(nn.Module):
+    """CLIP's visual tower and a :class:`PromptLearner` as one classifier.
+
+    Trainable are the prompt's context and the affine parameters of the visual tower's
+    normalisation layers; every other weight is frozen, the temperature included. ``model`` is
+    changed in place (``requires_grad`` flags, half-precision weights become float32, and the patch,
+    which ``patch_handle.undo()`` takes back): pass a deep copy to keep the original.
+
+    Weights are float32 because a learning rate of 1e-4 times a small gradient is lost when it is
+    added to a float16 weight. For speed run the forward pass under ``torch.autocast``.
+
+    Args:
+        model: any open_clip model with an image and a text tower (``CLIP``, ``CustomTextCLIP``).
+        prompt: the prompt learner built on the same ``model``.
+        scope: which affine parameters are trained: ``"all"`` normalisation layers, or the
+        ``"authors"``' rule (names containing ``bn`` or ``ln``).
+        patch: run the visual tower with the fused layers of :func:`ueo_fast.patch_visual`, which
+            need less time and memory and give the same result to rounding.
+
+    Source: authors' ``demo.py``, ``train_clip`` and ``VisualEncoder``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompt: PromptLearner,
+        *,
+        scope: str = "all",
+        patch: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.prompt = prompt
+        for tensor in itertools.chain(self.parameters(), self.buffers()):
+            if tensor.dtype in _HALF:
+                tensor.data = tensor.data.float()
+        self.scope = scope
+        freeze_all_but_affine(model, scope)
+        prompt.context.requires_grad_(True)
+        self.eval()
+        self.patch_handle: PatchHandle | None = patch_visual(model) if patch else None
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Temperature that multiplies the cosines, 0-d. A bias on the logits (SigLIP) is the same
+        for every class and changes no softmax, so it is left out."""
+        return self.model.logit_scale.detach().exp().reshape(())
+
+    def prompt_parameters(self) -> list[nn.Parameter]:
+        """The prompt's context, trained or not."""
+        return list(self.prompt.parameters())
+
+    def affine_parameters(self) -> list[nn.Parameter]:
+        """Affine parameters of the visual tower in ``scope``, trained or not."""
+        return list(affine_parameters(self.model, self.scope).values())
+
+    def text_features(self) -> Tensor:
+        """(C, E) float32, L2-normalised features of the class prompts."""
+        return self.prompt()
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """(B, E) L2-normalised features of ``images`` (B, 3, H, W); float32 under autocast too."""
+        features: Tensor = self.model.encode_image(images)
+        if features.dtype in _HALF:
+            features = features.float()
+        return F.normalize(features, dim=-1)
+
+    def forward(self, images: Tensor, text_features: Tensor | None = None) -> Similarities:
+        """Compare every image with every class.
+
+        Args:
+            images: (B, 3, H, W), preprocessed as the model expects.
+            text_features: (C, E) from :meth:`text_features`, where they do not change between
+                calls (evaluation, frozen prompt); ``None`` computes them.
+        """
+        text = self.text_features() if text_features is None else text_features
+        return self.compare(self.image_features(images), text)
+
+    def compare(self, image_features: Tensor, text_features: Tensor) -> Similarities:
+        """Cosines and logits of features (B, E) and (C, E), both L2-normalised."""
+        cosines = image_features @ text_features.to(image_features.dtype).T
+        return Similarities(cosines, self.logit_scale.to(cosines.dtype) * cosines)

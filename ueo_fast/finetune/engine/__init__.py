@@ -1,0 +1,1 @@
+"""The training loop and all that keeps it going: precision, checkpoints, logs, monitors."""

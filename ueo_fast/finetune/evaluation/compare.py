@@ -1,0 +1,269 @@
+"""Runs side by side: methods and seeds, mean and spread, and what cannot be compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ueo_fast.finetune.evaluation.finished_run import LeftOut, Outcome, read_outcomes
+from ueo_fast.finetune.evaluation.results_table import ResultsTable
+
+COLUMNS: Mapping[str, str] = {
+    "per_class_accuracy": "per-class accuracy",
+    "accuracy": "accuracy",
+    "auroc": "AUROC",
+    "fpr95": "FPR95 (low is good)",
+    "hm": "HM",
+}
+CONVENTION = (
+    "percent, mean ± standard deviation over seeds (n - 1); AUROC and FPR95 are of the MCM score "
+    "with known images as the positive class; - is not defined: no unknown images"
+)
+
+SAME = 1e-3
+"""Zero-shot metrics that differ by less, a tenth of a point, differ by rounding."""
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs whose numbers answer the same question.
+
+    Attributes:
+        title: what the images are.
+        question: what the runs have in common.
+        runs: their folders.
+        table: methods against metrics, mean and spread over seeds.
+        seeds: the same, one row per method and seed; ``None`` where no method has two.
+    """
+
+    title: str
+    question: Mapping[str, Any]
+    runs: tuple[Path, ...]
+    table: ResultsTable
+    seeds: ResultsTable | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare_runs` found.
+
+    Attributes:
+        groups: at least one, in the order of the runs.
+        differences: what the groups do not have in common, a sentence each.
+        left_out: runs without numbers, with the reason.
+        notes: what else a reader must know, a sentence each.
+    """
+
+    groups: tuple[Group, ...]
+    differences: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
+
+    def text(self) -> str:
+        """Tables for a terminal."""
+        parts = self._remarks("")
+        for group in self.groups:
+            parts += [group.title, group.table.text()]
+            if group.seeds is not None:
+                parts += ["seed by seed", group.seeds.text()]
+        return "\n\n".join([*parts, f"({CONVENTION})"])
+
+    def markdown(self) -> str:
+        """The same as GitHub tables."""
+        parts = self._remarks("> ")
+        for group in self.groups:
+            parts += [f"### {_escaped(group.title)}", _markdown(group.table)]
+            if group.seeds is not None:
+                parts += ["#### Seed by seed", _markdown(group.seeds)]
+        return "\n\n".join([*parts, f"({CONVENTION})"])
+
+    def _remarks(self, prefix: str) -> list[str]:
+        lines = [f"left out: {each.run}: {each.reason}" for each in self.left_out]
+        lines += [f"note: {note}" for note in self.notes]
+        if len({_frozen(group.question) for group in self.groups}) > 1:
+            lines.append("these runs cannot be compared with each other in one table, because of")
+            lines += [f"  {difference}" for difference in self.differences]
+        # Two spaces at the end break a line in markdown.
+        end = "  \n" if prefix else "\n"
+        return [end.join(prefix + line for line in lines)] if lines else []
+
+
+def compare_runs(paths: Iterable[str | os.PathLike[str]]) -> Comparison:
+    """Compare runs of ``ueo-fast finetune``.
+
+    Numbers are put into one table only where the data, the classes, the model and its weights, the
+    prompt, the scale of the score and the numbers of images agree. Seeds are averaged only where
+    all other options agree too; otherwise the rows of a method name what differs. What the
+    zero-shot model says depends on the seed in no way, so its row appears once and without a
+    spread, unless the runs disagree about it.
+
+    Args:
+        paths: run folders; one that is named twice counts once.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        ValueError: no folder, a folder that is no such run, or none with metrics.
+    """
+    folders = list(dict.fromkeys(Path(os.path.normpath(path)) for path in paths))
+    if not folders:
+        raise ValueError("runs is empty: give at least one run folder")
+    read = [read_outcomes(folder) for folder in folders]
+    left_out = tuple(found for found in read if isinstance(found, LeftOut))
+    outcomes = [each for found in read if not isinstance(found, LeftOut) for each in found]
+    if not outcomes:
+        reasons = "; ".join(f"{each.run}: {each.reason}" for each in left_out)
+        raise ValueError(f"none of the {len(folders)} runs has metrics to compare: {reasons}")
+    grouped: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        key = (_frozen(outcome.question), outcome.split)
+        grouped.setdefault(key, []).append(outcome)
+    questions = [group[0].question for group in grouped.values()]
+    differing = _differing(questions)
+    notes: list[str] = []
+    groups = tuple(_group(group, questions, notes) for group in grouped.values())
+    return Comparison(
+        groups,
+        tuple(f"{key}: {' / '.join(values)}" for key, values in differing.items()),
+        left_out,
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+def _group(
+    outcomes: Sequence[Outcome], questions: Sequence[Mapping[str, Any]], notes: list[str]
+) -> Group:
+    question = outcomes[0].question
+    zero_shot = _zero_shot([outcome for outcome in outcomes if outcome.is_zero_shot], notes)
+    adapted = [outcome for outcome in outcomes if not outcome.is_zero_shot]
+    records, seeds = list(zero_shot), list(zero_shot)
+    for label, members in _rows(adapted).items():
+        once: dict[int, Outcome] = {}
+        for outcome in members:
+            first = once.setdefault(outcome.seed, outcome)
+            if first is not outcome:
+                notes.append(
+                    f"{outcome.run} repeats {first.run} ({label}, seed {outcome.seed}, the same "
+                    "settings) and is left out"
+                )
+        title = f"{label} ({len(once)} seed{'s' if len(once) > 1 else ''})"
+        for outcome in once.values():
+            records.append({**outcome.metrics, "method": title})
+            seeds.append({**outcome.metrics, "method": f"{label}, seed {outcome.seed}"})
+    table = ResultsTable.from_records(records, COLUMNS)
+    return Group(
+        title=_title(outcomes[0], questions),
+        question=question,
+        runs=tuple(dict.fromkeys(outcome.run for outcome in outcomes)),
+        table=table,
+        seeds=ResultsTable.from_records(seeds, COLUMNS) if len(seeds) > len(table.rows) else None,
+    )
+
+
+def _zero_shot(outcomes: Sequence[Outcome], notes: list[str]) -> list[Record]:
+    """One record, or one per seed where seeds disagree: every run measured the same model again."""
+    by_seed: dict[int, Outcome] = {}
+    for outcome in outcomes:
+        first = by_seed.setdefault(outcome.seed, outcome)
+        if not _same(first, outcome):
+            notes.append(
+                f"{first.run} and {outcome.run} are of the same images, model and seed, but have "
+                "different zero-shot metrics: images or weights have changed between them; the "
+                f"zero-shot row is that of {first.run}"
+            )
+    different = list(by_seed.values())
+    if all(_same(different[0], outcome) for outcome in different[1:]):
+        different = different[:1]
+    else:
+        notes.append(
+            "the zero-shot metrics differ between seeds, though no seed plays a part in them: "
+            "images or weights have changed between the runs"
+        )
+    return [{**outcome.metrics, "method": outcome.title} for outcome in different]
+
+
+def _same(first: Outcome, second: Outcome) -> bool:
+    for key in COLUMNS:
+        one, other = first.metrics[key], second.metrics[key]
+        if one is None or other is None:
+            if one is not other:
+                return False
+        elif abs(one - other) > SAME:
+            return False
+    return True
+
+
+def _rows(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Outcomes by title, with the settings in which those of one title differ."""
+    titles: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        titles.setdefault(outcome.title, []).append(outcome)
+    rows: dict[str, list[Outcome]] = {}
+    for title, members in titles.items():
+        keys = _differing([outcome.settings for outcome in members])
+        for outcome in members:
+            values = ", ".join(f"{key}={outcome.settings.get(key)}" for key in keys)
+            rows.setdefault(f"{title}, {values}" if values else title, []).append(outcome)
+    return rows
+
+
+def _differing(mappings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Keys whose values are not all equal, with the different values as texts."""
+    differing = {}
+    for key in dict.fromkeys(key for mapping in mappings for key in mapping):
+        values = [mapping.get(key) for mapping in mappings]
+        if any(value != values[0] for value in values[1:]):
+            differing[key] = list(dict.fromkeys(_shown(value, values) for value in values))
+    return differing
+
+
+def _shown(value: Any, others: Sequence[Any]) -> str:
+    """A value; of a list of names how many, and the first few that not all of the others have."""
+    if not isinstance(value, list):
+        return str(value)
+    common = set(value).intersection(*(other for other in others if isinstance(other, list)))
+    special = [str(name) for name in value if name not in common]
+    dots = ", ..." if len(special) > 3 else ""
+    if special:
+        return f"{len(value)} with {', '.join(special[:3])}{dots}"
+    return f"{len(value)}, {value[0]} to {value[-1]}" if value else "0"
+
+
+def _title(outcome: Outcome, questions: Sequence[Mapping[str, Any]]) -> str:
+    """What the numbers are about, with all in which it differs from the other ``questions``."""
+    question = outcome.question
+    told = {"dataset", "domain", "scenario", "model", "pretrained"}
+    if question["dataset"] is not None:
+        where = f"{question['dataset']} {question['domain']}, {question['scenario']}"
+    else:
+        key = "test_data" if outcome.split == "test" and question["test_data"] else "data"
+        told.add(key)
+        where = str(question[key])
+    kind = "test" if outcome.split == "test" else "training"
+    words = [
+        f"{where}: {question[f'{outcome.split}_images']} {kind} images",
+        f"{len(question['known'])} known classes and {len(question['unknown'])} unknown",
+        f"{question['model']} ({question['pretrained']})",
+    ]
+    for key in _differing(questions):
+        if key not in told:
+            others = [other[key] for other in questions]
+            words.append(f"{key} {_shown(question[key], others)}")
+    return "; ".join(words)
+
+
+def _frozen(question: Mapping[str, Any]) -> str:
+    return repr(sorted(question.items()))
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _markdown(table: ResultsTable) -> str:
+    rows = {_escaped(method): row for method, row in table.rows.items()}
+    return ResultsTable(rows, table.columns).markdown()

@@ -1,0 +1,201 @@
+"""Evaluation pass: the cosines of all images with all classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.data.batches import tolerant_loader
+from ueo_fast.finetune.data.loader import TolerantBatch
+
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "fp32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""What the image tower computes in, under autocast; the weights stay float32."""
+
+
+class Failure(NamedTuple):
+    """An image that could not be read: its position among the images, and why."""
+
+    position: int
+    reason: str
+
+
+class Predicted(NamedTuple):
+    """What the classifier says about one batch.
+
+    Attributes:
+        positions: (B,) int64, of the images that could be read.
+        cosines: (B, C) float32 on the CPU, of those images; B may be 0.
+        failures: the others of the batch.
+    """
+
+    positions: Tensor
+    cosines: Tensor
+    failures: tuple[Failure, ...]
+
+
+class Readable(NamedTuple):
+    """What the classifier says about the images that could be read.
+
+    Attributes:
+        positions: (M,) int64, ascending.
+        cosines: (M, C) float32 on the CPU.
+        failures: the other images.
+    """
+
+    positions: Tensor
+    cosines: Tensor
+    failures: tuple[Failure, ...]
+
+
+def predict_batches(
+    classifier: ClipClassifier,
+    images: Dataset[Any] | Tensor,
+    *,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    precision: str = "fp32",
+    channels_last: bool = False,
+) -> Iterator[Predicted]:
+    """Cosines of every readable image with every class, batch by batch, in the order of ``images``.
+
+    Nothing is kept: memory does not grow with the number of images. The text features are computed
+    once, before the first batch, in float32. Features are compared in float32 whatever the
+    precision.
+    The classifier's mode is left as it is (evaluation mode, unless somebody changed it).
+
+    Args:
+        classifier: the model, on the device where the work is to be done.
+        images: a dataset or tensor of N un-augmented images; an item that cannot be read raises
+            ``UnreadableImageError``.
+        batch_size: images per forward pass; it changes speed and memory only.
+        num_workers: worker processes of the loader.
+        precision: of the image tower, one of :data:`PRECISIONS`.
+        channels_last: hand the images over in that memory format, which convolutions like.
+
+    Raises:
+        ValueError: no image, or an unknown ``precision``.
+    """
+    loader, precision_type = _start(classifier, images, batch_size, num_workers, precision)
+    return _predict(classifier, loader, precision_type, channels_last)
+
+
+def collect(predicted: Iterable[Predicted]) -> Readable:
+    """All batches of :func:`predict_batches` as one."""
+    batches = list(predicted)
+    return Readable(
+        torch.cat([batch.positions for batch in batches]),
+        torch.cat([batch.cosines for batch in batches]),
+        tuple(failure for batch in batches for failure in batch.failures),
+    )
+
+
+def predict_readable(
+    classifier: ClipClassifier,
+    images: Dataset[Any] | Tensor,
+    *,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    precision: str = "fp32",
+    channels_last: bool = False,
+) -> Readable:
+    """As :func:`predict_batches`, collected. Before a training it tells which images to leave out:
+    ``images.subset(readable.positions)``."""
+    return collect(
+        predict_batches(
+            classifier,
+            images,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            precision=precision,
+            channels_last=channels_last,
+        )
+    )
+
+
+def predict_cosines(
+    classifier: ClipClassifier,
+    images: Dataset[Any] | Tensor,
+    *,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    precision: str = "fp32",
+    channels_last: bool = False,
+) -> Tensor:
+    """Cosines of every image with every class, in the order of ``images``.
+
+    Args:
+        classifier: this and all others as for :func:`predict_batches`.
+        images: N images, all of which can be read.
+        batch_size: images per forward pass.
+        num_workers: worker processes of the loader.
+        precision: of the image tower.
+        channels_last: memory format of the images.
+
+    Returns:
+        (N, C) float32 on the CPU.
+
+    Raises:
+        UnreadableImageError: an image cannot be read.
+    """
+    loader, precision_type = _start(classifier, images, batch_size, num_workers, precision)
+    return collect(_predict(classifier, _strict(loader), precision_type, channels_last)).cosines
+
+
+def _start(
+    classifier: ClipClassifier,
+    images: Dataset[Any] | Tensor,
+    batch_size: int,
+    num_workers: int,
+    precision: str,
+) -> tuple[Iterable[TolerantBatch], torch.dtype | None]:
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
+        )
+    on_gpu = classifier.logit_scale.is_cuda
+    loader = tolerant_loader(images, batch_size, num_workers=num_workers, pin_memory=on_gpu)
+    return loader, PRECISIONS[precision]
+
+
+def _strict(loader: Iterable[TolerantBatch]) -> Iterator[TolerantBatch]:
+    for batch in loader:
+        for _, error in batch.failures:
+            raise error
+        yield batch
+
+
+# Around the generator: its body runs without gradients, what its caller does in between does not.
+@torch.no_grad()
+def _predict(
+    classifier: ClipClassifier,
+    loader: Iterable[TolerantBatch],
+    precision: torch.dtype | None,
+    channels_last: bool,
+) -> Iterator[Predicted]:
+    device = classifier.logit_scale.device
+    memory_format = torch.channels_last if channels_last else torch.preserve_format
+    text = classifier.text_features()
+    for images, positions, errors in loader:
+        failures = tuple(Failure(position, error.reason) for position, error in errors)
+        if images is None:
+            yield Predicted(positions, text.new_zeros(0, len(text), device="cpu"), failures)
+            continue
+        batch = images.to(device, non_blocking=True, memory_format=memory_format)
+        if precision is None:
+            features = classifier.image_features(batch)
+        else:
+            with torch.autocast(device.type, precision):
+                features = classifier.image_features(batch)
+            features = F.normalize(features.float(), dim=-1)
+        cosines = classifier.compare(features, text).cosines.float().cpu()
+        yield Predicted(positions, cosines, failures)

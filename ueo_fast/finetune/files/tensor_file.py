@@ -1,0 +1,95 @@
+"""Tensors and text in one safetensors file: whole or not there, and never a pickle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ueo_fast.finetune.files.atomic import atomic_file
+
+
+class TensorFileError(ValueError):
+    """A file that cannot be read as safetensors; the message names it and says why."""
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a file, or replace one, atomically.
+
+    Args:
+        path: where to.
+        tensors: of any device and layout in memory; views of one another are written in full.
+        metadata: text beside the tensors.
+
+    Raises:
+        OSError: it could not be written; the message names the file, which is then as it was.
+    """
+    own = {name: _compact(tensor) for name, tensor in tensors.items()}
+    data = safetensors.torch.save(own, dict(metadata or {}))
+    with atomic_file(path) as file:
+        file.write(data)
+    return Path(path)
+
+
+def read_tensors(
+    path: str | os.PathLike[str], *, limit: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU, and metadata. Nothing in the file is executed.
+
+    Args:
+        path: where from.
+        limit: most bytes that such a file can sensibly have.
+
+    Raises:
+        FileNotFoundError: there is none. Other subclasses of ``OSError``: it cannot be opened.
+        TensorFileError: it is no safetensors file, is damaged, or is larger than ``limit``.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise TensorFileError(f"{path} is a folder; give the file in it")
+    size = path.stat().st_size
+    with open(path, "rb") as file:  # an error of the system, e.g. no permission, is told as such
+        start = file.read(2)
+    if size == 0:
+        raise TensorFileError(f"{path} is empty; its writing was cut off, or it is not the file")
+    if limit is not None and size > limit:
+        raise TensorFileError(
+            f"{path} has {size:,} bytes, and such a file has at most {limit:,}: it is another file"
+        )
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as opened:
+            # Copies: the tensors would else follow the file if somebody writes to it.
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+            metadata = dict(opened.metadata() or {})
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise TensorFileError(f"{path} is {_looks_like(start)} ({error})") from error
+    return tensors, metadata
+
+
+def _looks_like(start: bytes) -> str:
+    if start == b"PK":
+        return (
+            "no readable safetensors file but a zip, as torch.save writes them; it may hold a "
+            "pickle, which can run any program, and is not opened"
+        )
+    if start[:1] == b"\x80":
+        return (
+            "no readable safetensors file but probably a pickle, which can run any program, and is "
+            "not opened"
+        )
+    return "no readable safetensors file: damaged, cut off, or of another kind"
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, in a storage of its own."""
+    value = tensor.detach()
+    return value.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()

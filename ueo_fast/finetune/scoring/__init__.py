@@ -1,0 +1,1 @@
+"""A table of images with classes, scores, and known or unknown."""
