@@ -160,8 +160,8 @@ def load_delta(
 
     The model is known by its activation, embedding size and fingerprint (what that can and cannot
     see: :func:`~ueo_fast.finetune.clip.base_model.fingerprint`); its name may have changed. Give a
-    model as it was loaded: of one that was adapted in a wider ``scope``, what the delta does not hold
-    would stay.
+    model as it was loaded: of one that was adapted in a wider ``scope``, what the delta does not
+    hold would stay.
 
     Args:
         model: of open_clip, on the device where it is to run. Changed in place, unless this raises.
