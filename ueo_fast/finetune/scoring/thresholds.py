@@ -3,8 +3,8 @@
 Convention, as in :mod:`ueo_fast.finetune.evaluation.metrics`: known is positive, and an image is
 known where ``score >= threshold``. All of them are exact: they look at every score, not at a
 histogram (but for the mixture, which sees at most :data:`MIXTURE_POINTS` quantiles). They take the
-scores in ascending order, so that a sorted file on disk serves as well as an array, and read them block by block:
-memory does not grow with the number of images.
+scores in ascending order, so that a sorted file on disk serves as well as an array, and read them
+block by block: memory does not grow with the number of images.
 """
 
 from __future__ import annotations
