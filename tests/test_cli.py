@@ -75,6 +75,16 @@ def test_flags_become_the_config(configs):
     assert configs == [expected, DemoConfig()]
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [("", True), ("--patch", True), ("--patch true", True), ("--patch false", False)]
+    + [("--no-patch", False), ("--no-patch --patch", True)],
+)
+def test_a_switch_needs_no_value_and_takes_one(configs, words, value):
+    assert main(["demo", *words.split()]) == 0
+    assert configs == [DemoConfig(patch=value)]
+
+
 def test_a_saved_config_is_read_back(configs, tmp_path, capsys):
     wanted = DemoConfig(tower="vit", seeds=(8, 9), severity=0.25, epochs=3)
     path = tmp_path / "config.json"

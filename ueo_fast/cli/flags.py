@@ -16,7 +16,7 @@ def parser_of(config: type[Any], *, prog: str, description: str) -> ArgumentPars
     A field is a flag ``--field-name``; a field whose metadata has ``positional`` is a word of its
     own. Tuples take several words. Fields without a default are required.
     """
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ActionYesNo, ArgumentParser
 
     parser = ArgumentParser(prog=prog, description=description)
     parser.add_argument(
@@ -31,6 +31,8 @@ def parser_of(config: type[Any], *, prog: str, description: str) -> ArgumentPars
         if _is_tuple(hints[field.name]):  # several words: --seeds 0 1 2
             (kind["type"],) = {item for item in hints[field.name].__args__ if item is not Ellipsis}
             kind["nargs"] = "+"
+        if hints[field.name] is bool:  # --strict, --strict true, --strict false, --no-strict
+            kind = {"action": ActionYesNo(no_prefix="no-"), "nargs": "?"}
         required = field.default is dataclasses.MISSING
         if not required:
             default = field.default
