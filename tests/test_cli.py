@@ -77,8 +77,14 @@ def test_flags_become_the_config(configs):
 
 @pytest.mark.parametrize(
     ("words", "value"),
-    [("", True), ("--patch", True), ("--patch true", True), ("--patch false", False)]
-    + [("--no-patch", False), ("--no-patch --patch", True)],
+    [
+        ("", True),
+        ("--patch", True),
+        ("--patch true", True),
+        ("--patch false", False),
+        ("--no-patch", False),
+        ("--no-patch --patch", True),
+    ],
 )
 def test_a_switch_needs_no_value_and_takes_one(configs, words, value):
     assert main(["demo", *words.split()]) == 0
