@@ -232,3 +232,44 @@ def test_a_bad_tensor_file_is_named(tmp_path):
         RunFolder(tmp_path).read_tensors(path.name)
     with pytest.raises(FileNotFoundError, match=r"other.safetensors"):
         RunFolder(tmp_path).read_tensors("other.safetensors")
+
+
+def test_of_two_writers_the_second_is_refused(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with atomic_file(path) as file:
+        file.write(b"first")
+        message = r"another process is writing it\); what was there before is kept: '.*/a'"
+        with pytest.raises(BlockingIOError, match=message), atomic_file(path):
+            pytest.fail("two wrote at once")
+        file.write(b" and whole")
+    assert path.read_bytes() == b"first and whole"
+    with atomic_file(path) as file:
+        file.write(b"later")
+    assert path.read_bytes() == b"later"
+    assert names(tmp_path) == ["a"]
+
+
+def test_many_writers_at_once_leave_a_whole_file(tmp_path):
+    path = tmp_path / "a"
+    code = f"""
+        import os, sys
+        from ueo_fast.finetune.files.atomic import atomic_file
+        letter = sys.argv[1].encode()
+        for length in range(1, 200):
+            try:
+                with atomic_file({str(path)!r}) as file:
+                    for _ in range(length):
+                        file.write(letter * 100)
+            except BlockingIOError:
+                pass
+            data = open({str(path)!r}, "rb").read()
+            assert data and len(set(data)) == 1 and len(data) % 100 == 0, data
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), letter], env=environment)
+        for letter in "abc"
+    ]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert names(tmp_path) == ["a"]

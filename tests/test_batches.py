@@ -17,7 +17,6 @@ from torch.utils.data import Dataset, TensorDataset
 
 from ueo_fast.finetune.data.batches import (
     even_loader,
-    indexed_loader,
     steps_per_epoch,
     tolerant_loader,
     training_batches,
@@ -59,20 +58,6 @@ class Broken(Dataset[Tensor]):
         if index in self.broken:
             raise UnreadableImageError(f"{index}.jpg", "is broken")
         return torch.full((3, 2, 2), float(index))
-
-
-def test_batches_carry_the_index_of_their_images() -> None:
-    images = numbered(10)
-    for source in (images, TensorDataset(images, torch.zeros(10))):
-        seen = []
-        for batch, index in indexed_loader(source, 4, shuffle_seed=5):
-            assert torch.equal(batch[:, 0, 0, 0], index.float())
-            seen.append(index)
-        assert [len(index) for index in seen] == [4, 4, 2]
-        assert torch.cat(seen).sort().values.tolist() == list(range(10))
-        assert torch.cat(seen).tolist() != list(range(10))
-    with pytest.raises(ValueError, match="images is empty"):
-        indexed_loader(images[:0], 4)
 
 
 @pytest.mark.parametrize(("count", "batch_size", "sizes"), [(9, 8, [5, 4]), (5, 2, [3, 2])])

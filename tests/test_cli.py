@@ -125,6 +125,23 @@ def test_wrong_options_exit_with_2_and_a_reason(configs, capsys, words, message)
     assert configs == []
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--epochs many", "--epochs: expected a whole number. Got value: many"),
+        ("--method uoe", "--method: expected one of zeroshot, ueo, infomax"),
+        ("--early-stop soon", "--early-stop: expected a whole number. Got value: soon"),
+        ("--affine-lr nan", "--affine-lr: expected a finite number"),
+        ("--wrong 1", "unrecognized arguments: --wrong 1"),
+    ],
+)
+def test_a_wrong_option_is_told_in_two_lines_of_plain_words(capsys, words, message):
+    assert main(["finetune", *words.split()]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert message in first
+    assert second == "(ueo-fast finetune --help explains)"
+
+
 def test_a_folder_with_content_is_refused(tmp_path, capsys):
     (tmp_path / "results.md").write_text("mine")
     assert main(["demo", "--out", str(tmp_path)]) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 
@@ -10,8 +9,8 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
-from photo_folder import CORRUPT, KNOWN, ODD, photo_folder
-from tiny_model_folder import save_tiny_clip
+from commands_place import finetune, lines, make_place, rows
+from photo_folder import CORRUPT, KNOWN, ODD
 
 from ueo_fast.cli import main
 
@@ -19,28 +18,7 @@ from ueo_fast.cli import main
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, photographs, class names and a finished run of two epochs."""
-    place = tmp_path_factory.mktemp("user, 用户")
-    save_tiny_clip(place / "model", pretrain_steps=60)
-    photo_folder(place / "photos")
-    (place / "names.txt").write_text("# the digits that I know\n" + "\n".join(KNOWN) + "\n")
-    assert finetune(place, "run", "--epochs", "2") == 0
-    return place
-
-
-def finetune(place, out, *more):
-    words = ["--data", place / "photos", "--classes", place / "names.txt"]
-    words += ["--model", place / "model", "--out", place / out, "--workers", 0, "--threads", 1]
-    rates = ["--prompt-lr", 1e-3, "--affine-lr", 3e-2, "--batch-size", 16]
-    return main(["finetune", *map(str, words + rates), *more])
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def rows(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return make_place(tmp_path_factory.mktemp("user, 用户"))
 
 
 def test_a_run_leaves_all_that_it_promises(place):
@@ -178,6 +156,42 @@ def test_score_tables_every_image(place, tmp_path, capsys, kind):
     assert sum(kept) / len(kept) >= 0.95
 
 
+def test_score_takes_its_threshold_from_validation_images(place, tmp_path, capsys):
+    listed = tmp_path / "unlabelled.txt"
+    paths = sorted((place / "photos").glob("*/IMG*.png"))
+    listed.write_text("\n".join(map(str, paths)), encoding="utf-8")
+    validation = tmp_path / "validation"
+    for path in paths:
+        if path.parent.name in KNOWN[:2] or path.parent.name == "six":
+            (validation / path.parent.name).mkdir(parents=True, exist_ok=True)
+            (validation / path.parent.name / path.name).write_bytes(path.read_bytes())
+    words = ["score", "--run", place / "run", "--data", listed, "--workers", 0]
+    words += ["--validation", validation, "--out"]
+    assert main([*map(str, words), str(tmp_path / "scores.csv")]) == 0
+    printed = capsys.readouterr().out
+    assert "threshold from 12 validation images of known classes" in printed
+    assert "warning: threshold='tpr95' rests on 12 labelled image(s)" in printed
+    before = rows(place / "run" / "predictions.csv")
+    lowest = min(
+        float(row["adapted_mcm"])
+        for row in before
+        if row["label"] in KNOWN[:2] and "IMG" in row["image"]
+    )
+    table = rows(tmp_path / "scores.csv")
+    assert len(table) == len(paths)
+    assert {row["known"] for row in table} == {"true", "false"}
+    for row in table:
+        if abs(float(row["mcm"]) - lowest) > 1e-6:
+            assert (row["known"] == "true") == (float(row["mcm"]) >= lowest)
+    other = str(tmp_path / "other.csv")
+    assert main([*map(str, words), other, "--threshold", "otsu"]) == 2
+    assert "threshold='otsu' has no use for validation=" in capsys.readouterr().err
+    words[words.index("--validation") + 1] = listed
+    assert main([*map(str, words), other]) == 2
+    assert "has no labels to take the threshold from" in capsys.readouterr().err
+    assert not (tmp_path / "other.csv").exists()
+
+
 def test_score_is_strict_where_it_is_asked_to_be(place, tmp_path, capsys):
     out = tmp_path / "scores.csv"
     words = ["--run", place / "run", "--data", place / "photos", "--out", out, "--workers", 0]
@@ -224,35 +238,6 @@ def test_a_resumed_run_keeps_its_options(place, capsys):
     assert "epochs=7 differs from 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--out x", "give --data, the images, and --classes"),
-        ("--data photos --classes missing.txt", "missing.txt"),
-        ("--data missing --classes names.txt", "missing does not exist"),
-        ("--data empty --classes names.txt", "has no image"),
-        ("--dataset officehome --root .", "needs --domain and --root"),
-        ("--data photos --classes names.txt --eps 1e-5 --method tent --trade-off 2", "trade_off"),
-        ("--data photos --classes names.txt --prompt-template photo", "{} once"),
-        ("--data photos --classes names.txt --model RN5O --pretrained openai", "RN50"),
-        ("--data photos --classes names.txt --model RN50 --pretrained opnai", "openai"),
-        ("--data photos --classes names.txt --batch-size 0", "batch_size must be at least 1"),
-        ("--data photos --classes names.txt --threads 0", "threads must be at least 1"),
-    ],
-)
-def test_a_mistake_is_named_and_leaves_nothing(
-    place, monkeypatch, tmp_path, capsys, words, message
-):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "photos").symlink_to(place / "photos")
-    (tmp_path / "names.txt").symlink_to(place / "names.txt")
-    monkeypatch.chdir(tmp_path)
-    assert main(["finetune", *words.split()]) in (1, 2)
-    assert message in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} <= {"empty", "photos", "names.txt", "runs"}
-    assert not list(tmp_path.glob("runs/*"))
-
-
 @pytest.mark.parametrize("command", ["finetune", "evaluate", "score", "report", "compare"])
 def test_help_explains_every_option(command, capsys):
     assert main([command, "--help"]) == 0
@@ -261,14 +246,3 @@ def test_help_explains_every_option(command, capsys):
     assert "--print_config" in text
     for option in re.findall(r"^  (--[a-z-]+) ", text, re.M):
         assert option.replace("_", "-") == option
-
-
-def test_commands_that_use_a_run_say_what_is_missing(tmp_path, capsys):
-    for words in (
-        f"evaluate --run {tmp_path}",
-        f"score --run {tmp_path} --data {tmp_path} --out {tmp_path}/s.csv",
-        f"report {tmp_path}",
-        f"compare {tmp_path}",
-    ):
-        assert main(words.split()) in (1, 2), words
-        assert str(tmp_path) in capsys.readouterr().err

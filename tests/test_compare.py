@@ -248,7 +248,7 @@ def test_runs_without_numbers_are_named_with_the_reason(tmp_path):
     assert {each.run.name: each.reason for each in comparison.left_out} == {
         "unlabelled": "its images have no labels, so it has no metrics",
         "unfinished": "it is not finished: there are no metrics from its end; go on with "
-        f"ueo-fast finetune --resume true --out {unfinished}",
+        f"ueo-fast finetune --resume --out {unfinished}",
         "early": "it is not finished: there is no problem.json",
         "damaged": "its files are damaged (KeyError: 'stage')",
         "partial": "its files are damaged (KeyError: 'split')",
@@ -277,3 +277,39 @@ def test_errors_name_the_folder(tmp_path):
         compare_runs([tmp_path / "demo"])
     with pytest.raises(ValueError, match="runs is empty: give at least one run folder"):
         compare_runs([])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("problem.json", {"known": 3}, "problem.json has known that are no names"),
+        ("problem.json", {"unknown": [["emu"]]}, "problem.json has unknown that are no names"),
+        ("metrics.jsonl", {"split": "val"}, "has split 'val' and title 'zero-shot'"),
+        ("metrics.jsonl", {"title": None}, "has split 'test' and title None"),
+        ("metrics.jsonl", {"hm": float("nan")}, "has hm nan, no fraction"),
+        ("metrics.jsonl", {"auroc": 61.4}, "has auroc 61.4, no fraction"),
+        ("metrics.jsonl", None, "metrics.jsonl cannot be read"),
+    ],
+)
+def test_a_damaged_run_costs_no_other_its_table(tmp_path, name, change, reason):
+    good, bad = make_run(tmp_path / "good"), make_run(tmp_path / "bad", seed=1)
+    first, *rest = (bad / name).read_text().splitlines()
+    (bad / name).unlink()
+    if change is None:
+        (bad / name).mkdir()
+    elif rest and name == "metrics.jsonl":
+        lines = [json.dumps({**json.loads(first), **change}), *rest]
+        (bad / name).write_text("\n".join(lines) + "\n")
+    else:
+        (bad / name).write_text(json.dumps({**PROBLEM, **change}))
+    comparison = compare_runs([good, bad])
+    assert [group.runs for group in comparison.groups] == [(good,)]
+    assert reason in comparison.left_out[0].reason
+
+
+def test_options_that_are_lists_of_lists_are_shown(tmp_path):
+    runs = [
+        make_run(tmp_path / str(seed), seed=seed, config={"later": [["a", seed]]})
+        for seed in (0, 1)
+    ]
+    assert "later=[['a', 0]]" in compare_runs(runs).text()

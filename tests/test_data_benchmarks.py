@@ -228,6 +228,15 @@ def test_the_authors_lists_come_first(officehome: Path) -> None:
     assert load(officehome, "officehome", "real").test.names[0].startswith("Real World/")
 
 
+def test_office31s_lists_may_lie_where_the_authors_have_them(tmp_path: Path) -> None:
+    paths = [f"amazon/images/{name}/1.jpg" for name in class_names("office31")]
+    touch(tmp_path, paths)
+    lines = [f"{path} {label}\n" for label, path in enumerate(paths)]
+    (tmp_path / "amazon" / "images_list.txt").write_text("".join(reversed(lines)))
+    problem = load(tmp_path, "office31", "amazon")
+    assert problem.test.names == tuple(reversed(paths))
+
+
 def test_a_list_in_another_order_of_classes_is_refused(officehome: Path) -> None:
     officehome_list(officehome, OFFICEHOME_FOLDERS)  # ASCII: TV is 58
     with pytest.raises(ValueError, match=r"lies in the folder of 'tv' \(63\), but its label is 58"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -206,6 +207,12 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         open_rgb(tmp_path / "gone.jpg")
     with pytest.raises(UnreadableImageError, match="Is a directory"):
         open_rgb(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableImageError, match="a pipe, a socket or a device, and no file"):
+        open_rgb(tmp_path / "pipe.jpg")
 
 
 def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,8 +91,10 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 
 def test_a_dead_link_is_listed_and_a_pipe_is_not(tmp_path: Path) -> None:
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "itself.jpg").symlink_to("itself.jpg")
+    (tmp_path / "circle").symlink_to("circle")
     os.mkfifo(tmp_path / "pipe.jpg")
-    assert read_images(tmp_path).names == ("gone.jpg",)
+    assert read_images(tmp_path).names == ("gone.jpg", "itself.jpg")
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
@@ -168,6 +170,8 @@ def test_labels_may_be_names_or_left_out(tmp_path: Path) -> None:
     assert bare.labels is None
     assert bare.names == ("a b.jpg", "c.jpg", "1.jpg")
     assert read_images(write(tmp_path / "l", "c.jpg -1\n1.jpg +2\n")).labels == (-1, 2)
+    tabs = read_images(write(tmp_path / "l", "a b.jpg\talarm clock\nc.jpg \t cat\n"))
+    assert (tabs.names, tabs.labels) == (("a b.jpg", "c.jpg"), ("alarm clock", "cat"))
 
 
 @pytest.mark.parametrize(
@@ -198,6 +202,14 @@ def test_a_csv(tmp_path: Path) -> None:
     assert numbers.labels == (4, None)
     assert read_images(write(tmp_path / "l.csv", "path\na.jpg\n")).labels is None
     assert read_images(write(tmp_path / "l.csv", "path,label\na.jpg,\n")).labels is None
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_csv_as_spreadsheets_write_it(tmp_path: Path, separator: str) -> None:
+    touch(tmp_path, "a, b.jpg")
+    text = f"path{separator}label\na, b.jpg{separator}alarm clock\n"
+    images = read_images(write(tmp_path / "l.csv", text))
+    assert (images.names, images.labels) == (("a, b.jpg",), ("alarm clock",))
 
 
 def test_a_csv_of_ours_can_be_read_back(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.data.dataset import ImageDataset
 from ueo_fast.finetune.data.decode import UnreadableImageError
 from ueo_fast.finetune.data.image_list import read_images
-from ueo_fast.finetune.data.transforms import test_transform as make_transform
+from ueo_fast.finetune.data.transforms import test_transform
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
 from ueo_fast.finetune.evaluation.predict import (
     PRECISIONS,
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> ImageDataset:
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
     (tmp_path / "1.png").write_bytes(b"")
     (tmp_path / "6.png").write_bytes((tmp_path / "6.png").read_bytes()[:900])
-    return ImageDataset(read_images(tmp_path), make_transform({"size": 32}))
+    return ImageDataset(read_images(tmp_path), test_transform({"size": 32}))
 
 
 @pytest.mark.parametrize("tower", ["bn", "vit"])

@@ -337,3 +337,12 @@ def test_a_loaded_classifier_can_be_trained_on_and_saved_again(tmp_path):
     first, second = read_delta(path), read_delta(again)
     assert all(torch.equal(first.tensors[name], value) for name, value in second.tensors.items())
     assert (first.base, first.class_names) == (second.base, second.class_names)
+
+
+def test_a_model_in_bfloat16_is_told_why_it_is_another(tmp_path):
+    classifier = disturb(zero_shot())
+    base = describe_base(classifier.model, "RN50", "openai")
+    path = save_delta(tmp_path / "delta.safetensors", classifier, base, method="ueo")
+    assert load_delta(tiny_clip("bn", 0).half(), path, tokenizer=tiny_tokenizer())
+    with pytest.raises(DeltaError, match=r"Load RN50 \(openai\) instead: .* not in bfloat16"):
+        load_delta(tiny_clip("bn", 0).bfloat16(), path, tokenizer=tiny_tokenizer())

@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 
 from ueo_fast.finetune.clip import delta as delta_module
 from ueo_fast.finetune.clip.base_model import describe_base
-from ueo_fast.finetune.clip.delta import Delta, DeltaError, read_delta, save_delta
+from ueo_fast.finetune.clip.delta import Delta, DeltaError, load_delta, read_delta, save_delta
+from ueo_fast.finetune.demo.tiny_clip import tiny_tokenizer
+from ueo_fast.finetune.files.tensor_file import read_tensors, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +213,29 @@ def test_much_random_damage_is_seen(tmp_path, good):
         for _ in range(generator.randint(1, 3)):
             damaged[generator.randrange(8 + length)] = generator.randrange(256)
         assert_whole_or_refused(path, bytes(damaged), truth)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("extra", '{"a":' * 100_000),
+        ("class_names", "[" * 100_000),
+        ("suffix", " and so on" * 1000),
+        ("embed_dim", "9" * 10_000),
+        ("seed", "NaN"),
+    ],
+)
+def test_a_forged_field_with_a_right_checksum_is_one_kind_of_error(tmp_path, good, field, value):
+    path = tmp_path / "forged.safetensors"
+    path.write_bytes(good)
+    tensors, values = read_tensors(path)
+    forged = {**values, field: value}
+    write_tensors(path, tensors, {**forged, "checksum": delta_module._checksum(forged, tensors)})
+    with pytest.raises(DeltaError, match=r"forged.safetensors"):
+        load_delta(zero_shot().model, path, tokenizer=tiny_tokenizer())
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "delta.safetensors")
+    with pytest.raises(DeltaError, match="is a pipe, a socket or a device; give a file"):
+        read_delta(tmp_path / "delta.safetensors")

@@ -170,3 +170,15 @@ def test_the_monitor_hears_of_the_zero_shot_predictions(monkeypatch):
     p = (classifier.logit_scale * target.cosines).double().softmax(dim=1)
     for start in starts:
         torch.testing.assert_close(start.probabilities, p.sum(dim=0), rtol=1e-5, atol=1e-6)
+
+
+def test_zero_shot_predictions_are_summed_in_parts(monkeypatch):
+    """In double the cosines of half a million images would be gigabytes."""
+    cosines = torch.rand(50, 7, generator=torch.Generator().manual_seed(0))
+    whole = totals_of(cosines, 10.0)
+    monkeypatch.setattr("ueo_fast.finetune.engine.monitor._ROWS", 8)
+    parts = totals_of(cosines, 10.0)
+    assert parts.images == whole.images == 50
+    assert parts.histogram.tolist() == whole.histogram.tolist()
+    torch.testing.assert_close(parts.probabilities, whole.probabilities)
+    assert parts.record(0).conditional_entropy == pytest.approx(whole.record(0).conditional_entropy)

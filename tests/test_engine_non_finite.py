@@ -20,7 +20,10 @@ from engine_problem import (
 )
 
 from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.engine.objective import Objective
 from ueo_fast.finetune.engine.trainer import NonFiniteLossError, train
+from ueo_fast.finetune.methods import UEO
+from ueo_fast.finetune.target import zero_shot_target
 
 
 @pytest.fixture
@@ -78,3 +81,40 @@ def test_a_nan_image_says_that_the_checkpoint_could_not_be_saved_either(images):
             config=CONFIG,
             hooks=Hooks(checkpoints=Full()),
         )
+
+
+@pytest.mark.parametrize("size", [1e20, 1e38])
+@pytest.mark.parametrize("rate", ["prompt_lr", "affine_lr"])
+def test_a_step_that_would_be_too_large_is_not_taken(images, rate, size):
+    """The gradient is in order, and what the learning rate makes of it is not."""
+    classifier, store = make_classifier(), MemoryStore()
+    before = state_of(classifier)
+    config = dataclasses.replace(CONFIG, **{rate: size})
+    hooks = Hooks(checkpoints=store)
+    with pytest.raises(NonFiniteLossError, match=r"the gradient became .* at step 1 "):
+        train(classifier, images, infomax(images), config=config, hooks=hooks)
+    assert_same_state(classifier, before)
+    assert classifier(images).cosines.isfinite().all()
+
+
+@pytest.mark.parametrize("confidence", ["zeroshot", "online"])
+def test_a_confidence_that_is_nan_stops_as_a_loss_that_is(images, confidence):
+    """The loss refuses it before there is a value; the last good state is saved all the same."""
+    images[3] = math.nan
+    classifier, store = make_classifier(), MemoryStore()
+    target = zero_shot_target(classifier, images)
+    with pytest.raises(NonFiniteLossError, match=r"no longer finite \(confidence .*images for NaN"):
+        UEO(confidence=confidence).adapt(
+            classifier, target, config=CONFIG, hooks=Hooks(checkpoints=store)
+        )
+    (checkpoint,) = store.saved
+    assert torch.equal(checkpoint.tensors["adapted/prompt.context"], classifier.prompt.context)
+
+
+def test_a_refusal_of_finite_predictions_is_told_as_it_is(images):
+    class Refusing(Objective):
+        def forward(self, step):
+            raise ValueError("eps is wrong")
+
+    with pytest.raises(ValueError, match=r"^eps is wrong$"):
+        train(make_classifier(), images, Refusing(), config=CONFIG)

@@ -199,3 +199,18 @@ def test_statistics_of_batch_norm_that_follow_a_stream_are_resumed():
         assert torch.equal(resumed.online, history.online)
     mean = make_classifier("bn").model.visual.bn1.running_mean
     assert not torch.equal(classifier.model.visual.bn1.running_mean, mean)
+
+
+def test_a_checkpoint_of_another_prompt_is_refused():
+    """Of as many words, so that the context's shape says nothing."""
+    start, images = run("vit", FULL)[3].saved[0], make_images()
+    other = make_classifier()
+    other.prompt.suffix_text = " outdoors."
+    with pytest.raises(ValueError, match=r"prompt='.* {}\.', and this one has prompt='.* outdoors"):
+        train(
+            other,
+            images,
+            Remembering(infomax(images), 10),
+            config=FULL,
+            hooks=Hooks(checkpoints=MemoryStore(start)),
+        )

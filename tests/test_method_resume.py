@@ -11,6 +11,7 @@ from tiny_problem import make_classifier, make_images
 from ueo_fast.finetune.engine.hooks import Checkpoint, Hooks
 from ueo_fast.finetune.engine.trainer import TrainerConfig
 from ueo_fast.finetune.methods import DANCE, METHODS, POUF, UEO, UPL, Oracle, Tent
+from ueo_fast.finetune.methods.base import choices_of
 from ueo_fast.finetune.target import zero_shot_target
 
 CONFIG = TrainerConfig(
@@ -93,3 +94,30 @@ def test_every_method_with_a_memory_is_tested():
         if hasattr(method, "objective") and method().objective(classifier, target).state_dict()
     }
     assert stateful == {"ueo", "upl", "dance", "tent", "oracle"}
+
+
+@pytest.mark.parametrize(
+    ("method", "other", "message"),
+    [
+        (UEO(), UEO(trade_off=0.5), "choices='trade_off=1.0, .* has choices='trade_off=0.5, "),
+        (Tent(), Tent(eps=1e-5), "choices='eps=0.0', and this one has choices='eps=1e-05'"),
+    ],
+    ids=["loss method", "tent"],
+)
+def test_a_run_does_not_go_on_with_other_choices_of_the_method(method, other, message):
+    store = Memory()
+    with pytest.raises(KeyboardInterrupt):
+        run(method, store, killed_after=1)
+    with pytest.raises(ValueError, match=message):
+        run(other, store)
+
+
+def test_choices_are_the_same_in_another_process():
+    """Options that are objects have an address in their repr, so they are left out."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Own(UEO):
+        helper: object = dataclasses.field(default_factory=object)
+
+    assert choices_of(Own()) == choices_of(UEO())
+    assert "mcm_scale=1.0" in choices_of(UEO())

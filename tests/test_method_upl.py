@@ -80,6 +80,14 @@ def test_sure_images_are_told_apart():
     assert objective.subset.tolist() == [1]
 
 
+def test_images_are_looked_at_in_parts(monkeypatch):
+    """In double the cosines of half a million images would be gigabytes."""
+    whole = objective_of(PROBABILITIES).labels.tolist()
+    monkeypatch.setattr("ueo_fast.finetune.methods.upl._ROWS", 3)
+    assert objective_of(PROBABILITIES).labels.tolist() == whole
+    assert whole == [0, -1, 0, 1, -1, 1, -1, 3]
+
+
 def objective_of(probabilities, k=2):
     classifier = make_classifier("vit")
     cosines = torch.tensor(probabilities).log() / float(classifier.logit_scale)

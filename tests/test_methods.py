@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_problem import make_classifier, make_images, random_features, random_s
 
 from ueo_fast.finetune.data.batches import even_loader
 from ueo_fast.finetune.engine.objective import Step
-from ueo_fast.finetune.engine.trainer import TrainerConfig
+from ueo_fast.finetune.engine.trainer import NonFiniteLossError, TrainerConfig
 from ueo_fast.finetune.methods import (
     DANCE,
     POUF,
@@ -255,3 +256,12 @@ def test_adabn_that_fails_leaves_the_classifier_as_it_was(training, monkeypatch)
 def test_adabn_needs_batch_norm():
     with pytest.raises(ValueError, match=r"visual tower has no BatchNorm .*leave the method out"):
         AdaBN().adapt(make_classifier("vit"), Target(make_images()))
+
+
+def test_adabn_that_meets_nan_says_so_and_leaves_the_classifier_as_it_was():
+    classifier, images = make_classifier(), make_images(8)
+    before = copy.deepcopy(classifier.state_dict())
+    images[5] = math.nan
+    with pytest.raises(NonFiniteLossError, match=r"statistics of BatchNorm became NaN.*images"):
+        AdaBN(batch_size=4).adapt(classifier, Target(images))
+    assert all(torch.equal(before[key], value) for key, value in classifier.state_dict().items())

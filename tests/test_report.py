@@ -316,7 +316,7 @@ def test_unfinished_run_says_so_and_how_to_go_on(tmp_path):
     page = report_of(tmp_path, ReportRun(finished=False))
     note = page.one("aside", **{"aria-label": "State of the run"}).text
     assert note.startswith("This run is not finished It has taken 40 of 80 steps (epoch 4).")
-    assert f"ueo-fast finetune --resume true --out {tmp_path / 'run'}" in note
+    assert f"ueo-fast finetune --resume --out {tmp_path / 'run'}" in note
     head = section(page, "metrics").one("table").table()[0]
     assert head == ["Metric, %", "zero-shot", "UEO, epoch 2", "points"]
     assert len(section(page, "training").find("svg")) == 4

@@ -125,7 +125,7 @@ def test_csv_has_what_the_model_says_of_every_readable_image(
     assert (summary.images, summary.known + summary.unknown) == (12, 12)
     assert summary.known == sum(row["known"] == "true" for row in rows) > 0
     assert summary.unreadable_count == 2
-    listed = read_csv(tmp_path / "new folder" / "scores.unreadable.csv")
+    listed = read_csv(tmp_path / "new folder" / "scores.csv.unreadable.csv")
     assert {row["image"] for row in listed} == set(BROKEN)
     assert tuple((row["image"], row["reason"]) for row in listed) == summary.unreadable
     text = summary.text()
@@ -134,7 +134,7 @@ def test_csv_has_what_the_model_says_of_every_readable_image(
     assert all(f"  {name}: " in text for name in BROKEN)
     assert sorted(path.name for path in summary.out.parent.iterdir()) == [
         "scores.csv",
-        "scores.unreadable.csv",
+        "scores.csv.unreadable.csv",
     ]
 
 
@@ -164,7 +164,7 @@ def test_parquet_has_the_same_table(classifier, photos, tmp_path):
     assert table.column("known").to_pylist() == [row["known"] == "true" for row in rows]
     probabilities = table.column("probability_2").to_numpy()
     assert probabilities.tolist() == [np.float32(row["probability_2"]) for row in rows]
-    assert (tmp_path / "a.b.unreadable.csv").exists()
+    assert (tmp_path / "a.b.parquet.unreadable.csv").exists()
 
 
 def test_labels_are_only_those_that_the_data_has(classifier, tmp_path):
@@ -211,7 +211,7 @@ def test_tpr95_keeps_the_known_images_of_the_data_or_of_a_validation_set(classif
 
 def test_strict_stops_at_the_first_unreadable_image(classifier, photos, tmp_path):
     images = read_images(photos)
-    with pytest.raises(ValueError, match=r"^green/broken\.png: .*; without strict it is listed"):
+    with pytest.raises(ValueError, match=r"^green/broken\.png: .*; without --strict it is listed"):
         score_images(
             classifier,
             images,
@@ -283,7 +283,7 @@ def test_what_exists_is_replaced_only_when_asked_and_only_by_a_whole_table(
     dataset = dataset_of(classifier, images)
     with pytest.raises(FileExistsError, match=r"exists, and nothing is overwritten.*overwrite"):
         score_images(classifier, images, dataset, out=out)
-    with pytest.raises(ValueError, match="without strict"):
+    with pytest.raises(ValueError, match="without --strict"):
         score_images(classifier, images, dataset, out=out, overwrite=True, strict=True)
 
     def interrupted(done: int, total: int) -> None:
@@ -298,7 +298,7 @@ def test_what_exists_is_replaced_only_when_asked_and_only_by_a_whole_table(
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"scores.csv": "mine"}
     score_images(classifier, images, dataset, out=out, overwrite=True)
     assert len(read_csv(out)) == 12
-    assert (tmp_path / "scores.unreadable.csv").exists()
+    assert (tmp_path / "scores.csv.unreadable.csv").exists()
     # The next table has nothing to list, and no list of an earlier one beside it.
     whole = images.subset([i for i, name in enumerate(images.names) if name not in BROKEN])
     summary = score_images(

@@ -94,7 +94,7 @@ def test_peak_of_many_images_is_that_of_few(monkeypatch, tmp_path, name, thresho
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
     for block in ("score.ROWS", "score_spool.BLOCK", "thresholds.BLOCK"):
-        monkeypatch.setattr(f"ueo_fast.finetune.{block}", 1 << 12)
+        monkeypatch.setattr(f"ueo_fast.finetune.scoring.{block}", 1 << 12)
     few = peak_memory(monkeypatch, tmp_path / name, 30_000, threshold)
     many = peak_memory(monkeypatch, tmp_path / name, 150_000, threshold)
     # The scores alone of the additional images would take 0.9 MiB, their rows 5 MiB.

@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from ueo_fast.finetune.data.image_list import ImageList
+from ueo_fast.finetune.evaluation.predict import Failure
 from ueo_fast.finetune.scoring.score_spool import ScoreSpool
-from ueo_fast.finetune.scoring.score_writer import ScoreRows, check_output, score_writer
+from ueo_fast.finetune.scoring.score_unreadable import UnreadableList
+from ueo_fast.finetune.scoring.score_writer import (
+    ScoreRows,
+    check_output,
+    score_writer,
+    unreadable_path,
+)
 
 CLASSES = ["Käse", 'quote " and, comma', "猫"]
 NAMES = ["a,b.png", "line\nbreak", "carriage\rreturn", "=HYPERLINK(1)", "é\u2028", " lead", ""]
@@ -103,7 +111,7 @@ def test_an_error_on_the_way_leaves_the_old_table(tmp_path, extension):
 
 def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r'pip install "ueo_fast\[parquet\]", or choose .*\.csv'):
+    with pytest.raises(ImportError, match=r"pip install pyarrow, or choose .*\.csv"):
         check_output(tmp_path / "s.parquet", overwrite=False)
     check_output(tmp_path / "s.csv", overwrite=False)
 
@@ -148,3 +156,20 @@ def test_spool_names_the_folder_that_is_full(tmp_path, monkeypatch):
     assert caught.value.filename == str(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         ScoreSpool(tmp_path / "nowhere", 1)
+
+
+def test_two_tables_have_a_list_of_unreadable_images_each(tmp_path):
+    csv_list = unreadable_path(tmp_path / "scores.csv")
+    csv_list.touch()
+    assert csv_list.name == "scores.csv.unreadable.csv"
+    assert unreadable_path(tmp_path / "scores.parquet") != csv_list
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_is_told_with_the_folder(tmp_path, monkeypatch):
+    images = ImageList(("a.jpg",), ("a",))
+    with UnreadableList(images, tmp_path, strict=False) as unreadable:
+        monkeypatch.setattr(unreadable, "_file", open("/dev/full", "wb", buffering=0))  # noqa: SIM115
+        with pytest.raises(OSError, match="No space left") as caught:
+            unreadable.add([Failure(0, "broken")])
+        assert caught.value.filename == str(tmp_path)

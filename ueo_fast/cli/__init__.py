@@ -66,12 +66,20 @@ def _run(argv: Sequence[str] | None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "ueo_fast"):  # a fault of ours, not a missing extra
             raise
+        extra = {"pyarrow": "parquet"}.get(
+            package, package if package in ("tensorboard", "wandb") else "recipe"
+        )
         print(
             f"ueo-fast {name} needs the module {package!r}, which is not installed. In a clone of "
-            'the repository:\n    pip install ".[recipe]"\nor, for an environment of its own:\n'
+            f'the repository:\n    pip install ".[{extra}]"\nor, for an environment of its own:\n'
             "    make setup",
             file=sys.stderr,
         )
+        return 1
+    except ImportError as error:
+        if error.name is not None:  # a fault of ours or of a package, not what we raise ourselves
+            raise
+        print(f"ueo-fast {name}: {error}", file=sys.stderr)
         return 1
 
 

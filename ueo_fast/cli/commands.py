@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +37,13 @@ class Command:
             _load(self.config), words, prog=f"ueo-fast {self.name}", description=self.description
         )
         entry = _load(self.entry)
+        import torch
+
         from ueo_fast.finetune.engine.trainer import NonFiniteLossError
 
         try:
-            status = entry(config)
+            with _short_warnings():
+                status = entry(config)
             return status if isinstance(status, int) else 0
         except BrokenPipeError:  # an OSError too, but nobody's fault
             raise
@@ -48,6 +53,19 @@ class Command:
         except (OSError, NonFiniteLossError) as error:
             print(f"ueo-fast {self.name}: {error}", file=sys.stderr)
             return 1
+        except torch.OutOfMemoryError as error:
+            print(
+                f"ueo-fast {self.name}: the device's memory does not suffice: "
+                f"{str(error).partition(chr(10))[0]}\n{_LESS_MEMORY}",
+                file=sys.stderr,
+            )
+            return 1
+
+
+_LESS_MEMORY = (
+    "Take fewer images at a time (--batch-size; finetune: --micro-batch-size, which changes no "
+    "result, and --eval-batch-size), or --precision bf16"
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,17 @@ class Info:
             print(f"ueo-fast info takes no options, got {' '.join(words)!r}", file=sys.stderr)
             return 2
         return print_info() or 0
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Warnings as a sentence, without the line of ours that gave them."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _load(path: str) -> Any:
@@ -93,7 +122,7 @@ _ALL = (
             "is needed; where there are labels (class folders, a list with labels) they are used "
             "for metrics only, before, during and after. Everything goes into the run folder, "
             "whose delta.safetensors is what was learnt; a run that was stopped goes on with "
-            "--resume true."
+            "--resume."
         ),
         config="commands.finetune_config:FinetuneConfig",
         entry="commands.finetune:run",

@@ -288,6 +288,7 @@ def _views(
     if isinstance(images, str | os.PathLike):
         images = read_images(images)
     if not isinstance(images, ImageList):
+        _check_dataset(images)
         return Views(images, augmented, labels, None)
     for name, value in (("augmented", augmented), ("labels", labels)):
         if value is not None:
@@ -297,3 +298,16 @@ def _views(
             )
     known = classifier.prompt.class_names
     return views_of(images, classifier.model, match_labels(images, known))
+
+
+def _check_dataset(images: Any) -> None:
+    if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3):
+        raise ValueError(
+            f"images has shape {tuple(images.shape)}, but a tensor of images is (N, 3, H, W), "
+            "preprocessed for the model"
+        )
+    if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+        raise TypeError(
+            f"images is of type {type(images).__name__}, but must be a folder, list file or CSV, "
+            "an ImageList, a tensor (N, 3, H, W), or a dataset with a length"
+        )

@@ -75,7 +75,11 @@ def check_base(recorded: BaseModel, found: BaseModel) -> None:
 def _way_out(recorded: BaseModel, found: BaseModel) -> str:
     load = f"load_clip({recorded.name!r}, {recorded.pretrained!r})"
     if (recorded.name, recorded.pretrained) != (found.name, found.pretrained):
-        return f"Load {recorded.title()} instead: {load}" if recorded.name else "Load that one"
+        rounded = ""
+        if (found.name, recorded.activation) == ("", found.activation):
+            rounded = ", not in bfloat16, which rounds the weights"
+        one = f"{recorded.title()} instead: {load}" if recorded.name else "that one"
+        return f"Load {one}{rounded}"
     if recorded.activation != found.activation:
         return f"Build it with {recorded.activation}, as {load} does"
     return (

@@ -140,7 +140,7 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
         raise DeltaError(f"{path} is damaged or was edited: its checksum does not fit its content")
     try:
         return _parse(values, tensors)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise DeltaError(
             f"{path} has no usable value for one of its fields ({error!r}); save it anew with "
             "save_delta"
@@ -188,7 +188,14 @@ def load_delta(
         tokenize = tokenizer or _tokenizer(found.name or delta.base.name)
     except (ValueError, OSError) as error:
         raise DeltaError(f"{path} does not fit the model: {error}") from error
-    prompt = PromptLearner(model, tokenize, names, context=delta.context_words, suffix=delta.suffix)
+    try:
+        prompt = PromptLearner(
+            model, tokenize, names, context=delta.context_words, suffix=delta.suffix
+        )
+    except ValueError as error:
+        if class_names is not None:  # then it is these that do not fit
+            raise
+        raise DeltaError(f"{path} does not fit the model: {error}") from error
     try:
         _check_tensors({CONTEXT: prompt.context, **tower_tensors(model, delta.scope)}, delta)
     except ValueError as error:

@@ -104,6 +104,11 @@ class PromptLearner(nn.Module):
         features = encode_packed(model, beginning, self.suffix, self.tokens, self._packing())
         return F.normalize(features.to(_at_least_float32(features)), dim=-1)
 
+    @property
+    def template(self) -> str:
+        """The prompt that the context was initialised from, ``{}`` for the class name."""
+        return f"{self.context_words} {{}}{self.suffix_text}"
+
     def _packing(self) -> Packing | None:
         if self._groups is None or self.packed_rows is None or self.packed_places is None:
             return None

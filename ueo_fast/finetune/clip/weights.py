@@ -22,6 +22,7 @@ ACTIVATIONS = ("gelu", "quickgelu")
 _LOCAL, _HUB = "local-dir:", "hf-hub:"
 _CONFIG = "open_clip_config.json"
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".npy", ".ckpt")
+_AT_ONCE = "With HF_HUB_OFFLINE=1 in the environment the hub is not asked, which saves the wait"
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
 
@@ -115,7 +116,8 @@ def weights_error(source: Source, error: Exception) -> Exception:
         return OSError(
             f"{source.identifier} could not be downloaded ({reason}). Without a network: download "
             f"{_CONFIG} and the weights of https://huggingface.co/{repository} elsewhere into one "
-            f"folder, and give that folder as the model. Looked for in {constants.HF_HUB_CACHE}"
+            f"folder, and give that folder as the model. Looked for in {constants.HF_HUB_CACHE}. "
+            f"{_AT_ONCE}"
         )
     return ValueError(
         f"the weights {source.weights or source.identifier} do not load into {source.name}: "
@@ -196,7 +198,8 @@ def _tag_file(name: str, tag: str, cfg: dict[str, Any]) -> str:
         raise OSError(
             f"the weights {tag!r} of {name} are not in {constants.HF_HUB_CACHE} and could not be "
             f"downloaded ({error}). Without a network: download {', or '.join(places)} elsewhere, "
-            f"copy the file to this machine, and give pretrained='{tag}=/path/of/the/file'"
+            f"copy the file to this machine, and give pretrained='{tag}=/path/of/the/file'. "
+            f"{_AT_ONCE}"
         ) from error
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
-
-import torch
 
 from ueo_fast.finetune.clip.delta import load_delta, read_delta
 from ueo_fast.finetune.clip.load import LoadedClip, load_base
 from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.commands.device import chosen_device
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.files.run_folder import RunFolder
 
@@ -55,9 +55,9 @@ def open_run(path: str, device: str | None) -> AdaptedRun:
     if not (folder.path / DELTA).exists():
         raise FileNotFoundError(
             f"{folder.path} has no {DELTA} yet: the run was stopped before its end; finish it with "
-            f"ueo-fast finetune --resume true --out {folder.path}"
+            f"ueo-fast finetune --resume --out {shlex.quote(str(folder.path))}"
         )
     config = FinetuneConfig(**folder.read_json("config.json"))
     base = read_delta(folder.path / DELTA).base
-    clip = load_base(base, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    clip = load_base(base, device=chosen_device(device))
     return AdaptedRun(folder, config, clip)

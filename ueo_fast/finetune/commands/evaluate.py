@@ -71,8 +71,21 @@ class EvaluateConfig:
             raise ValueError(f"mcm_scale must be positive, got {self.mcm_scale}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.out is not None and Path(self.out).exists():
-            raise ValueError(f"out={self.out!r} exists, and nothing is overwritten: choose another")
+        if self.out is not None:
+            _check_out(Path(self.out))
+
+
+def _check_out(out: Path) -> None:
+    """Refuse now what could not be written after the work."""
+    if out.suffix.lower() != ".csv":
+        raise ValueError(f"out={str(out)!r} must end in .csv, which is what is written")
+    if out.exists():
+        raise ValueError(f"out={str(out)!r} exists, and nothing is overwritten: choose another")
+    for parent in out.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise ValueError(f"out={str(out)!r}: {parent} is a file, not a folder")
+            return
 
 
 def run(config: EvaluateConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 from ueo_fast.finetune.clip.delta import save_delta
 from ueo_fast.finetune.clip.load import LoadedClip, load_clip
 from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.commands.device import chosen_device
 from ueo_fast.finetune.commands.evaluation import PREDICTION_COLUMNS, metrics_table, prediction_rows
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.problem import Problem, read_problem
 from ueo_fast.finetune.commands.recorder import Recorder
 from ueo_fast.finetune.commands.stages import Start, begin, continued, is_begun
-from ueo_fast.finetune.commands.tracking import training_hooks
+from ueo_fast.finetune.commands.tracking import check_trackers, training_hooks
 from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.report import write_report
@@ -64,31 +66,58 @@ def run(config: FinetuneConfig) -> Path:
 
 def _run(config: FinetuneConfig, folder: RunFolder, problem: Problem | None) -> Path:
     started = time.perf_counter()
+    check_trackers(config)
     with _threads(config.threads) as threads:
         clip = _load(config)
-        if not (folder.path / "config.json").exists():
-            folder.write_json("config.json", config.as_dict())
-            folder.write_environment(command=config.command(), seeds=[config.seed], threads=threads)
         try:
+            if not (folder.path / "config.json").exists():
+                folder.write_json("config.json", config.as_dict())
+            if not (folder.path / "environment.json").exists():
+                command = config.command()
+                folder.write_environment(command=command, seeds=[config.seed], threads=threads)
             start = (
                 begin(config, folder, clip, problem) if problem else continued(folder, clip, config)
             )
             history, recorder = _train(config, folder, clip, start)
+            _finish(config, folder, clip, start, history, recorder)
         except KeyboardInterrupt:
-            print(f"\nstopped; to go on: ueo-fast finetune --resume true --out {folder.path}")
+            print(f"\nstopped; to go on: {_resume(folder)}")
             raise
-        _finish(config, folder, clip, start, history, recorder)
+        except OSError as error:
+            unread = isinstance(error, BrokenPipeError)  # of what is printed: nobody's fault
+            if unread or not (folder.path / "config.json").exists():
+                raise
+            raise OSError(f"{error}\nMend that, then go on: {_resume(folder)}") from error
+        except ValueError as error:
+            raise ValueError(
+                f"{error}\n{folder.path} is kept. With the same options, once that is mended: "
+                f"{_resume(folder)}; with others choose another --out"
+            ) from error
         folder.write_json(
             FINISHED, {"stopped": history.stopped, "seconds": time.perf_counter() - started}
         )
-        report = write_report(folder.path)
-    print(f"adapted: {folder.path / DELTA}\nreport:  {report}")
+    print(f"adapted: {folder.path / DELTA}")
+    try:
+        print(f"report:  {write_report(folder.path)}")
+    except OSError as error:  # a full disk, hours after the start: say what there is all the same
+        raise OSError(
+            f"{error}\nThe run is finished, but for its page; to write that: ueo-fast report "
+            f"{shlex.quote(str(folder.path))}"
+        ) from error
     return folder.path
 
 
+def _resume(folder: RunFolder) -> str:
+    return f"ueo-fast finetune --resume --out {shlex.quote(str(folder.path))}"
+
+
 def _load(config: FinetuneConfig) -> LoadedClip:
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_clip(config.model, config.weights, device=device, activation=config.activation)
+    return load_clip(
+        config.model,
+        config.weights,
+        device=chosen_device(config.device),
+        activation=config.activation,
+    )
 
 
 def _train(

@@ -18,6 +18,8 @@ Dataset = Literal["office31", "officehome", "visdac", "domainnet"]
 Scenario = Literal["CSDA", "CDA", "PDA", "ODA", "OPDA"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
+MOST_THREADS = 1024  # far more than that end in a crash of the thread library, without a message
+
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
@@ -54,7 +56,11 @@ class FinetuneConfig:
     )
     resume: bool = field(
         default=False,
-        metadata=_help("go on with the run in --out where it was stopped, with its own options"),
+        metadata=_help(
+            "go on with the run in --out where it was stopped, with its own options, kept in its "
+            "config.json. Other options are not needed beside it: one that differs from the run's "
+            "is refused, and one that has its default value is ignored"
+        ),
     )
     data_root: str | None = field(
         default=None,
@@ -230,12 +236,15 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.eval_every < 0:
             raise ValueError(f"eval_every must not be negative, got {self.eval_every}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"threads must lie in 1..{MOST_THREADS}, got {self.threads}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in 0..2**63-1, got {self.seed}")
         if not self.mcm_scale > 0:
             raise ValueError(f"mcm_scale must be positive, got {self.mcm_scale}")
+        self._check_train()
         split_template(self.prompt_template)
         self.make_method()
         self.trainer()
@@ -247,6 +256,11 @@ class FinetuneConfig:
                     f"domain={self.domain!r} and root={self.root!r} are for --dataset "
                     "(office31, officehome, visdac, domainnet); for your own images give --data "
                     "and --classes"
+                )
+            if self.scenario != "OPDA":
+                raise ValueError(
+                    f"scenario={self.scenario!r} chooses classes of a data set of the paper, so it "
+                    "needs --dataset; your own images are taken as they are: leave it out"
                 )
             if self.data is None or self.classes is None:
                 raise ValueError(
@@ -262,6 +276,15 @@ class FinetuneConfig:
         elif self.domain is None or self.root is None:
             raise ValueError(
                 f"dataset={self.dataset!r} needs --domain and --root, the folder that has it"
+            )
+
+    def _check_train(self) -> None:
+        only = {"zeroshot": "nothing", "adabn": "no parameter", "tent": "the affine parameters"}
+        allowed = ("both", "affine") if self.method == "tent" else ("both",)
+        if self.method in only and self.train not in allowed:
+            raise ValueError(
+                f"method={self.method!r} trains {only[self.method]}, so it has no use for "
+                f"train={self.train!r}: leave it out"
             )
 
     @property

@@ -108,8 +108,17 @@ def read_problem(config: FinetuneConfig) -> Problem:
         )
     assert config.classes is not None
     assert config.data is not None
+    if os.path.isdir(config.classes):
+        raise ValueError(
+            f"classes={config.classes!r} is a folder; give a text file with one class name per line"
+        )
     known = read_class_names(config.classes)
     train = Labelled.of(read_images(config.data, root=config.data_root), known)
+    if config.method == "oracle" and train.labels is None:  # before anything is computed
+        raise ValueError(
+            f"method='oracle' reads the labels of the images, but data={config.data!r} has none: "
+            f"{train.note or 'give class folders, or a list or CSV with labels'}"
+        )
     if config.test_data is None:
         return Problem(known, train, None)
     test = Labelled.of(read_images(config.test_data, root=config.data_root), known)

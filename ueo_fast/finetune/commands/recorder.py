@@ -117,7 +117,7 @@ class Recorder:
             position, reason = found.failures[0]
             raise OSError(
                 f"{part.images.paths[position]} can no longer be read ({reason}), as it could when "
-                "the run started: put it back, then go on with --resume true"
+                "the run started: put it back, then go on with --resume"
             )
         return found.cosines
 

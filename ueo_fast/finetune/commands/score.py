@@ -9,12 +9,13 @@ from typing import Literal
 from tqdm import tqdm
 
 from ueo_fast.finetune.adaptation import views_of
+from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.adapted import open_run
 from ueo_fast.finetune.commands.problem import Labelled
-from ueo_fast.finetune.data.image_list import read_images
-from ueo_fast.finetune.scoring.score import score_images
+from ueo_fast.finetune.data.image_list import ImageList, read_images
+from ueo_fast.finetune.scoring.score import score_images, validation_threshold
 from ueo_fast.finetune.scoring.score_writer import check_output
-from ueo_fast.finetune.scoring.thresholds import parse_threshold
+from ueo_fast.finetune.scoring.thresholds import Threshold, parse_threshold
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,21 @@ class ScoreConfig:
         },
     )
     top_k: int = field(default=5, metadata={"help": "classes per image"})
-    threshold: str = field(
-        default="otsu",
+    threshold: str | None = field(
+        default=None,
         metadata={
             "help": "from which MCM score on an image counts as known: a number; otsu (splits the "
             "scores into two groups of least spread; needs many images, some of each kind); gmm "
-            "(two Gaussians fitted to the scores; the same needs); tpr95 (keeps 95%% of the known "
-            "images; needs labels in --data)"
+            "(two Gaussians fitted to the scores; the same needs); tpr95 (keeps 95% of the known "
+            "images; needs --validation, or labels in --data); default: otsu, with --validation "
+            "tpr95"
+        },
+    )
+    validation: str | None = field(
+        default=None,
+        metadata={
+            "help": "labelled images, given like --data, from which the threshold tpr95 is taken; "
+            "all must be readable. Best are images that the run was not trained on"
         },
     )
     mcm_scale: float | None = field(
@@ -68,16 +77,32 @@ class ScoreConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.mcm_scale is not None and not self.mcm_scale > 0:
             raise ValueError(f"mcm_scale must be positive, got {self.mcm_scale}")
-        parse_threshold(self.threshold)
+        if self.validation is not None and self.choice != Threshold("tpr95"):
+            raise ValueError(
+                f"threshold={self.threshold!r} has no use for validation={self.validation!r}: give "
+                "--threshold tpr95, or leave out one of the two"
+            )
+
+    @property
+    def choice(self) -> Threshold:
+        """``threshold``, or its default."""
+        return parse_threshold(self.threshold or ("otsu" if self.validation is None else "tpr95"))
 
 
 def run(config: ScoreConfig) -> None:
     """Score the images, and say how many are known."""
     check_output(Path(config.out), overwrite=config.overwrite)
     images = read_images(config.data, root=config.data_root)
+    validation = (
+        None if config.validation is None else read_images(config.validation, root=config.data_root)
+    )
     adapted = open_run(config.run, config.device)
     classifier = adapted.classifier()
     labelled = Labelled.of(images, classifier.prompt.class_names)
+    scale = config.mcm_scale or adapted.config.mcm_scale
+    threshold = config.choice
+    if validation is not None:
+        threshold = _threshold(config, classifier, validation, scale)
     with tqdm(total=len(images), desc="score", unit="image", leave=False) as bar:
         summary = score_images(
             classifier,
@@ -85,8 +110,8 @@ def run(config: ScoreConfig) -> None:
             views_of(images, classifier.model, None).plain,
             out=config.out,
             top_k=config.top_k,
-            threshold=config.threshold,
-            mcm_scale=config.mcm_scale or adapted.config.mcm_scale,
+            threshold=threshold,
+            mcm_scale=scale,
             labels=labelled.labels,
             batch_size=config.batch_size,
             num_workers=config.workers,
@@ -96,3 +121,35 @@ def run(config: ScoreConfig) -> None:
             progress=lambda done, total: bar.update(done - bar.n),
         )
     print(summary.text())
+
+
+def _threshold(
+    config: ScoreConfig, classifier: ClipClassifier, images: ImageList, mcm_scale: float
+) -> Threshold:
+    """tpr95 of the validation images; says what makes it doubtful."""
+    labelled = Labelled.of(images, classifier.prompt.class_names)
+    if labelled.labels is None:
+        raise ValueError(
+            f"validation={config.validation!r} has no labels to take the threshold from: "
+            f"{labelled.note or 'give class folders, or a list or CSV with labels'}"
+        )
+    folder = Path(config.out).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(images), desc="validation", unit="image", leave=False) as bar:
+        threshold, warnings = validation_threshold(
+            classifier,
+            images,
+            views_of(images, classifier.model, None).plain,
+            labelled.labels,
+            folder=folder,
+            mcm_scale=mcm_scale,
+            batch_size=config.batch_size,
+            num_workers=config.workers,
+            precision=config.precision,
+            progress=lambda done, total: bar.update(done - bar.n),
+        )
+    known = int((labelled.labels >= 0).sum())
+    print(f"threshold from {known} validation images of known classes")
+    for text in warnings:
+        print(f"warning: {text}")
+    return threshold

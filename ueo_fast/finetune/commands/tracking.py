@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
@@ -22,6 +24,18 @@ from ueo_fast.finetune.engine.tracking import (
 from ueo_fast.finetune.files.run_folder import RunFolder
 
 
+def check_trackers(config: FinetuneConfig) -> None:
+    """Whether the packages are there that the run will report to, before hours are spent.
+
+    Raises:
+        ModuleNotFoundError: one is not.
+    """
+    if config.tensorboard:
+        importlib.import_module("tensorboard")
+    if config.wandb is not None:
+        importlib.import_module("wandb")
+
+
 @contextmanager
 def training_hooks(
     config: FinetuneConfig, folder: RunFolder, recorder: Recorder
@@ -32,9 +46,7 @@ def training_hooks(
         if config.tensorboard:
             trackers.append(TensorBoardTracker(folder.path / "tensorboard"))
         if config.wandb is not None:
-            trackers.append(
-                WandbTracker(config.wandb, folder, name=folder.path.name, config=config.as_dict())
-            )
+            trackers.append(_wandb(config.wandb, config, folder))
         for tracker in trackers:
             stack.enter_context(closing(tracker))
         # Leaves no line where a method takes no steps.
@@ -44,6 +56,19 @@ def training_hooks(
             _terminal(bar, recorder),
             Hooks(checkpoints=SafetensorsCheckpoints(folder)),
         )
+
+
+def _wandb(project: str, config: FinetuneConfig, folder: RunFolder) -> WandbTracker:
+    try:
+        return WandbTracker(project, folder, name=folder.path.name, config=config.as_dict())
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # wandb has its own tree of errors: no key, no network, no right
+        raise OSError(
+            f"wandb={project!r}: Weights & Biases says: {error}\nMend that (wandb login), or set "
+            "WANDB_MODE=offline or disabled in the environment; then go on with ueo-fast finetune "
+            f"--resume --out {shlex.quote(str(folder.path))}"
+        ) from error
 
 
 def _terminal(bar: tqdm[Any], recorder: Recorder) -> Hooks:

@@ -34,40 +34,6 @@ class IndexedImages(Dataset[tuple[Tensor, int]]):
         return (item[0] if isinstance(item, tuple | list) else item), index
 
 
-def indexed_loader(
-    images: Dataset[Any] | Tensor,
-    batch_size: int,
-    *,
-    shuffle_seed: int | None = None,
-    num_workers: int = 0,
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """A loader of ``(images (B, 3, H, W), index (B,) int64)``; the last batch may be smaller.
-
-    Args:
-        images: as for :class:`IndexedImages`.
-        batch_size: B, at least 1.
-        shuffle_seed: seeds the order of all epochs; ``None`` keeps the dataset's order.
-        num_workers: worker processes.
-
-    Raises:
-        ValueError: the dataset is empty.
-    """
-    dataset = IndexedImages(images)
-    if len(dataset) == 0:
-        raise ValueError("images is empty: there is nothing to load")
-    generator = None
-    if shuffle_seed is not None:
-        generator = torch.Generator().manual_seed(shuffle_seed)
-    # The default collation turns the B positions into one int64 tensor.
-    return DataLoader(
-        cast("Dataset[tuple[Tensor, Tensor]]", dataset),
-        batch_size=batch_size,
-        shuffle=generator is not None,
-        generator=generator,
-        num_workers=num_workers,
-    )
-
-
 def even_loader(
     images: Dataset[Any] | Tensor, batch_size: int, *, seed: int, num_workers: int = 0
 ) -> DataLoader[tuple[Tensor, Tensor]]:

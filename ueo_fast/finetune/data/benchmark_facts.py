@@ -27,11 +27,13 @@ class DataSet:
     source: str
     aliases: Mapping[str, str]
 
-    def list_names(self, domain: str) -> tuple[str, str]:
-        """The authors' list files of ``domain``, for training and test."""
+    def list_names(self, domain: str) -> tuple[tuple[str, str], ...]:
+        """List files of ``domain``, for training and test, as the authors call them; Office-31's
+        are ``amazon/images_list.txt`` in their code and ``amazon_list.txt`` elsewhere."""
         if self.split:
-            return f"{domain}_train.txt", f"{domain}_test.txt"
-        return f"{domain}_list.txt", f"{domain}_list.txt"
+            return ((f"{domain}_train.txt", f"{domain}_test.txt"),)
+        names = (f"{domain}_list.txt", f"{domain}/images_list.txt")
+        return tuple((name, name) for name in names)
 
 
 DATA_SETS: dict[str, DataSet] = {

@@ -50,12 +50,12 @@ def load_benchmark(
 ) -> BenchmarkProblem:
     """Find the images of a domain and split its classes as the paper does.
 
-    Where ``root`` has the authors' list files, these are read: ``<domain>_list.txt``, or
-    ``<domain>_train.txt`` and ``<domain>_test.txt`` for DomainNet, whose lists are part of it; each
-    line is ``path label``, with the path relative to ``root`` and the label an index into the
-    authors' class list. Else the folders as they were published: ``<domain>/<class>/...`` or
-    ``<domain>/images/<class>/...``. Capitals, underscores, hyphens and spaces in names of folders
-    do not matter.
+    Where ``root`` has the authors' list files, these are read: ``<domain>_list.txt`` (for Office-31
+    also ``<domain>/images_list.txt``), or ``<domain>_train.txt`` and ``<domain>_test.txt`` for
+    DomainNet, whose lists are part of it; each line is ``path label``, with the path relative to
+    ``root`` and the label an index into the authors' class list. Else the folders as they were
+    published: ``<domain>/<class>/...`` or ``<domain>/images/<class>/...``. Capitals, underscores,
+    hyphens and spaces in names of folders do not matter.
 
     Args:
         dataset: ``office31``, ``officehome``, ``visdac`` or ``domainnet``.
@@ -115,18 +115,18 @@ def _find(
     if not root.is_dir():
         raise FileNotFoundError(f"root={os.fspath(root)!r} is not a folder")
     lists = facts.list_names(domain)
-    there = [(root / name).is_file() for name in lists]
-    if all(there):
-        train, test = (_read_list(facts, root / name, root, classes) for name in lists)
-        return train, test
+    for names in lists:
+        if all((root / name).is_file() for name in names):
+            train, test = (_read_list(facts, root / name, root, classes) for name in names)
+            return train, test
     folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
     wanted = {_simple(domain), *(key for key, name in facts.aliases.items() if name == domain)}
     found = [folder for folder in folders if _simple(folder.name) in wanted]
     if facts.split or not found:
-        names = " and ".join(dict.fromkeys(lists))
+        wanted_lists = " and ".join(dict.fromkeys(lists[0]))
         tree = "" if facts.split else f", nor a folder {domain}/ with one folder per class"
         raise FileNotFoundError(
-            f"{root} does not have {names}{tree}. What it has: "
+            f"{root} does not have {wanted_lists}{tree}. What it has: "
             f"{', '.join(sorted(os.listdir(root))[:8]) or 'nothing'}. {_where(facts)}"
         )
     images = _read_tree(facts, found[0], root, classes)

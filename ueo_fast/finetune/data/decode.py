@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,9 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
             (either would take gigabytes to decode or to resize).
     """
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading one may wait for ever
+            raise ValueError("a pipe, a socket or a device, and no file")
         with Image.open(path) as image:
             if max(image.size) > _MAX_ASPECT * min(image.size):
                 raise ValueError(

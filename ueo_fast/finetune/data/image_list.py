@@ -81,11 +81,12 @@ def read_images(
     image's (:func:`image_extensions`), are ignored; links are followed.
 
     A list file has one image per line, ``path`` or ``path label``. The path may contain spaces: the
-    label is the last word. Blank lines are skipped.
+    label is the last word, or all behind a tab. Blank lines are skipped.
 
-    A CSV (``*.csv``) has a header with a column ``path`` or ``image`` and, if it likes, ``label``
-    or ``class``, where an empty cell is no label. With both ``path`` and ``image`` the path says
-    where the file is and the image how it is called. Other columns are ignored.
+    A CSV (``*.csv``; with commas, semicolons or tabs) has a header with a column ``path`` or
+    ``image`` and, if it likes, ``label`` or ``class``, where an empty cell is no label. With both
+    ``path`` and ``image`` the path says where the file is and the image how it is called. Other
+    columns are ignored.
 
     Labels of a list or CSV that are all whole numbers are indices into the list of classes; else
     they are names. Text is UTF-8, with or without a byte order mark.
@@ -217,12 +218,14 @@ def _walk(
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            # One that leads to itself included, of which is_dir() and is_file() raise.
+            dead_link = entry.is_symlink() and not os.path.exists(entry.path)
+            if not dead_link and entry.is_dir():
                 yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", (*above, real), ignore)
             elif _extension(entry.name) not in image_extensions():
                 ignore(entry.name)
             # A dead link is told of when it is decoded; a pipe would block for ever.
-            elif entry.is_file() or not os.path.exists(entry.path):
+            elif dead_link or entry.is_file():
                 yield prefix + entry.name
 
 
@@ -240,7 +243,7 @@ def _existing(source: Path, base: Path, rows: Rows) -> ImageList:
         several = rows.labels is not None and source.suffix.lower() != ".csv"
         raise FileNotFoundError(
             f"{source}: {counted(missing)} of {len(paths)} files do not exist; relative paths "
-            f"start at {printable(base)}, root names another folder"
+            f"start at {printable(base)}; --data-root (root=) names another folder"
             f"{'; a label is one word, write alarm_clock or use a CSV' if several else ''}"
         )
     return ImageList(paths, rows.names, rows.labels)

@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 
 def list_rows(path: Path, extensions: Collection[str]) -> Rows:
     """Lines ``path`` or ``path label``. The path may contain spaces: the label is the last word,
-    unless the line ends as an image's name does.
+    unless the line ends as an image's name does, or what follows a tab behind an image's name.
 
     Args:
         path: of the list.
@@ -42,6 +42,9 @@ def list_rows(path: Path, extensions: Collection[str]) -> Rows:
     labels: list[str] = []
     for number, line in lines(read_text(path, errors="surrogateescape")):
         words = line.rsplit(None, 1)
+        before, _, after = line.rpartition("\t")
+        if os.path.splitext(before.rstrip())[1].lower() in extensions:
+            words = [before.rstrip(), after.strip()]
         labelled = len(words) == 2 and os.path.splitext(line)[1].lower() not in extensions
         if paths and labelled != bool(labels):
             raise ValueError(
@@ -54,12 +57,15 @@ def list_rows(path: Path, extensions: Collection[str]) -> Rows:
 
 
 def csv_rows(path: Path) -> Rows:
-    """Cells of the columns ``path`` or ``image``, and ``label`` or ``class``.
+    """Cells of the columns ``path`` or ``image``, and ``label`` or ``class``. What the first line
+    has most of, commas, semicolons or tabs, separates them.
 
     Raises:
         ValueError: no such column, a row that does not fit the header, or the file is no text.
     """
-    rows = csv.DictReader(io.StringIO(read_text(path, errors="surrogateescape")), strict=True)
+    text = read_text(path, errors="surrogateescape")
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    rows = csv.DictReader(io.StringIO(text), strict=True, delimiter=delimiter)
     try:
         return _csv_rows(path, rows)
     except csv.Error as error:
@@ -84,7 +90,7 @@ def _csv_rows(path: Path, rows: csv.DictReader[str]) -> Rows:
         if None in row or None in row.values() or not row[where[0]].strip():
             raise ValueError(
                 f"{path}, line {rows.line_num}: {len(header)} cells and a path are needed, as in "
-                "the header; a path with a comma in it has to be in quotes"
+                "the header; a path with the separator in it has to be in quotes"
             )
         paths.append(row[where[0]].strip())
         names.append(printable(row[where[-1]].strip()))

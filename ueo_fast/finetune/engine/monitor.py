@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ueo_fast.finetune.engine.step_statistics import StepStatistics, Totals
 
+_ROWS = 16384
+"""Images whose zero-shot predictions are looked at in one go."""
+
 
 @dataclass(frozen=True)
 class CollapseThresholds:
@@ -149,11 +152,13 @@ class CollapseMonitor:
 
 def totals_of(cosines: Tensor, logit_scale: float) -> Totals:
     """What (N, C) cosines predict: where a training starts."""
-    p = torch.softmax(logit_scale * cosines.cpu().double(), dim=1)
-    totals = Totals(p.shape[1])
-    conditional = float(torch.special.entr(p).sum(dim=1).mean())
-    histogram = torch.bincount(p.argmax(dim=1), minlength=p.shape[1])
-    totals.add(StepStatistics(0.0, conditional, 0.0, p.sum(dim=0), histogram))
+    classes = cosines.shape[1]
+    totals = Totals(classes)
+    for rows in cosines.split(_ROWS):  # in double the whole would take more than all the rest
+        p = torch.softmax(logit_scale * rows.cpu().double(), dim=1)
+        conditional = float(torch.special.entr(p).sum(dim=1).mean())
+        histogram = torch.bincount(p.argmax(dim=1), minlength=classes)
+        totals.add(StepStatistics(0.0, conditional, 0.0, p.sum(dim=0), histogram))
     return totals
 
 

@@ -40,6 +40,9 @@ class Objective(nn.Module):
 
     subset: Tensor | None
 
+    choices: str = ""
+    """The options of the method that made it; a run that is resumed must have the same."""
+
     def __init__(self, subset: Tensor | None = None) -> None:
         """Args:
         subset: int64, the positions of the images to train on; ``None`` takes all.

@@ -65,6 +65,11 @@ class Optimizer:
             group["lr"] = rates[group["name"]]
         return rates
 
+    @property
+    def largest_rate(self) -> float:
+        """Of all groups, in this step."""
+        return max(float(group["lr"]) for group in self._sgd.param_groups)
+
     def scaled(self, loss: Tensor) -> Tensor:
         """What to call ``backward`` on."""
         return loss if self.scaler is None else self.scaler.scale(loss)

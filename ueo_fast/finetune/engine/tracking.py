@@ -118,8 +118,8 @@ class TensorBoardTracker:
     def _on_start(self, record: StartRecord) -> None:
         self.close()
         self._step = record.step
-        purge = record.step + 1 if record.step else None
-        self._writer = self._make(self._folder, purge_step=purge)
+        # Also at step 0: a run that was killed before its first checkpoint begins again.
+        self._writer = self._make(self._folder, purge_step=record.step + 1)
 
     def _open(self) -> Any:
         if self._writer is None:  # told of something before the start
@@ -250,7 +250,7 @@ def _wandb_id(folder: RunFolder) -> str:
 
 def _missing(package: str, error: ImportError) -> ModuleNotFoundError:
     return ModuleNotFoundError(
-        f"{package} cannot be imported ({error}); install it with "
-        f'pip install "ueo_fast[{package}]", or leave it out',
+        f"{package} cannot be imported ({error}); install it with `pip install {package}`, or leave "
+        "it out",
         name=package,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,13 +23,13 @@ from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.engine.optimizer import Optimizer
 from ueo_fast.finetune.engine.step_statistics import StepStatistics, Totals, measure
 from ueo_fast.finetune.engine.training_config import TrainerConfig
-from ueo_fast.finetune.engine.training_state import TrainingState
+from ueo_fast.finetune.engine.training_state import TrainingState, fingerprint
 
 __all__ = ["History", "NonFiniteLossError", "TrainerConfig", "train"]
 
-# Finite, but the next weights would not be: float32 ends at 3.4e38, and the square of a weight is
-# taken by every norm.
-_LARGEST_GRADIENT = 1e30
+# Of a gradient, and of what a step adds to a weight: finite, but float32 ends at 3.4e38, and norms
+# and attention take squares of what such weights give.
+_LARGEST_CHANGE = 1e15
 # fp16 starts at a loss scale of 2^16 and halves it at each overflow; after so many in a row the
 # scale cannot be what is wrong.
 _MOST_OVERFLOWS = 32
@@ -116,12 +116,7 @@ class _Run:
             self.optimizer,
             CollapseMonitor(names, count, shuffled=config.shuffle, start=start),
             None if config.early_stop is None else EarlyStop(classifier, config.early_stop),
-            {
-                **config.decisive(),
-                "images": found,
-                "classes": list(names),
-                "objective": type(objective).__name__,
-            },
+            fingerprint(config, classifier, objective, found),
         )
         self.step = 0
         self.overflows = 0
@@ -179,7 +174,7 @@ class _Run:
             started = time.perf_counter()
 
     def _step(self, batch: Tensor, positions: Tensor) -> StepStatistics:
-        """One gradient step; if it raises, the state is that before it."""
+        """One gradient step; if it fails (:meth:`_fail`), the state is that before it."""
         forward, optimizer = self.forward, self.optimizer
         micro = self.config.micro_batch_size
         optimizer.clear()
@@ -194,7 +189,7 @@ class _Run:
             image = forward.image_features(batch)
         cosines, logits = self.classifier.compare(image, text)
         step = Step(cosines, logits, image, text, positions.to(forward.device))
-        loss = self.objective(step)
+        loss = self._loss(step)
         optimizer.scaled(loss).backward()
         if split and self.config.affine_lr > 0 and image.grad is not None:
             assert micro is not None
@@ -207,6 +202,15 @@ class _Run:
             self.objective.remember(Step(*(value.detach() for value in step)))
         return statistics
 
+    def _loss(self, step: Step) -> Tensor:
+        try:
+            return self.objective(step)
+        except ValueError as error:
+            # Some losses refuse NaN (in a confidence) before there is a value to look at.
+            if step.cosines.isfinite().all():
+                raise
+            self._fail(f"the predictions are no longer finite ({error})")
+
     def _check_finite(self, statistics: StepStatistics) -> None:
         loss, gradient = statistics.loss, statistics.largest_gradient
         if not math.isfinite(loss):
@@ -216,10 +220,10 @@ class _Run:
             self.overflows = 0 if math.isfinite(gradient) else self.overflows + 1
             if self.overflows >= _MOST_OVERFLOWS:
                 self._fail(f"the gradient overflowed in {self.overflows} steps in a row")
-        elif not gradient < _LARGEST_GRADIENT:
+        elif not gradient * max(1.0, self.optimizer.largest_rate) < _LARGEST_CHANGE:
             self._fail(f"the gradient became {gradient} (the loss was {loss})")
 
-    def _fail(self, what: str) -> None:
+    def _fail(self, what: str) -> NoReturn:
         self.statistics.restore()
         self.optimizer.clear()
         kept = ""

@@ -17,6 +17,21 @@ from ueo_fast.finetune.engine.monitor import CollapseMonitor
 from ueo_fast.finetune.engine.objective import Objective
 from ueo_fast.finetune.engine.optimizer import Optimizer
 from ueo_fast.finetune.engine.step_statistics import Totals
+from ueo_fast.finetune.engine.training_config import TrainerConfig
+
+
+def fingerprint(
+    config: TrainerConfig, classifier: ClipClassifier, objective: Objective, images: int
+) -> dict[str, Any]:
+    """What a run that goes on must have in common with the one that was stopped."""
+    return {
+        **config.decisive(),
+        "images": images,
+        "classes": list(classifier.prompt.class_names),
+        "prompt": classifier.prompt.template,
+        "objective": type(objective).__name__,
+        "choices": objective.choices,
+    }
 
 
 class TrainingState:

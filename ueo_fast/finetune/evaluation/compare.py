@@ -225,12 +225,15 @@ def _shown(value: Any, others: Sequence[Any]) -> str:
     """A value; of a list of names how many, and the first few that not all of the others have."""
     if not isinstance(value, list):
         return str(value)
-    common = set(value).intersection(*(other for other in others if isinstance(other, list)))
-    special = [str(name) for name in value if name not in common]
+    names = [str(name) for name in value]
+    common = set(names).intersection(
+        *(map(str, other) for other in others if isinstance(other, list))
+    )
+    special = [name for name in names if name not in common]
     dots = ", ..." if len(special) > 3 else ""
     if special:
         return f"{len(value)} with {', '.join(special[:3])}{dots}"
-    return f"{len(value)}, {value[0]} to {value[-1]}" if value else "0"
+    return f"{len(names)}, {names[0]} to {names[-1]}" if names else "0"
 
 
 def _title(outcome: Outcome, questions: Sequence[Mapping[str, Any]]) -> str:
@@ -247,7 +250,7 @@ def _title(outcome: Outcome, questions: Sequence[Mapping[str, Any]]) -> str:
     words = [
         f"{where}: {question[f'{outcome.split}_images']} {kind} images",
         f"{len(question['known'])} known classes and {len(question['unknown'])} unknown",
-        f"{question['model']} ({question['pretrained']})",
+        str(question["model"]) + (f" ({question['pretrained']})" if question["pretrained"] else ""),
     ]
     for key in _differing(questions):
         if key not in told:

@@ -30,6 +30,7 @@ _NOT_SETTINGS = {
     *_QUESTION,
 }
 
+_SPLITS = ("test", "train", "online")
 _METRICS = ("per_class_accuracy", "accuracy", "auroc", "aupr", "fpr95", "hm")
 
 
@@ -93,13 +94,15 @@ def read_outcomes(path: Path) -> list[Outcome] | LeftOut:
         outcomes = _outcomes(path, config, problem, folder.read_json_lines("metrics.jsonl"))
     except FileNotFoundError as error:
         return LeftOut(path, f"it is not finished: there is no {Path(error.filename).name}")
+    except OSError as error:
+        return LeftOut(path, f"{error.filename} cannot be read ({error.strerror})")
     except (KeyError, TypeError, ValueError) as error:
         return LeftOut(path, f"its files are damaged ({type(error).__name__}: {error})")
     if not any(outcome.method == config["method"] for outcome in outcomes):
         return LeftOut(
             path,
             "it is not finished: there are no metrics from its end; go on with "
-            f"ueo-fast finetune --resume true --out {shlex.quote(str(path))}",
+            f"ueo-fast finetune --resume --out {shlex.quote(str(path))}",
         )
     return outcomes
 
@@ -114,7 +117,7 @@ def _read_config(folder: RunFolder) -> dict[str, Any]:
         inside = sorted(each.parent.name for each in path.glob("*/config.json"))
         hint = f"; but {', '.join(inside[:3])} in it may be: give {path}/*" if inside else ""
         raise ValueError(f"{path} is no run of ueo-fast finetune: no config.json{hint}") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path / 'config.json'} cannot be read: {error}") from error
     if not isinstance(config, dict) or not {"method", "model", "seed"} <= set(config):
         raise ValueError(
@@ -140,6 +143,8 @@ def _outcomes(
     separate = any(split == "train" for _, split in final)
     outcomes = []
     for (method, split), record in final.items():
+        if split not in _SPLITS or not isinstance(record["title"], str):
+            raise ValueError(f"metrics.jsonl has split {split!r} and title {record['title']!r}")
         online = split == "online"  # on the training images, while they were adapted to
         images = ("train" if separate else "test") if online else split
         title = f"{record['title']}, online" if online else record["title"]
@@ -151,14 +156,19 @@ def _outcomes(
                 title=title,
                 seed=int(record["seed"]),
                 split=images,
-                metrics={
-                    key: None if record[key] is None else float(record[key]) for key in _METRICS
-                },
+                metrics={key: _fraction(record, key) for key in _METRICS},
                 question=question,
                 settings={} if zero_shot else settings,
             )
         )
     return outcomes
+
+
+def _fraction(record: Mapping[str, Any], key: str) -> float | None:
+    value = record[key]
+    if value is not None and not 0 <= float(value) <= 1:  # NaN neither
+        raise ValueError(f"metrics.jsonl has {key} {value!r}, no fraction")
+    return None if value is None else float(value)
 
 
 def _question(config: Mapping[str, Any], problem: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,4 +179,7 @@ def _question(config: Mapping[str, Any], problem: Mapping[str, Any]) -> dict[str
             values[key] = os.path.normpath(value)
     if values["dataset"] is None:  # then it says nothing
         values["scenario"] = None
+    for key in ("known", "unknown"):
+        if not isinstance(problem[key], list) or not all(isinstance(x, str) for x in problem[key]):
+            raise TypeError(f"problem.json has {key} that are no names")
     return {**values, **{key: problem[key] for key in _QUESTION_COUNTS}}

@@ -18,28 +18,82 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     to disk, the file is renamed to ``path``, and the folder is forced to disk as well, so that a
     crash at any moment leaves the old file or the new one. If the block raises, or a step of this
     fails, the partial file is removed and ``path`` stays as it was. A killed process leaves its
-    partial file behind; the next one that writes ``path`` overwrites it. One writer per file.
+    partial file behind; the next one that writes ``path`` overwrites it. Of two that write at the
+    same time the second is refused (where the system can lock files).
 
     Raises:
+        BlockingIOError: ``path`` is being written already.
         OSError: the folder is missing or read-only, the disk is full; of the subclass that fits,
             with the name of ``path`` and the reason.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        with _open_alone(partial) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if os.name == "nt":  # it renames no open file
+                    file.close()
+                os.replace(partial, path)  # before it is closed: then it would be anybody's
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    partial.unlink()
+                raise
+    except OSError as error:
         # A full disk's error names no file, and the partial file is nothing that a user knows.
-        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+        if error.filename in (None, str(partial)):
             raise failed_write(path, error) from error
         raise
     sync_folder(path.parent)
+
+
+def _open_alone(partial: Path) -> BinaryIO:
+    """The partial file, empty, for as long as it is open this writer's own."""
+    while True:
+        file = open(partial, "wb", opener=_keeping)  # noqa: SIM115
+        try:
+            lock(file.fileno())
+            # Else its last writer gave it its name, or removed it, since it was opened here.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):
+                    if os.fstat(file.fileno()).st_size:  # what a killed process left
+                        file.truncate(0)
+                    return file
+        except BlockingIOError as error:
+            file.close()
+            raise BlockingIOError(
+                error.errno, "another process is writing it", str(partial)
+            ) from error
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _keeping(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_TRUNC, 0o666)  # it may be another writer's
+
+
+def lock(descriptor: int) -> None:
+    """Keep others that ask out of an open file or folder, until it is closed.
+
+    Nobody is kept out where the system has no such locks, as some network file systems.
+
+    Raises:
+        BlockingIOError: somebody else has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
 
 
 def failed_write(path: Path, error: OSError) -> OSError:

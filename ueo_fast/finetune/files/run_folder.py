@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ueo_fast.finetune.files.atomic import atomic_file, failed_write, sync_folder
+from ueo_fast.finetune.files.atomic import atomic_file, failed_write, lock, sync_folder
 from ueo_fast.finetune.files.tensor_file import read_tensors, write_tensors
 
 CONFIG = "config.json"
@@ -126,14 +126,12 @@ class RunFolder:
         Raises:
             BlockingIOError: another process has it.
         """
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system: nobody is kept out
+        if os.name == "nt":  # it opens no folders: nobody is kept out
             yield
             return
         descriptor = os.open(self.path, os.O_RDONLY)  # the folder itself: no file is left behind
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor)
         except BlockingIOError as error:
             os.close(descriptor)
             raise BlockingIOError(
@@ -141,8 +139,6 @@ class RunFolder:
                 "another process is writing to this run; wait for it, or end it",
                 str(self.path),
             ) from error
-        except OSError:  # some network file systems lock no folders
-            pass
         try:
             yield
         finally:

@@ -57,6 +57,8 @@ def read_tensors(
     if path.is_dir():
         raise TensorFileError(f"{path} is a folder; give the file in it")
     size = path.stat().st_size
+    if not path.is_file():  # opening a pipe may wait for ever
+        raise TensorFileError(f"{path} is a pipe, a socket or a device; give a file")
     with open(path, "rb") as file:  # an error of the system, e.g. no permission, is told as such
         start = file.read(2)
     if size == 0:

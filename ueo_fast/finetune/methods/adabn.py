@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.batches import even_loader
 from ueo_fast.finetune.engine.hooks import Hooks
-from ueo_fast.finetune.engine.trainer import History, TrainerConfig
+from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError, TrainerConfig
 from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.target import Target
 
@@ -52,7 +52,9 @@ class AdaBN(Method):
 
         Raises:
             ValueError: the visual tower has no BatchNorm with running statistics, or there are
-                fewer than two images. Whatever is raised, ``classifier`` is as it was.
+                fewer than two images.
+            NonFiniteLossError: a statistic became NaN or infinite.
+            Whatever is raised, ``classifier`` is as it was.
         """
         layers = [
             module
@@ -83,6 +85,12 @@ class AdaBN(Method):
                     # is over batches, whatever their sizes.
                     layer.momentum = len(batch) / seen
                 classifier.image_features(batch.to(device))
+            for layer in layers:
+                if not all(value.isfinite().all() for value in layer.buffers(recurse=False)):
+                    raise NonFiniteLossError(
+                        "the statistics of BatchNorm became NaN or infinite; they are put back as "
+                        "they were. Check the images for NaN."
+                    )
         except BaseException:
             for layer, (buffers, _) in zip(layers, before, strict=True):
                 for name, value in layer.named_buffers():

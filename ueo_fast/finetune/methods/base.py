@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.hooks import Hooks
@@ -45,6 +46,18 @@ class Method(ABC):
         """
 
 
+def choices_of(method: Method) -> str:
+    """The options of a method that is a dataclass, as far as they are numbers, words or None.
+
+    Whatever else an option may be, its ``repr`` need not be the same in another process.
+    """
+    if not dataclasses.is_dataclass(method):
+        return ""
+    values: dict[str, Any] = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    plain = (str, int, float, type(None))
+    return ", ".join(f"{name}={v}" for name, v in values.items() if isinstance(v, plain))
+
+
 class LossMethod(Method):
     """A method that is a loss of each batch, minimised by the common training loop."""
 
@@ -64,6 +77,7 @@ class LossMethod(Method):
         hooks: Hooks | None = None,
     ) -> History:
         objective = self.objective(classifier, target)
+        objective.choices = choices_of(self)
         return train(
             classifier,
             target.training_images,

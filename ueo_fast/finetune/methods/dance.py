@@ -39,7 +39,8 @@ class DANCE(LossMethod):
     masked as well, where the code gives it similarity -1. Inside the margin the code's term is the
     constant ``-m`` in place of the paper's 0: the same gradient.
 
-    The bank takes 4 N E bytes, and a batch B (C + N + B) similarities.
+    The bank takes 4 N E bytes, in memory and in each checkpoint (700 MB for 175,000 images and 1024
+    features: save fewer with ``checkpoint_every``), and a batch B (C + N + B) similarities.
 
     Attributes:
         temperature: τ.

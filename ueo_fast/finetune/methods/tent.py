@@ -16,7 +16,7 @@ from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig, train
-from ueo_fast.finetune.methods.base import Method
+from ueo_fast.finetune.methods.base import Method, choices_of
 from ueo_fast.finetune.target import Target
 
 
@@ -94,6 +94,7 @@ class Tent(Method):
             early_stop=None,
         )
         objective = self.objective(classifier, target)
+        objective.choices = choices_of(self)
         history = train(
             classifier,
             target.images,

@@ -15,6 +15,8 @@ from ueo_fast.finetune.methods.base import LossMethod
 from ueo_fast.finetune.target import Target
 
 UNCHOSEN = -1
+_ROWS = 16384
+"""Images whose zero-shot predictions are looked at in one go."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,15 @@ class UPL(LossMethod):
             raise ValueError(f"k must be at least 1 image per class, got {self.k}")
 
     def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
-        # In double, where the probabilities of sure images do not all round to 1.
-        cosines = target.zero_shot_cosines().double()
-        probabilities = torch.softmax(classifier.logit_scale.to(cosines) * cosines, dim=1)
-        return _PseudoLabels(surest_labels(probabilities, self.k))
+        cosines = target.zero_shot_cosines()
+        scale = classifier.logit_scale.to(cosines.device, torch.float64)
+        # In double, where the probabilities of sure images do not all round to 1; in parts, as the
+        # whole in double would take more memory than all the rest.
+        surest = [
+            (scale * rows.double()).softmax(dim=1).max(dim=1) for rows in cosines.split(_ROWS)
+        ]
+        confidence, labels = (torch.cat(parts) for parts in zip(*surest, strict=True))
+        return _PseudoLabels(_surest_of(confidence, labels, cosines.shape[1], self.k))
 
 
 def surest_labels(probabilities: Tensor, k: int) -> Tensor:
@@ -67,9 +74,13 @@ def surest_labels(probabilities: Tensor, k: int) -> Tensor:
         (N,) int64; -1 for images that are not chosen.
     """
     confidence, labels = probabilities.max(dim=1)
+    return _surest_of(confidence, labels, probabilities.shape[1], k)
+
+
+def _surest_of(confidence: Tensor, labels: Tensor, classes: int, k: int) -> Tensor:
     order = confidence.argsort(descending=True, stable=True)
     order = order[labels[order].argsort(stable=True)]  # by class, within it by confidence
-    counts = labels.bincount(minlength=probabilities.shape[1])
+    counts = labels.bincount(minlength=classes)
     first = counts.cumsum(dim=0) - counts
     rank = torch.arange(len(order), device=order.device) - first[labels[order]]
     chosen = order[rank < k]

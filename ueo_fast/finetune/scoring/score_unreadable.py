@@ -13,7 +13,7 @@ from typing import IO
 from ueo_fast.finetune.data.image_list import ImageList
 from ueo_fast.finetune.data.names import printable
 from ueo_fast.finetune.evaluation.predict import Failure
-from ueo_fast.finetune.files.atomic import atomic_file
+from ueo_fast.finetune.files.atomic import atomic_file, failed_write
 from ueo_fast.finetune.scoring.score_writer import csv_file
 
 SHOWN = 5
@@ -44,6 +44,7 @@ class UnreadableList:
         self._images = images
         self._strict = strict
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._folder = folder
         self._write([("image", "path", "reason")])
 
     def __enter__(self) -> UnreadableList:
@@ -68,7 +69,7 @@ class UnreadableList:
             name = self._images.names[position]
             if self._strict:
                 raise ValueError(
-                    f"{shown_name(name)}: {reason}; without strict it is listed and left out"
+                    f"{shown_name(name)}: {reason}; without --strict it is listed and left out"
                 )
             if self.count < SHOWN:
                 self.shown.append((name, reason))
@@ -86,5 +87,8 @@ class UnreadableList:
         return path
 
     def _write(self, rows: Iterable[tuple[str, str, str]]) -> None:
-        with csv_file(self._file) as table:
-            csv.writer(table).writerows(rows)
+        try:
+            with csv_file(self._file) as table:
+                csv.writer(table).writerows(rows)
+        except OSError as error:  # a full disk's error names no file
+            raise failed_write(self._folder, error) from error

@@ -73,15 +73,17 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     for path in (out, unreadable_path(out)):
         if path.exists() and not overwrite:
             raise FileExistsError(
-                f"{path} exists, and nothing is overwritten: choose another name, or overwrite=True"
+                f"{path} exists, and nothing is overwritten: choose another name, or --overwrite "
+                "(overwrite=True)"
             )
     if out.suffix.lower() == ".parquet":
         _require_pyarrow()
 
 
 def unreadable_path(out: Path) -> Path:
-    """Where the images are listed that could not be read: ``scores.unreadable.csv``."""
-    return out.with_name(f"{out.stem}.unreadable.csv")
+    """Where the images are listed that could not be read: ``scores.csv.unreadable.csv``, so that
+    ``scores.parquet`` beside it has a list of its own."""
+    return out.with_name(f"{out.name}.unreadable.csv")
 
 
 @contextlib.contextmanager
@@ -195,7 +197,6 @@ def _require_pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(
-            'a .parquet file needs pyarrow: pip install "ueo_fast[parquet]", or choose a name that '
-            "ends in .csv"
+            "a .parquet file needs pyarrow: pip install pyarrow, or choose a name that ends in .csv"
         ) from error
     return pyarrow, pyarrow.parquet
