@@ -250,7 +250,7 @@ def _wandb_id(folder: RunFolder) -> str:
 
 def _missing(package: str, error: ImportError) -> ModuleNotFoundError:
     return ModuleNotFoundError(
-        f"{package} cannot be imported ({error}); install it with `pip install {package}`, or leave "
-        "it out",
+        f"{package} cannot be imported ({error}); install it with `pip install {package}`, or "
+        "leave it out",
         name=package,
     )
