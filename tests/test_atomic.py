@@ -252,6 +252,7 @@ def test_of_two_writers_the_second_is_refused(tmp_path):
 
 def test_many_writers_at_once_leave_a_whole_file(tmp_path):
     path = tmp_path / "a"
+    path.write_bytes(b"d" * 100)  # a writer that is refused reads before there is anything else
     code = f"""
         import os, sys
         from ueo_fast.finetune.files.atomic import atomic_file

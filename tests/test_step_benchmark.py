@@ -97,7 +97,7 @@ def test_a_run_goes_from_measuring_to_the_docs(tmp_path, monkeypatch):
     assert rows_of["packed"] < rows_of["cut"] < rows_of["whole"] == 4 * 77
     for marker in step_report.TABLES:
         drawn = render.rendered(f"before\n<!-- table: {marker} -->\n<!-- end -->\nafter")
-        assert "Not measured" not in drawn
+        assert "Not measured yet" not in drawn
         assert render.rendered(drawn) == drawn
 
 

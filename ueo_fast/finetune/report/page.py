@@ -88,7 +88,7 @@ def _content(run: RunData) -> dict[str, Any]:
         "tables": tables,
         "title": _title(run),
         "subject": _subject(run),
-        "resume": shlex.join(["ueo-fast", "finetune", "--resume", "true", "--out", str(run.path)]),
+        "resume": shlex.join(["ueo-fast", "finetune", "--resume", "--out", str(run.path)]),
         "first_warnings": FIRST_WARNINGS,
         "most_listed": MOST_LISTED,
         "given": given,
