@@ -10,9 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 from commands_place import finetune, lines, make_place, rows
-from photo_folder import CORRUPT, KNOWN, ODD
+from photo_folder import CORRUPT, KNOWN, ODD, picture
 
 from ueo_fast.cli import main
+from ueo_fast.finetune.data.benchmark_facts import class_names
+from ueo_fast.finetune.demo.digits import load_digits
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,41 @@ def test_metrics_are_there_before_and_after(place):
     for record in records:
         assert record["positive_class"] == "known"
         assert record["known_images"] + record["unknown_images"] == 8 * 6 + len(ODD)
+
+
+def test_metrics_are_printed_before_during_and_after(place, capsys):
+    assert finetune(place, "told", "--epochs", "2", "--eval-every", "1") == 0
+    printed = capsys.readouterr().out
+    before, during = (
+        printed.index("zero-shot: per-class accuracy"),
+        printed.index("epoch 1: per-class accuracy"),
+    )
+    after = printed.index("method     per-class accuracy")
+    assert before < during < after
+
+
+def test_a_data_set_of_the_paper_needs_no_class_list(place, tmp_path, capsys):
+    names = class_names("office31")
+    digits = load_digits()
+    for label, name in enumerate(names):
+        folder = tmp_path / "office" / "webcam" / "images" / name
+        folder.mkdir(parents=True)
+        for copy in range(2):
+            picture(digits.images[2 * label + copy]).save(folder / f"frame_{copy}.png")
+    words = ["--dataset", "office31", "--domain", "webcam", "--root", tmp_path / "office"]
+    words += ["--model", place / "model", "--epochs", 1, "--workers", 0, "--threads", 1]
+    command = ["finetune", *map(str, words)]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 2
+    assert "--check-counts false" in capsys.readouterr().err
+    assert main([*command, "--check-counts", "false", "--out", str(tmp_path / "run")]) == 0
+    problem = json.loads((tmp_path / "run" / "problem.json").read_text())
+    assert problem["known"] == [name.replace("_", " ") for name in names[:25]]
+    assert problem["train_images"] == 2 * (15 + 3)  # OPDA
+    assert problem["test_images"] == 2 * 31
+    assert len(problem["unknown"]) == 6
+    table = rows(tmp_path / "run" / "predictions.csv")
+    known = [row for row in table if row["label"] in problem["known"]]
+    assert len(known) == 2 * 25  # spelt alike, so that the report can tell known from unknown
 
 
 def test_predictions_name_every_image_and_its_label(place):

@@ -120,7 +120,8 @@ def run(config: EvaluateConfig) -> None:
     if config.out is not None:
         out = Path(config.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        rows_of = prediction_rows(images, problem.known, before.cosines, after.cosines, scale)
+        names = zero_shot.prompt.class_names
+        rows_of = prediction_rows(images, names, before.cosines, after.cosines, scale)
         RunFolder(out.parent).write_csv(out.name, PREDICTION_COLUMNS, rows_of)
         print(f"predictions: {out}")
 

@@ -16,7 +16,12 @@ from ueo_fast.finetune.clip.delta import save_delta
 from ueo_fast.finetune.clip.load import LoadedClip, load_clip
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.device import chosen_device
-from ueo_fast.finetune.commands.evaluation import PREDICTION_COLUMNS, metrics_table, prediction_rows
+from ueo_fast.finetune.commands.evaluation import (
+    PREDICTION_COLUMNS,
+    brief,
+    metrics_table,
+    prediction_rows,
+)
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.problem import Problem, read_problem
 from ueo_fast.finetune.commands.recorder import Recorder
@@ -125,7 +130,9 @@ def _train(
 ) -> tuple[History, Recorder]:
     method = config.make_method()
     recorder = Recorder(config, folder, start)
-    recorder.before()
+    before = recorder.before()
+    if before is not None:
+        print(f"zero-shot: {brief(before)}")
     with training_hooks(config, folder, recorder) as hooks:
         try:
             history = method.adapt(

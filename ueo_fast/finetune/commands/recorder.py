@@ -42,15 +42,16 @@ class Recorder:
             for record in folder.read_json_lines(METRICS):
                 self._records[_key(record)] = record
 
-    def before(self) -> None:
-        """Measure the zero-shot classifier, from what it said already."""
+    def before(self) -> Record | None:
+        """Measure the zero-shot classifier, from what it said already; ``None`` without labels."""
         start = self._start
         zero_shot = METHODS["zeroshot"]
         values = {"method": zero_shot.name, "title": zero_shot.title, "epoch": 0, "stage": "before"}
-        self._add(values, "test", start.test_cosines, start.tested.labels)
+        record = self._add(values, "test", start.test_cosines, start.tested.labels)
         if start.separate:
             cosines = start.target.zero_shot_cosines()
             self._add(values, "train", cosines, start.train.labels)
+        return record
 
     def goes_on(self, epoch: int) -> None:
         """Note how many epochs the run that is resumed had done."""

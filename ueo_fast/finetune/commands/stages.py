@@ -74,7 +74,8 @@ def begin(config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, problem: 
     folder.write_json(
         PROBLEM,
         {
-            "known": list(problem.known),
+            # As the prompts and the predictions have them: without underscores.
+            "known": list(classifier.prompt.class_names),
             "unknown": kept.unknown(),
             "train_images": len(train.images),
             "test_images": len(tested.images),
