@@ -89,3 +89,18 @@ def parse(html: str) -> Node:
 
 def parse_file(path: Path) -> Node:
     return parse(path.read_text(encoding="utf-8"))
+
+
+def section(page: Node, name: str) -> Node:
+    """The section of that id."""
+    return page.one("section", id=name)
+
+
+def chart(page: Node, name: str) -> Node:
+    """The chart whose title has that name."""
+    (node,) = [
+        svg
+        for svg in page.find("svg")
+        if svg.attributes["aria-labelledby"].startswith(f"{name}-title ")
+    ]
+    return node
