@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 
 import pytest
 from commands_place import finetune, make_place
@@ -95,6 +96,7 @@ def test_weights_and_biases_without_a_key_is_no_traceback(place, monkeypatch, ca
     def refuses(*_, **__):
         raise UsageError("No API key configured.")
 
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # as if installed
     monkeypatch.setattr("ueo_fast.finetune.commands.tracking.WandbTracker", refuses)
     assert finetune(place, "no key", "--epochs", "1", "--wandb", "project") == 1
     error = capsys.readouterr().err
