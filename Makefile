@@ -19,8 +19,10 @@ help: ## list the targets
 
 # Build tools first: the package is then built against the installed torch, without isolation.
 .venv/.installed: constraints.txt pyproject.toml setup.py | .venv/bin/python
-	@echo "Installing PyTorch and what goes with it into .venv/: some 6 GB on disk, a few minutes."
+	@echo "Setup 1 of 2: installing PyTorch and the other packages into .venv/ (6 GB; some 3 minutes)."
 	$(PIP) install --quiet -c constraints.txt setuptools wheel cmake ninja torch
+	@echo "Setup 2 of 2: installing ueo_fast, which compiles the CPU kernels (some 30 seconds)" \
+	  "and, where there are nvcc and a GPU or CUDA=1, the CUDA kernels (minutes)."
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet -c constraints.txt \
 	  --no-build-isolation -e ".[dev]"
 	@touch $@

@@ -55,6 +55,11 @@ class Toolkit(NamedTuple):
     version: str  # "13.0"
 
 
+class Build(NamedTuple):
+    toolkit: Toolkit
+    architectures: str  # in the words of CMAKE_CUDA_ARCHITECTURES; empty: all that CMakeLists names
+
+
 def toolkit_of(nvcc: str) -> Toolkit | None:
     """What stands behind ``nvcc``; None if it does not run.
 
@@ -129,9 +134,40 @@ def torch_cuda_version() -> str | None:
     return version
 
 
-def cuda_of_this_build() -> Toolkit | str:
-    torch_cuda = torch_cuda_version()
-    return choose_cuda(os.environ, torch_cuda)
+def gpu_architectures() -> list[str]:
+    """The architectures of this machine's GPUs, e.g. ``["90-real"]``; asked of the driver's tool,
+    because importing torch takes seconds."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [
+        f"{major}{minor}-real"
+        for major, minor in sorted(set(re.findall(r"^(\d+)\.(\d+)$", told.stdout, re.MULTILINE)))
+        if int(major) >= 8
+    ]
+
+
+def cuda_of_this_build(environment: Mapping[str, str], in_place: bool) -> Build | str:
+    """What to compile of CUDA, or the reason why nothing.
+
+    An in-place build serves this machine alone, so without an explicit wish it compiles for the
+    GPUs that are here, and nothing where there are none: all architectures take minutes.
+    """
+    toolkit = choose_cuda(environment, torch_cuda_version())
+    if isinstance(toolkit, str):
+        return toolkit
+    wanted = environment.get("UEO_FAST_CUDA_ARCHITECTURES", "")
+    if wanted or environment.get("CUDA") == "1" or not in_place:
+        return Build(toolkit, wanted)
+    here = gpu_architectures()
+    if not here:
+        return (
+            "this machine has no GPU of compute capability 8.0 or newer, and an in-place build "
+            "compiles for this machine only (CUDA=1 compiles for all architectures)"
+        )
+    return Build(toolkit, ";".join(here))
 
 
 class BuildWithCMake(build_ext):
@@ -143,11 +179,12 @@ class BuildWithCMake(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extensions(self) -> None:
-        cuda = cuda_of_this_build()
+        in_place = bool(self.inplace or getattr(self, "editable_mode", False))
+        cuda = cuda_of_this_build(os.environ, in_place)
         if isinstance(cuda, str):
             print(f"ueo_fast: the CUDA library is left out: {cuda}", flush=True)
-        self._compile(cuda if isinstance(cuda, Toolkit) else None)
-        self.built = CPU_FILES + (CUDA_FILES if isinstance(cuda, Toolkit) else ())
+        self._compile(None if isinstance(cuda, str) else cuda)
+        self.built = CPU_FILES + (() if isinstance(cuda, str) else CUDA_FILES)
         self._copy_what_was_built()
 
     def copy_extensions_to_source(self) -> None:  # setuptools calls it for installs in place
@@ -163,7 +200,8 @@ class BuildWithCMake(build_ext):
             if name in self.built:
                 shutil.copy(BUILD / name, package)
 
-    def _compile(self, toolkit: Toolkit | None) -> None:
+    def _compile(self, cuda: Build | None) -> None:
+        toolkit = None if cuda is None else cuda.toolkit
         configure = [
             *("cmake", "-S", str(ROOT), "-B", str(BUILD), "-GNinja"),
             "-DCMAKE_BUILD_TYPE=Release",
@@ -171,10 +209,9 @@ class BuildWithCMake(build_ext):
             f"-DUEO_FAST_CUDA={'OFF' if toolkit is None else 'ON'}",
         ]
         environment = dict(os.environ)
-        if toolkit is not None:
-            architectures = os.environ.get("UEO_FAST_CUDA_ARCHITECTURES", "")
-            configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
-            configure.append(f"-DCMAKE_CUDA_COMPILER={toolkit.nvcc}")
+        if cuda is not None:
+            configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={cuda.architectures}")
+            configure.append(f"-DCMAKE_CUDA_COMPILER={cuda.toolkit.nvcc}")
             # Four compilers run, one per storage type; each may take some architectures at a time.
             # By environment: another number is no reason to compile anew.
             cores = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)

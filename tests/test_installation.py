@@ -118,7 +118,7 @@ def test_cuda_library_not_built(copied):
     shutil.copy(PACKAGE / "_cpu.so", copied / "ueo_fast")
     library, backend = cuda_facts(copied)
     assert library == "not built"
-    assert backend.startswith("unavailable: _cuda.so was not built (it needs nvcc; CUDA=1 makes")
+    assert backend.startswith("unavailable: _cuda.so was not built (an in-place build needs nvcc")
     done = run_copy(copied, "-c", LOSS.format("backend='cuda'"))
     assert "RuntimeError: backend='cuda' cannot run: _cuda.so was not built" in done.stderr
 
@@ -296,6 +296,46 @@ def test_a_wrapper_script_is_not_the_toolkit(script, tmp_path):
     link.symlink_to(wrapper)
     for found in (wrapper, str(link)):
         assert script.toolkit_of(found).nvcc == nvcc
+
+
+ALL = "what CMakeLists.txt names"
+
+
+@pytest.mark.parametrize(
+    ("driver", "environment", "in_place", "architectures"),
+    [
+        ("9.0", {}, True, "90-real"),
+        ("9.0\n8.0\n9.0", {}, True, "80-real;90-real"),
+        ("7.5\n8.6", {}, True, "86-real"),
+        ("12.0", {}, True, "120-real"),
+        ("7.5", {}, True, None),
+        ("NVIDIA-SMI has failed", {}, True, None),
+        (None, {}, True, None),
+        (None, {"CUDA": "1"}, True, ALL),
+        (None, {}, False, ALL),
+        ("9.0", {"CUDA": "1"}, True, ALL),
+        (None, {"UEO_FAST_CUDA_ARCHITECTURES": "90"}, True, "90"),
+        ("8.0", {"UEO_FAST_CUDA_ARCHITECTURES": "90"}, False, "90"),
+    ],
+)
+def test_an_in_place_build_compiles_for_the_gpus_of_this_machine(
+    script, tmp_path, monkeypatch, driver, environment, in_place, architectures
+):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    if driver is not None:
+        (tools / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{driver}\\n'\n")
+        (tools / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/bin")
+    monkeypatch.setattr(script, "torch_cuda_version", lambda: "13.2")
+    nvcc = put_nvcc(tmp_path / "toolkit")
+    build = script.cuda_of_this_build({"CUDACXX": nvcc, **environment}, in_place)
+    if architectures is None:
+        assert "no GPU" in build
+        assert "CUDA=1" in build
+    else:
+        assert build.toolkit.nvcc == nvcc
+        assert build.architectures == ("" if architectures is ALL else architectures)
 
 
 def test_what_torch_was_built_for_is_known_without_importing_it():

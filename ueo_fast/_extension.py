@@ -48,7 +48,8 @@ def _load_cuda() -> str | None:
     built_for = cuda_build.get("cuda")
     if built_for is None:
         return (
-            f"_cuda.so was not built (it needs nvcc; CUDA=1 makes its absence an error): {REBUILD}"
+            "_cuda.so was not built (an in-place build needs nvcc and a GPU; with CUDA=1 nvcc "
+            f"alone): {REBUILD}"
         )
     if torch_cuda is None:
         return f"_cuda.so was built for CUDA {built_for}, torch {torch.__version__} without CUDA"
