@@ -18,6 +18,12 @@ def clean_name(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").casefold().split())
 
 
+def plural(number: int, word: str) -> str:
+    """``"1 image"``, ``"2,000 images"``, ``"2 classes"``."""
+    ending = "es" if word.endswith("s") else "s"
+    return f"{number:,} {word if number == 1 else word + ending}"
+
+
 def counted(names: Sequence[str]) -> str:
     """How many, and the first three."""
     dots = ", ..." if len(names) > 3 else ""
