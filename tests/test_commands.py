@@ -15,6 +15,7 @@ from photo_folder import CORRUPT, KNOWN, ODD, picture
 from ueo_fast.cli import main
 from ueo_fast.finetune.data.benchmark_facts import class_names
 from ueo_fast.finetune.demo.digits import load_digits
+from ueo_fast.finetune.scoring.thresholds import choose_threshold
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_a_run_leaves_all_that_it_promises(place):
         *("config.json", "environment.json", "problem.json", "images.json"),
         *("zero_shot.safetensors", "metrics.jsonl", "train.jsonl", "epochs.jsonl"),
         *("predictions.csv", "delta.safetensors", "report.html", "finished.json"),
-        "checkpoint.safetensors",
+        *("thumbnails.json", "checkpoint.safetensors"),
     }
     problem = json.loads((run / "problem.json").read_text())
     assert problem["known"] == list(KNOWN)
@@ -60,8 +61,14 @@ def test_metrics_are_printed_before_during_and_after(place, capsys):
         printed.index("zero-shot: per-class accuracy"),
         printed.index("epoch 1: per-class accuracy"),
     )
+    found = re.search(
+        r"^(Better|Mixed|Worse|No change): UEO .* per-class accuracy .*\.$", printed, re.M
+    )
     after = printed.index("method     per-class accuracy")
-    assert before < during < after
+    assert before < during < found.start() < after
+    page = (place / "told" / "report.html").read_text(encoding="utf-8")
+    assert f'<p class="lead"><bdi>{found[0]}</bdi></p>' in page
+    assert "not defined" not in printed  # there are unknown images
 
 
 def test_a_data_set_of_the_paper_needs_no_class_list(place, tmp_path, capsys):
@@ -98,6 +105,29 @@ def test_predictions_name_every_image_and_its_label(place):
         assert row["label"] == row["image"].split("/")[0]
         assert row["adapted_class"] in KNOWN
         assert 1 / 6 < float(row["adapted_mcm"]) < 1
+        assert float(row["mcm_scale"]) == 1.0
+
+
+def test_predictions_say_what_is_known_by_the_threshold_that_the_run_keeps(place):
+    table = rows(place / "run" / "predictions.csv")
+    kept = json.loads((place / "run" / "finished.json").read_text())["threshold"]
+    scores = [float(row["adapted_mcm"]) for row in table]
+    assert kept == {"rule": "otsu", "value": choose_threshold("otsu", scores)}
+    assert [row["known"] for row in table] == [
+        "true" if score >= kept["value"] else "false" for score in scores
+    ]
+    assert {row["known"] for row in table} == {"true", "false"}
+
+
+def test_a_list_of_one_class_allows_no_threshold(place, tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("zero\n")
+    words = ["--classes", str(tmp_path / "one.txt"), "--epochs", "1"]
+    assert finetune(place, "one class", *words) == 0
+    printed = capsys.readouterr().out
+    assert "the scores allow no threshold (otsu), so no image counts as known or unknown" in printed
+    run = place / "one class"
+    assert {row["known"] for row in rows(run / "predictions.csv")} == {""}
+    assert json.loads((run / "finished.json").read_text())["threshold"]["value"] is None
 
 
 def test_what_was_learnt_is_small_and_differs_from_the_start(place):
@@ -135,7 +165,7 @@ def test_labels_are_not_needed(place, tmp_path, capsys):
     paths = sorted((place / "photos").glob("*/IMG*.png"))
     listed.write_text("\n".join(map(str, paths)), encoding="utf-8")
     assert finetune(place, "unlabelled", "--epochs", "1", "--data", str(listed)) == 0
-    assert "no labels, hence no metrics" in capsys.readouterr().out
+    assert "Not measured, for want of labels: UEO put" in capsys.readouterr().out
     assert not (place / "unlabelled" / "metrics.jsonl").exists()
     assert all(row["label"] == "" for row in rows(place / "unlabelled" / "predictions.csv"))
 
@@ -159,6 +189,8 @@ def test_evaluate_puts_zero_shot_beside_adapted(place, tmp_path, capsys):
     assert main(["evaluate", *map(str, words)]) == 0
     printed = capsys.readouterr().out
     assert "54 images, 41 of known classes and 13 of others" in printed
+    report = (place / "run" / "report.html").read_text(encoding="utf-8")
+    assert f'<p class="lead"><bdi>{printed.splitlines()[0]}</bdi></p>' in report
     for record in lines(place / "run" / "metrics.jsonl"):
         title = {"zeroshot": "zero-shot", "ueo": "UEO"}[record["method"]]
         (line,) = re.findall(rf"^{title} .*$", printed, re.M)

@@ -13,13 +13,16 @@ from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.adapted import open_run
 from ueo_fast.finetune.commands.evaluation import (
     PREDICTION_COLUMNS,
+    known_counts,
     measure,
     metrics_table,
     prediction_rows,
+    verdict_line,
 )
 from ueo_fast.finetune.commands.problem import Labelled, reread_problem
 from ueo_fast.finetune.commands.stages import watched
 from ueo_fast.finetune.data.image_list import read_images
+from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.methods.registry import METHODS
@@ -54,7 +57,10 @@ class EvaluateConfig:
     )
     out: str | None = field(
         default=None,
-        metadata={"help": "CSV file for class and MCM score of each image, before and after"},
+        metadata={
+            "help": "CSV file for class and MCM score of each image, before and after, and whether "
+            "it is known"
+        },
     )
     batch_size: int = field(default=192, metadata={"help": "images per step"})
     workers: int = field(default=2, metadata={"help": "processes that load images"})
@@ -115,13 +121,17 @@ def run(config: EvaluateConfig) -> None:
     rows = [_row("zeroshot", before.cosines, images.labels, scale)]
     if adapted.config.method != "zeroshot":
         rows.append(_row(adapted.config.method, after.cosines, images.labels, scale))
-    print(f"{len(images.images)} images, {problem_line(images)}")
+    counts = known_counts(after.cosines, scale)
+    print(verdict_line(adapted.config.method, rows, before.cosines, after.cosines, counts))
+    print(f"{plural(len(images.images), 'image')}, {problem_line(images)}")
     print(metrics_table(rows))
     if config.out is not None:
         out = Path(config.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         names = zero_shot.prompt.class_names
-        rows_of = prediction_rows(images, names, before.cosines, after.cosines, scale)
+        rows_of = prediction_rows(
+            images, names, before.cosines, after.cosines, scale, counts.threshold
+        )
         RunFolder(out.parent).write_csv(out.name, PREDICTION_COLUMNS, rows_of)
         print(f"predictions: {out}")
 
@@ -159,8 +169,8 @@ def _readable(config: EvaluateConfig, images: Labelled, seen: Readable) -> Label
     if not seen.failures:
         return images
     listed = [f"  {images.images.names[place]}: {reason}" for place, reason in seen.failures]
-    count = f"{len(listed)} image(s) cannot be read"
+    count = f"{plural(len(listed), 'image')} cannot be read"
     if config.strict:
         raise ValueError(f"{count}, the first is{listed[0][1:]}; leave out --strict to skip them")
-    print("\n".join([f"{count} and are left out:", *listed]))
+    print("\n".join([f"left out: {count}", *listed]))
     return images.subset(seen.positions)

@@ -19,8 +19,10 @@ from ueo_fast.finetune.commands.device import chosen_device
 from ueo_fast.finetune.commands.evaluation import (
     PREDICTION_COLUMNS,
     brief,
+    known_counts,
     metrics_table,
     prediction_rows,
+    verdict_line,
 )
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.problem import Problem, read_problem
@@ -28,8 +30,9 @@ from ueo_fast.finetune.commands.recorder import Recorder
 from ueo_fast.finetune.commands.stages import Start, begin, continued, is_begun
 from ueo_fast.finetune.commands.tracking import check_trackers, training_hooks
 from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError
+from ueo_fast.finetune.evaluation.results_table import KnownCounts
 from ueo_fast.finetune.files.run_folder import RunFolder
-from ueo_fast.finetune.report import write_report
+from ueo_fast.finetune.report import write_report, write_thumbnails
 
 FINISHED = "finished.json"
 DELTA = "delta.safetensors"
@@ -84,7 +87,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, problem: Problem | None) -> 
                 begin(config, folder, clip, problem) if problem else continued(folder, clip, config)
             )
             history, recorder = _train(config, folder, clip, start)
-            _finish(config, folder, clip, start, history, recorder)
+            counts = _finish(config, folder, clip, start, history, recorder)
         except KeyboardInterrupt:
             print(f"\nstopped; to go on: {_resume(folder)}")
             raise
@@ -99,7 +102,12 @@ def _run(config: FinetuneConfig, folder: RunFolder, problem: Problem | None) -> 
                 f"{_resume(folder)}; with others choose another --out"
             ) from error
         folder.write_json(
-            FINISHED, {"stopped": history.stopped, "seconds": time.perf_counter() - started}
+            FINISHED,
+            {
+                "stopped": history.stopped,
+                "seconds": time.perf_counter() - started,
+                "threshold": {"rule": counts.rule, "value": counts.threshold},
+            },
         )
     print(f"adapted: {folder.path / DELTA}")
     try:
@@ -161,18 +169,21 @@ def _finish(
     start: Start,
     history: History,
     recorder: Recorder,
-) -> None:
+) -> KnownCounts:
     if history.stopped:
         print(f"stopped early: {history.stopped}")
+    before, scale = start.test_cosines, config.mcm_scale
     adapted = recorder.after(history)
-    rows = prediction_rows(start.tested, start.known, start.test_cosines, adapted, config.mcm_scale)
+    counts = known_counts(adapted, scale)
+    rows = prediction_rows(start.tested, start.known, before, adapted, scale, counts.threshold)
     folder.write_csv("predictions.csv", PREDICTION_COLUMNS, rows)
+    write_thumbnails(folder, start.tested.images.paths, start.known)
     _save(config, folder, clip, start.classifier)
     records = recorder.first_and_last()
+    print(verdict_line(config.method, records, before, adapted, counts))
     if records:
         print(metrics_table(records))
-    else:
-        print("no labels, hence no metrics; the report shows what can be seen without")
+    return counts
 
 
 def _saved_config(folder: RunFolder, given: FinetuneConfig) -> FinetuneConfig:
