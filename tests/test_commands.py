@@ -62,7 +62,9 @@ def test_metrics_are_printed_before_during_and_after(place, capsys):
         printed.index("epoch 1: per-class accuracy"),
     )
     found = re.search(
-        r"^(Better|Mixed|Worse|No change): UEO .* per-class accuracy .*\.$", printed, re.M
+        r"^(Slightly |)(better|mixed|worse|no change): UEO .* per-class accuracy .*\.$",
+        printed,
+        re.M,
     )
     after = printed.index("method     per-class accuracy")
     assert before < during < found.start() < after

@@ -88,6 +88,8 @@ def test_csv_has_what_the_model_says_of_every_readable_image(
         assert os.path.samefile(row["path"], photos / row["image"])
         folder = row["image"].split("/")[0]
         assert row["label"] == folder
+        assert float(row["probability_scale"]) == float(classifier.logit_scale)
+        assert float(row["mcm_scale"]) == 2.0
     assert "class_4" not in rows[0]
     assert len(seen) == 4
     assert seen[-1] == (14, 14)
@@ -127,6 +129,8 @@ def test_parquet_has_the_same_table(classifier, photos, tmp_path):
         "mcm": "double",
         "known": "bool",
         "label": "string",
+        "probability_scale": "double",
+        "mcm_scale": "double",
     }
     rows = read_csv(tmp_path / "a.csv")
     assert table.column_names == list(rows[0])

@@ -81,7 +81,7 @@ def _terminal(bar: tqdm[Any], recorder: Recorder) -> Hooks:
 
     def on_step(record: StepRecord) -> None:
         bar.set_postfix(
-            loss=f"{round(record.loss, 4) + 0.0:.4f}",  # never -0.0000
+            loss=f"{record.loss:.4f}",
             conditional=f"{record.conditional_entropy:.3f}",
             marginal=f"{record.marginal_entropy:.3f}",
             refresh=False,

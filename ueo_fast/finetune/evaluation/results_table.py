@@ -99,6 +99,7 @@ def _changes(
     title: str, before: Mapping[str, float | None], after: Mapping[str, float | None]
 ) -> str:
     said: dict[str, list[str]] = {"better": [], "worse": [], "": []}
+    largest = 0.0
     for key, name in _JUDGED.items():
         was, now = before[key], after[key]
         if was is None or now is None:
@@ -106,12 +107,15 @@ def _changes(
         found = direction(key, was, now)
         span = f"{name} from {100 * was:.1f}% to {100 * now:.1f}%"
         points = f"{abs(100 * (now - was)):.1f}"
+        largest = max(largest, float(points))
         unit = "point" if points == "1.0" else "points"
         said[found].append(
             f"{span} (by {points} {unit})" if found else f"{name} at {100 * now:.1f}%"
         )
     better, worse, same = said["better"], said["worse"], said[""]
     word = ("Mixed" if worse else "Better") if better else "Worse" if worse else "No change"
+    if largest < 1 and (better or worse):
+        word = f"Slightly {word.lower()}"
     clauses = [
         f"{verb} {' and '.join(parts)}"
         for verb, parts in (("raised", better), ("lowered", worse), ("left", same))

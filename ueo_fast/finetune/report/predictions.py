@@ -73,6 +73,7 @@ class Predictions:
         changed: images that the two put into different classes.
         known: images that count as known.
         unknown: images that count as unknown.
+        unknown_right: those of them whose label is an unknown class.
         most_confident: the :data:`KEPT` images with the highest adapted MCM score, highest first.
         lowest: the :data:`LISTED` images with the lowest, lowest first.
     """
@@ -86,6 +87,7 @@ class Predictions:
     changed: int
     known: int
     unknown: int
+    unknown_right: int
     most_confident: tuple[Prediction, ...]
     lowest: tuple[Prediction, ...]
 
@@ -120,7 +122,7 @@ def read_predictions(path: Path, known: Collection[str]) -> Predictions:
     labels: Counter[str] = Counter()
     zeroshot_counts: Counter[str] = Counter()
     adapted_counts: Counter[str] = Counter()
-    changed, verdicts = 0, Counter[bool | None]()
+    changed, unknown_right, verdicts = 0, 0, Counter[bool | None]()
     highest = _Extremes(KEPT, lambda score: score)
     lowest = _Extremes(LISTED, lambda score: -score)
     # A file name need not be UTF-8; what is not is kept as it was, so that the file is found.
@@ -141,6 +143,7 @@ def read_predictions(path: Path, known: Collection[str]) -> Predictions:
                 adapted_counts[one.adapted_class] += 1
                 changed += one.zeroshot_class != one.adapted_class
                 verdicts[one.known] += 1
+                unknown_right += one.known is False and group[-1] == UNKNOWN
                 highest.offer(one)
                 lowest.offer(one)
         except (csv.Error, _BadLineError) as error:
@@ -158,6 +161,7 @@ def read_predictions(path: Path, known: Collection[str]) -> Predictions:
         changed=changed,
         known=verdicts[True],
         unknown=verdicts[False],
+        unknown_right=unknown_right,
         most_confident=highest.ranked(),
         lowest=lowest.ranked(),
     )

@@ -22,7 +22,13 @@ from ueo_fast.finetune.scoring.score_pass import (
 from ueo_fast.finetune.scoring.score_rows import RowMaker
 from ueo_fast.finetune.scoring.score_spool import ScoreSpool
 from ueo_fast.finetune.scoring.score_unreadable import UnreadableList, shown_name
-from ueo_fast.finetune.scoring.score_writer import ROWS, check_output, score_writer, unreadable_path
+from ueo_fast.finetune.scoring.score_writer import (
+    ROWS,
+    Scales,
+    check_output,
+    score_writer,
+    unreadable_path,
+)
 from ueo_fast.finetune.scoring.thresholds import (
     Kind,
     Threshold,
@@ -113,8 +119,9 @@ def score_images(
     The table has one row per image that can be read, in the order of ``images``: ``image`` (name),
     ``path``, ``class_1``, ``probability_1`` ... of the k most probable classes (softmax of the
     model's logits), ``mcm`` (largest softmax of ``mcm_scale`` times the cosines, in double
-    precision), ``known`` (``mcm >= threshold``) and ``label`` (with ``labels``: the known class, or
-    what the data says about an unknown one; else empty).
+    precision), ``known`` (``mcm >= threshold``), ``label`` (with ``labels``: the known class, or
+    what the data says about an unknown one; else empty), and in every row what multiplied the
+    cosines in the two kinds of softmax: ``probability_scale`` and ``mcm_scale``.
 
     Memory does not grow with the number of images, but for the names in ``images``: predictions
     wait in a temporary file beside ``out`` (24 + 8 k bytes per image, and 8 for the threshold)
@@ -185,7 +192,8 @@ def score_images(
         except ValueError as error:  # hours of work are not thrown away for it
             failure = error
         maker = RowMaker(images, names, labels, value)
-        with score_writer(out, names, top_k) as writer:
+        scales = Scales(float(classifier.logit_scale), mcm_scale)
+        with score_writer(out, names, top_k, scales) as writer:
             for rows in spool.blocks(ROWS):
                 writer.write(maker.rows(rows))
             listed = unreadable.save(unreadable_path(out))  # first, so that no table lacks its list
