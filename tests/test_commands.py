@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from commands_place import finetune, lines, make_place, rows
 from photo_folder import CORRUPT, KNOWN, ODD, picture
+from report_page import parse_file
 
 from ueo_fast.cli import main
 from ueo_fast.finetune.data.benchmark_facts import class_names
@@ -127,7 +128,11 @@ def test_a_list_of_one_class_allows_no_threshold(place, tmp_path, capsys):
     assert finetune(place, "one class", *words) == 0
     printed = capsys.readouterr().out
     assert "the scores allow no threshold (otsu), so no image counts as known or unknown" in printed
+    (warning,) = re.findall(r"^warning: (the list has a single class, 'zero'.*)$", printed, re.M)
+    assert printed.index(warning) < printed.index("per-class accuracy at")
     run = place / "one class"
+    page = parse_file(run / "report.html")
+    assert page.one("aside", **{"aria-label": "Warnings"}).text == f"1 warning {warning}"
     assert {row["known"] for row in rows(run / "predictions.csv")} == {""}
     assert json.loads((run / "finished.json").read_text())["threshold"]["value"] is None
 

@@ -111,6 +111,12 @@ def test_seeds_are_averaged_and_zero_shot_is_there_once(tmp_path):
     assert "| zero-shot | 50.0 | 60.0 | 55.0 | 90.0 | 52.0 |" in markdown
 
 
+def test_a_method_below_chance_is_named_above_the_tables(tmp_path):
+    run = make_run(tmp_path / "a", values=(0.7, 0.7, 0.312, 0.9, 0.43))
+    text = compare_runs([run]).text()
+    assert text.startswith(f"note: {run}: AUROC is 31.2, below 50, which is chance: ")
+
+
 def test_one_run_each_has_no_second_table(tmp_path):
     runs = [make_run(tmp_path / method, method) for method in ("ueo", "infomax")]
     comparison = compare_runs(runs)

@@ -381,3 +381,24 @@ def test_one_image_is_one_image(tmp_path):
     assert "1 image" in section(page, "images").text
     assert not re.search(r"\b1 (images|warnings|files|options|steps)\b", page.text)
     assert "the scores allow no threshold (otsu)" in page.one("p", **{"class": "lead"}).text
+
+
+def test_what_makes_results_doubtful_is_a_warning(tmp_path):
+    run = make_run(tmp_path)
+    before, during, after = metrics_of(run)
+    lines = [before, during, {**after, "auroc": 0.412}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with open(run / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with open(run / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({**row, "adapted_class": "bicycle"} for row in rows)
+    page = parse_file(write_report(run))
+    words = page.one("aside", **{"aria-label": "Warnings"}).text
+    assert words.startswith("2 warnings all 60 images are put into one class, 'bicycle'")
+    assert "AUROC is 41.2, below 50, which is chance" in words
+
+
+def test_an_ordinary_run_has_no_warning(tmp_path):
+    assert not report_of(tmp_path, ReportRun()).find("aside")

@@ -18,6 +18,7 @@ from ueo_fast.finetune.commands.evaluation import (
     metrics_table,
     prediction_rows,
     verdict_line,
+    warning_lines,
 )
 from ueo_fast.finetune.commands.problem import Labelled, reread_problem
 from ueo_fast.finetune.commands.stages import watched
@@ -122,13 +123,14 @@ def run(config: EvaluateConfig) -> None:
     if adapted.config.method != "zeroshot":
         rows.append(_row(adapted.config.method, after.cosines, images.labels, scale))
     counts = known_counts(after.cosines, scale)
+    names = zero_shot.prompt.class_names
+    print(warning_lines(names, after.cosines, rows[-1]), end="")
     print(verdict_line(adapted.config.method, rows, before.cosines, after.cosines, counts))
     print(f"{plural(len(images.images), 'image')}, {problem_line(images)}")
     print(metrics_table(rows))
     if config.out is not None:
         out = Path(config.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        names = zero_shot.prompt.class_names
         rows_of = prediction_rows(
             images, names, before.cosines, after.cosines, scale, counts.threshold
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from ueo_fast import mcm_score
 from ueo_fast.finetune.commands.problem import Labelled
 from ueo_fast.finetune.data.names import printable
-from ueo_fast.finetune.evaluation.metrics import Metrics, compute_metrics
+from ueo_fast.finetune.evaluation.metrics import Metrics, compute_metrics, doubts
 from ueo_fast.finetune.evaluation.results_table import KnownCounts, ResultsTable, verdict
 from ueo_fast.finetune.methods.registry import METHODS
 from ueo_fast.finetune.scoring.thresholds import choose_threshold
@@ -82,6 +82,25 @@ def verdict_line(
         moved=None if method == "zeroshot" else (changed, len(after)),
         counts=counts,
     )
+
+
+def warning_lines(
+    class_names: Sequence[str], cosines: Tensor, record: Mapping[str, Any] | None
+) -> str:
+    """What makes the predictions doubtful, each on a line that ends with a line break.
+
+    Args:
+        class_names: C of them.
+        cosines: (N, C) of the adapted model.
+        record: its metrics; ``None`` without labels.
+    """
+    found = doubts(
+        classes=class_names,
+        predicted=cosines.argmax(dim=1).unique().tolist(),
+        images=len(cosines),
+        auroc=None if record is None else record["auroc"],
+    )
+    return "".join(f"warning: {text}\n" for text in found)
 
 
 def brief(record: Mapping[str, Any]) -> str:

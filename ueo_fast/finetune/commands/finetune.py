@@ -23,6 +23,7 @@ from ueo_fast.finetune.commands.evaluation import (
     metrics_table,
     prediction_rows,
     verdict_line,
+    warning_lines,
 )
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.problem import Problem, read_problem
@@ -180,6 +181,8 @@ def _finish(
     write_thumbnails(folder, start.tested.images.paths, start.known)
     _save(config, folder, clip, start.classifier)
     records = recorder.first_and_last()
+    final = records[:2][-1] if records else None
+    print(warning_lines(start.known, adapted, final), end="")
     print(verdict_line(config.method, records, before, adapted, counts))
     if records:
         print(metrics_table(records))

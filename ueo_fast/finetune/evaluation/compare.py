@@ -10,6 +10,7 @@ from typing import Any
 
 from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.evaluation.finished_run import LeftOut, Outcome, read_outcomes
+from ueo_fast.finetune.evaluation.metrics import doubts
 from ueo_fast.finetune.evaluation.results_table import ResultsTable, verdict
 
 COLUMNS: Mapping[str, str] = {
@@ -155,6 +156,8 @@ def _group(
                 )
         title = f"{label} ({plural(len(once), 'seed')})"
         for outcome in once.values():
+            found = doubts(classes=question["known"], auroc=outcome.metrics["auroc"])
+            notes += [f"{outcome.run}: {text}" for text in found]
             records.append({**outcome.metrics, "method": title})
             seeds.append({**outcome.metrics, "method": f"{label}, seed {outcome.seed}"})
     table = ResultsTable.from_records(records, COLUMNS)

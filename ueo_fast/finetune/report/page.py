@@ -16,13 +16,14 @@ from markupsafe import Markup
 
 from ueo_fast import __version__
 from ueo_fast.finetune.data.names import plural
+from ueo_fast.finetune.evaluation.metrics import doubts
 from ueo_fast.finetune.evaluation.results_table import LOWER_IS_BETTER, verdict
 from ueo_fast.finetune.files.atomic import atomic_file
 from ueo_fast.finetune.methods.registry import METHODS
 from ueo_fast.finetune.report import tables, text
 from ueo_fast.finetune.report.charts import window
 from ueo_fast.finetune.report.figures import score_charts, training_charts
-from ueo_fast.finetune.report.read_run import RunData, read_run
+from ueo_fast.finetune.report.read_run import RunData, RunWarning, read_run
 
 MOST_LISTED = 100
 """Warnings and skipped files that are listed; of more, the number and the file that has them."""
@@ -98,7 +99,7 @@ def _content(run: RunData) -> dict[str, Any]:
         "verdict": _verdict(run),
         "lower_is_better": LOWER_IS_BETTER,
         "known_names": frozenset(run.problem.known if run.problem else ()),
-        "warnings": run.warnings,
+        "warnings": (*_doubts(run), *run.warnings),
         "title": _title(run),
         "subject": _subject(run),
         "resume": shlex.join(["ueo-fast", "finetune", "--resume", "--out", str(run.path)]),
@@ -144,6 +145,21 @@ def _verdict(run: RunData) -> str:
         moved=moved,
         counts=run.counts,
     )
+
+
+def _doubts(run: RunData) -> list[RunWarning]:
+    """What makes the results doubtful, whichever method they are of."""
+    if run.problem is None or run.predictions is None:
+        return []
+    before, after = tables.before_and_after(run)
+    line = after or before
+    found = doubts(
+        classes=run.problem.known,
+        predicted=run.predictions.adapted_counts,
+        images=len(run.predictions),
+        auroc=line.values["auroc"] if line else None,
+    )
+    return [RunWarning(None, text) for text in found]
 
 
 def _title(run: RunData) -> str:
