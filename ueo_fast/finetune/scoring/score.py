@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.image_list import ImageList
+from ueo_fast.finetune.evaluation.predict import cosine_error
 from ueo_fast.finetune.scoring.score_batches import score_batches
 from ueo_fast.finetune.scoring.score_pass import (
     OnProgress,
@@ -26,6 +27,7 @@ from ueo_fast.finetune.scoring.score_writer import ROWS, check_output, score_wri
 from ueo_fast.finetune.scoring.thresholds import (
     Kind,
     Threshold,
+    lowest_known,
     parse_threshold,
     threshold_of_sorted,
 )
@@ -42,7 +44,8 @@ class ScoreSummary:
     Attributes:
         out: the table.
         images: rows in it.
-        known: images with ``score >= threshold``.
+        known: images whose score reaches ``threshold``, to within rounding
+            (:func:`~ueo_fast.finetune.scoring.thresholds.lowest_known`).
         unreadable: the first few images that were left out, as (name, reason).
         unreadable_count: all of them.
         unreadable_out: CSV that lists all of them; ``None`` if there are none.
@@ -113,8 +116,8 @@ def score_images(
     The table has one row per image that can be read, in the order of ``images``: ``image`` (name),
     ``path``, ``class_1``, ``probability_1`` ... of the k most probable classes (softmax of the
     model's logits), ``mcm`` (largest softmax of ``mcm_scale`` times the cosines, in double
-    precision), ``known`` (``mcm >= threshold``) and ``label`` (with ``labels``: the known class, or
-    what the data says about an unknown one; else empty).
+    precision), ``known`` (whether ``mcm`` reaches the threshold, to within rounding) and ``label``
+    (with ``labels``: the known class, or what the data says about an unknown one; else empty).
 
     Memory does not grow with the number of images, but for the names in ``images``: predictions
     wait in a temporary file beside ``out`` (24 + 8 k bytes per image, and 8 for the threshold)
@@ -184,7 +187,11 @@ def score_images(
             )
         except ValueError as error:  # hours of work are not thrown away for it
             failure = error
-        maker = RowMaker(images, names, labels, value)
+        cutoff = None
+        if value is not None:
+            error = cosine_error(precision, classifier.logit_scale.device)
+            cutoff = lowest_known(value, mcm_scale, error)
+        maker = RowMaker(images, names, labels, cutoff)
         with score_writer(out, names, top_k) as writer:
             for rows in spool.blocks(ROWS):
                 writer.write(maker.rows(rows))
