@@ -156,3 +156,17 @@ def check_number(
     if not fits:
         raise ValueError(f"{name} must be {wanted}, got {value}")
     return float(value)
+
+
+MOST = 2**31 - 1
+"""More images, steps or processes than this are a slip of the finger."""
+
+
+def check_count(name: str, value: int, *, least: int, most: int = MOST) -> None:
+    """A whole number from ``least`` to ``most``."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__} {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")

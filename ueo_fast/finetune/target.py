@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ueo_fast import mcm_score
+from ueo_fast.arguments import check_number
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.evaluation.predict import predict_cosines
 
@@ -74,12 +75,11 @@ class Target:
                 weights nearly uniform; 100 would give the model's own softmax confidence.
 
         Raises:
-            ValueError: ``mcm_scale`` is not positive, or the cosines were not computed.
+            ValueError: ``mcm_scale`` is out of range, or the cosines were not computed.
 
         Source: authors' ``demo.py`` (``target_maxpro``); arXiv 2308.12919, section 3.3.
         """
-        if not mcm_scale > 0:
-            raise ValueError(f"mcm_scale must be positive, got {mcm_scale}")
+        check_number("mcm_scale", mcm_scale, sign="positive")
         return mcm_score(self.zero_shot_cosines(), mcm_scale)
 
 

@@ -246,8 +246,7 @@ class FinetuneConfig:
             raise ValueError(f"mcm_scale must be positive, got {self.mcm_scale}")
         self._check_train()
         split_template(self.prompt_template)
-        self.make_method()
-        self.trainer()
+        self.make_method().check(self.trainer())
 
     def _check_data(self) -> None:
         if self.dataset is None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ueo_fast.arguments import check_count
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.batches import tolerant_loader
 from ueo_fast.finetune.data.loader import TolerantBatch
@@ -20,6 +21,9 @@ PRECISIONS: dict[str, torch.dtype | None] = {
     "fp16": torch.float16,
 }
 """What the image tower computes in, under autocast; the weights stay float32."""
+
+MOST_WORKERS = 1024
+"""Processes that load images; far more than any machine has cores for."""
 
 
 def cosine_error(precision: str, device: torch.device) -> float:
@@ -98,7 +102,7 @@ def predict_batches(
         channels_last: hand the images over in that memory format, which convolutions like.
 
     Raises:
-        ValueError: no image, or an unknown ``precision``.
+        TypeError, ValueError: no image, an unknown ``precision``, or a number out of range.
     """
     loader, precision_type = _start(classifier, images, batch_size, num_workers, precision)
     return _predict(classifier, loader, precision_type, channels_last)
@@ -173,6 +177,8 @@ def _start(
     num_workers: int,
     precision: str,
 ) -> tuple[Iterable[TolerantBatch], torch.dtype | None]:
+    check_count("batch_size", batch_size, least=1)
+    check_count("num_workers", num_workers, least=0, most=MOST_WORKERS)
     if precision not in PRECISIONS:
         raise ValueError(
             f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"

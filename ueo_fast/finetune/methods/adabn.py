@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ueo_fast.arguments import check_count
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.batches import even_loader
 from ueo_fast.finetune.engine.hooks import Hooks
@@ -38,6 +39,9 @@ class AdaBN(Method):
 
     name: ClassVar[str] = "adabn"
     title: ClassVar[str] = "AdaBN"
+
+    def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size, least=2)
 
     @torch.no_grad()
     def adapt(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ueo_fast.arguments import check_count, check_number
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.image_list import ImageList
 from ueo_fast.finetune.evaluation.predict import cosine_error
@@ -156,8 +157,8 @@ def score_images(
     out = Path(out)
     names = tuple(classifier.prompt.class_names)
     choice = parse_threshold(threshold)
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    check_count("top_k", top_k, least=1)
+    check_number("mcm_scale", mcm_scale, sign="positive")
     check_images(images, dataset)
     check_choice(choice, labels, len(images), len(names))
     check_output(out, overwrite=overwrite)
