@@ -49,6 +49,10 @@ class Target:
     def __len__(self) -> int:
         return len(cast(Sized, self.images))
 
+    def __repr__(self) -> str:
+        has = [n for n in ("augmented", "cosines", "labels") if getattr(self, n) is not None]
+        return f"Target({len(self)} images{''.join(f', {name}' for name in has)})"
+
     @property
     def training_images(self) -> Dataset[Any] | Tensor:
         """What training sees."""

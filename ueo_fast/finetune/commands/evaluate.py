@@ -18,9 +18,8 @@ from ueo_fast.finetune.commands.evaluation import (
     prediction_rows,
 )
 from ueo_fast.finetune.commands.problem import Labelled, reread_problem
-from ueo_fast.finetune.commands.stages import watched
 from ueo_fast.finetune.data.image_list import read_images
-from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches
+from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches, watched
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.methods.registry import METHODS
 

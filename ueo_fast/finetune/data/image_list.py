@@ -51,6 +51,10 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def __repr__(self) -> str:
+        first = f", the first is {self.names[0]!r}" if self.names else ""
+        return f"ImageList({len(self)} images{first}{'' if self.labels is None else ', labelled'})"
+
     def subset(self, positions: Sequence[int] | Tensor) -> ImageList:
         """The images at ``positions``, in that order."""
         rows = positions.tolist() if isinstance(positions, Tensor) else positions

@@ -37,6 +37,11 @@ class History:
     def __len__(self) -> int:
         return len(self.loss)
 
+    def __repr__(self) -> str:
+        last = f", last loss {self.loss[-1]:.4g}" if self.loss else ""
+        stopped = f", stopped {self.stopped}" if self.stopped else ""
+        return f"History({len(self)} steps{last}{stopped})"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and ``None``, without ``online``: what JSON can hold."""
         series = {name: list(getattr(self, name)) for name in SERIES}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,21 @@ class Predicted(NamedTuple):
     failures: tuple[Failure, ...]
 
 
+class HasImages(Protocol):
+    """A batch of which some images may have failed."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(B,) int64, of the others."""
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """Those that failed."""
+
+
+Batch = TypeVar("Batch", bound=HasImages)
+
+
 class Readable(NamedTuple):
     """What the classifier says about the images that could be read.
 
@@ -106,6 +121,29 @@ def predict_batches(
     """
     loader, precision_type = _start(classifier, images, batch_size, num_workers, precision)
     return _predict(classifier, loader, precision_type, channels_last)
+
+
+def watched(
+    title: str, images: int, show: bool | None = True
+) -> Callable[[Iterator[Batch]], Iterator[Batch]]:
+    """Pass batches of predictions on under a progress bar.
+
+    Args:
+        title: of the bar.
+        images: how many there are in all.
+        show: whether to show it; ``None``: where the standard error stream is a terminal.
+    """
+
+    def watch(batches: Iterator[Batch]) -> Iterator[Batch]:
+        from tqdm import tqdm
+
+        hidden = None if show is None else not show
+        with tqdm(total=images, desc=title, unit="image", leave=False, disable=hidden) as bar:
+            for batch in batches:
+                bar.update(len(batch.positions) + len(batch.failures))
+                yield batch
+
+    return watch
 
 
 def collect(predicted: Iterable[Predicted]) -> Readable:

@@ -17,6 +17,20 @@ DOUBT = 1e-3
 """What the weight of an unknown image is, and what is added to that of a known one."""
 
 
+def check_labels(labels: Tensor | None) -> Tensor:
+    """The labels that a method reads.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if labels is None:
+        raise ValueError(
+            "labels is None, but the oracle is told which images are of a known class: give "
+            "labelled images (class folders, or a list with labels), or take method 'ueo'"
+        )
+    return labels
+
+
 @dataclass(frozen=True)
 class Oracle(LossMethod):
     """The loss of UEO with ``w_i = 1[image i is of a known class] + 1e-3``.
@@ -50,13 +64,9 @@ class Oracle(LossMethod):
         Raises:
             ValueError: the target has no labels.
         """
-        if target.labels is None:
-            raise ValueError(
-                "labels is None, but the oracle is told which images are of a known class: give "
-                "labelled images (class folders, or a list with labels), or take method 'ueo'"
-            )
+        labels = check_labels(target.labels)
         classes = len(classifier.prompt.class_names)
-        known = (target.labels >= 0) & (target.labels < classes)
+        known = (labels >= 0) & (labels < classes)
         return _ToldEntropy(self, known.float() + DOUBT)
 
 

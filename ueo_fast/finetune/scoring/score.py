@@ -190,8 +190,8 @@ def score_images(
             failure = error
         cutoff = None
         if value is not None:
-            error = cosine_error(precision, classifier.logit_scale.device)
-            cutoff = lowest_known(value, mcm_scale, error)
+            rounding = cosine_error(precision, classifier.logit_scale.device)
+            cutoff = lowest_known(value, mcm_scale, rounding)
         maker = RowMaker(images, names, labels, cutoff)
         with score_writer(out, names, top_k) as writer:
             for rows in spool.blocks(ROWS):
