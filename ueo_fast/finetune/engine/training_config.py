@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
-from ueo_fast.finetune.evaluation.predict import PRECISIONS
+from typing import Any, Literal, get_args
 
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
-SCHEDULES: tuple[Schedule, ...] = ("cosine", "constant")
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 # What may differ between a run and its resumption without changing the result.
 _FREE = ("num_workers", "checkpoint_every")
