@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from ueo_fast.arguments import check_number
 from ueo_fast.finetune.clip.adapted_state import adapted_state, load_adapted_state
 from ueo_fast.finetune.clip.base_model import BaseModel, describe_base
 from ueo_fast.finetune.clip.delta import save_delta
@@ -48,6 +47,7 @@ from ueo_fast.finetune.scoring.thresholds import (
     parse_threshold,
 )
 from ueo_fast.finetune.target import Target
+from ueo_fast.ranges import check_number
 
 Images = (
     str

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ueo_fast import mcm_score
-from ueo_fast.arguments import check_number
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.evaluation.predict import predict_cosines
+from ueo_fast.ranges import check_number
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from ueo_fast.finetune.engine.step_statistics import StepStatistics, Totals, mea
 from ueo_fast.finetune.engine.training_config import TrainerConfig
 from ueo_fast.finetune.engine.training_state import TrainingState, fingerprint
 
-__all__ = ["LARGEST_CHANGE", "History", "NonFiniteLossError", "TrainerConfig", "train"]
+__all__ = ["History", "NonFiniteLossError", "TrainerConfig", "train"]
 
 # Of a gradient, and of what a step adds to a weight: finite, but float32 ends at 3.4e38, and norms
 # and attention take squares of what such weights give.
-LARGEST_CHANGE = 1e15
+_LARGEST_CHANGE = 1e15
 # fp16 starts at a loss scale of 2^16 and halves it at each overflow; after so many in a row the
 # scale cannot be what is wrong.
 _MOST_OVERFLOWS = 32
@@ -220,7 +220,7 @@ class _Run:
             self.overflows = 0 if math.isfinite(gradient) else self.overflows + 1
             if self.overflows >= _MOST_OVERFLOWS:
                 self._fail(f"the gradient overflowed in {self.overflows} steps in a row")
-        elif not gradient * max(1.0, self.optimizer.largest_rate) < LARGEST_CHANGE:
+        elif not gradient * max(1.0, self.optimizer.largest_rate) < _LARGEST_CHANGE:
             self._fail(f"the gradient became {gradient} (the loss was {loss})")
 
     def _fail(self, what: str) -> NoReturn:

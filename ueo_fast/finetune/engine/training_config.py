@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from ueo_fast.arguments import MOST, check_count, check_number
-from ueo_fast.finetune.evaluation.predict import MOST_WORKERS, PRECISIONS
+from ueo_fast.ranges import LARGEST_FACTOR, MOST, MOST_WORKERS, check_count, check_number
 
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
-SCHEDULES: tuple[Schedule, ...] = ("cosine", "constant")
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 # What may differ between a run and its resumption without changing the result.
 _FREE = ("num_workers", "checkpoint_every")
@@ -80,9 +80,9 @@ class TrainerConfig:
         ):
             value = getattr(self, name)
             if value is not None or name not in ("micro_batch_size", "early_stop"):
-                check_count(name, value, least=least, most=most)
+                check_count(name, value, least, most)
         for name in ("prompt_lr", "affine_lr", "weight_decay"):
-            check_number(name, getattr(self, name), sign="not negative")
+            check_number(name, getattr(self, name), sign="not negative", most=LARGEST_FACTOR)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
         if self.schedule not in SCHEDULES:

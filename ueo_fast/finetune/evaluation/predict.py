@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ueo_fast.arguments import check_count
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.batches import tolerant_loader
 from ueo_fast.finetune.data.loader import TolerantBatch
+from ueo_fast.ranges import MOST_WORKERS, check_count
 
 PRECISIONS: dict[str, torch.dtype | None] = {
     "fp32": None,
@@ -21,9 +21,6 @@ PRECISIONS: dict[str, torch.dtype | None] = {
     "fp16": torch.float16,
 }
 """What the image tower computes in, under autocast; the weights stay float32."""
-
-MOST_WORKERS = 1024
-"""Processes that load images; far more than any machine has cores for."""
 
 
 def cosine_error(precision: str, device: torch.device) -> float:

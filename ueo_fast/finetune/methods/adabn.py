@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ueo_fast.arguments import check_count
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.batches import even_loader
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError, TrainerConfig
 from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.target import Target
+from ueo_fast.ranges import check_count
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from ueo_fast.arguments import check_number
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Objective
-from ueo_fast.finetune.engine.trainer import LARGEST_CHANGE, History, TrainerConfig, train
+from ueo_fast.finetune.engine.trainer import History, TrainerConfig, train
 from ueo_fast.finetune.target import Target
+from ueo_fast.ranges import LARGEST_FACTOR, check_number
 
 
 class Method(ABC):
@@ -72,12 +72,7 @@ def check_entropies(*, eps: float, **weights: float) -> None:
     """
     check_number("eps", eps, sign="not negative")
     for name, weight in weights.items():
-        check_number(name, weight, sign="any")
-        if abs(weight) > LARGEST_CHANGE:
-            raise ValueError(
-                f"{name} must lie between -{LARGEST_CHANGE:g} and {LARGEST_CHANGE:g}, beyond which "
-                f"the gradient is too large for any step, got {weight}"
-            )
+        check_number(name, weight, sign="any", most=LARGEST_FACTOR)
 
 
 def choices_of(method: Method) -> str:

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ueo_fast import ueo_loss
-from ueo_fast.arguments import check_number
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.methods.base import LossMethod
 from ueo_fast.finetune.target import Target
+from ueo_fast.ranges import check_number
 from ueo_fast.reference import compute_dtype
 
 

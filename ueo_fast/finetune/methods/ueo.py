@@ -8,11 +8,11 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from ueo_fast import mcm_score, ueo_loss
-from ueo_fast.arguments import check_number
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.methods.base import LossMethod, check_entropies
 from ueo_fast.finetune.target import Target
+from ueo_fast.ranges import check_number
 
 Confidence = Literal["zeroshot", "online"]
 

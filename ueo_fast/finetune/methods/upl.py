@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ueo_fast.arguments import check_count
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.methods.base import LossMethod
 from ueo_fast.finetune.target import Target
+from ueo_fast.ranges import check_count
 
 UNCHOSEN = -1
 _ROWS = 16384

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ueo_fast.arguments import check_count, check_number
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.image_list import ImageList
 from ueo_fast.finetune.evaluation.predict import cosine_error
@@ -32,6 +31,7 @@ from ueo_fast.finetune.scoring.thresholds import (
     parse_threshold,
     threshold_of_sorted,
 )
+from ueo_fast.ranges import check_count, check_number
 
 
 class ThresholdError(ValueError):
