@@ -112,7 +112,8 @@ def test_seeds_are_averaged_and_zero_shot_is_there_once(tmp_path):
 
 
 def test_a_method_below_chance_is_named_above_the_tables(tmp_path):
-    run = make_run(tmp_path / "a", values=(0.7, 0.7, 0.312, 0.9, 0.43))
+    values = (0.7, 0.7, 0.312, 0.9, 0.43)
+    run = make_run(tmp_path / "a", more=[record("ueo", 0, values)])
     text = compare_runs([run]).text()
     assert text.startswith(f"note: {run}: AUROC is 31.2, below 50, which is chance: ")
 

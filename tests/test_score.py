@@ -183,3 +183,31 @@ def test_tpr95_keeps_the_known_images_of_the_data_or_of_a_validation_set(classif
     with pytest.raises(ValueError, match="but no label is a known class"):
         validation_threshold(classifier, images, pictures, torch.full((60,), -1), folder=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv"]
+
+
+def test_the_image_that_sets_the_threshold_is_known_in_a_batch_of_any_size(tmp_path):
+    """Its score is some 1e-9 lower in another batch: its cosines are summed in another order."""
+    classifier = make_classifier()
+    files = tuple(f"{i}.png" for i in range(12))
+    images = ImageList(files, files)
+    moved = 0
+    for seed in range(12):
+        pictures = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        labels = torch.zeros(12, dtype=torch.int64)
+        chosen, _ = validation_threshold(
+            classifier, images, pictures, labels, folder=tmp_path, batch_size=12
+        )
+        for size in (1, 5, 12):
+            for threshold in (chosen, f"{chosen.value:.9g}"):  # as the summary prints it
+                summary = score_images(
+                    classifier,
+                    images,
+                    pictures,
+                    out=tmp_path / "s.csv",
+                    threshold=threshold,
+                    batch_size=size,
+                    overwrite=True,
+                )
+                assert (summary.known, summary.unknown) == (12, 0)
+                moved += summary.lowest < summary.threshold
+    assert moved  # else the test would say nothing

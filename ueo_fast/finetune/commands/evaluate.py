@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -20,79 +19,13 @@ from ueo_fast.finetune.commands.evaluation import (
     verdict_line,
     warning_lines,
 )
+from ueo_fast.finetune.commands.options import EvaluateConfig
 from ueo_fast.finetune.commands.problem import Labelled, reread_problem
-from ueo_fast.finetune.commands.stages import watched
 from ueo_fast.finetune.data.image_list import read_images
 from ueo_fast.finetune.data.names import plural
-from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches
+from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches, watched
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.methods.registry import METHODS
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Choices of ``ueo-fast evaluate``.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-
-    run: str = field(metadata={"help": "folder of a run of ueo-fast finetune"})
-    data: str | None = field(
-        default=None,
-        metadata={
-            "help": "labelled images: class folders, a list or a CSV with labels; default: those "
-            "that the run was measured on"
-        },
-    )
-    data_root: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder that the paths in a list or CSV are relative to; default: the file's "
-            "own folder"
-        },
-    )
-    mcm_scale: float | None = field(
-        default=None,
-        metadata={"help": "multiplies the cosines in the MCM score; default: the run's"},
-    )
-    out: str | None = field(
-        default=None,
-        metadata={
-            "help": "CSV file for class and MCM score of each image, before and after, and whether "
-            "it is known"
-        },
-    )
-    batch_size: int = field(default=192, metadata={"help": "images per step"})
-    workers: int = field(default=2, metadata={"help": "processes that load images"})
-    precision: Literal["fp32", "bf16", "fp16"] = field(
-        default="fp32", metadata={"help": "of the image tower"}
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one"}
-    )
-    strict: bool = field(default=False, metadata={"help": "fail at an image that cannot be read"})
-
-    def __post_init__(self) -> None:
-        if self.mcm_scale is not None and not self.mcm_scale > 0:
-            raise ValueError(f"mcm_scale must be positive, got {self.mcm_scale}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.out is not None:
-            _check_out(Path(self.out))
-
-
-def _check_out(out: Path) -> None:
-    """Refuse now what could not be written after the work."""
-    if out.suffix.lower() != ".csv":
-        raise ValueError(f"out={str(out)!r} must end in .csv, which is what is written")
-    if out.exists():
-        raise ValueError(f"out={str(out)!r} exists, and nothing is overwritten: choose another")
-    for parent in out.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise ValueError(f"out={str(out)!r}: {parent} is a file, not a folder")
-            return
 
 
 def run(config: EvaluateConfig) -> None:

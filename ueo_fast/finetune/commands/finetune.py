@@ -63,6 +63,7 @@ def run(config: FinetuneConfig) -> Path:
                 print(f"{folder.path} is finished: there is nothing to resume")
                 return folder.path
             return _run(config, folder, None if is_begun(folder) else read_problem(config))
+    config.make_method().check(config.trainer())  # before anything is read or written
     problem = read_problem(config)
     folder = RunFolder.create(config.out, prefix="finetune")
     try:

@@ -108,10 +108,6 @@ def read_problem(config: FinetuneConfig) -> Problem:
         )
     assert config.classes is not None
     assert config.data is not None
-    if os.path.isdir(config.classes):
-        raise ValueError(
-            f"classes={config.classes!r} is a folder; give a text file with one class name per line"
-        )
     known = read_class_names(config.classes)
     train = Labelled.of(read_images(config.data, root=config.data_root), known)
     if config.method == "oracle" and train.labels is None:  # before anything is computed

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ueo_fast.finetune.adaptation import make_classifier, views_of, zero_shot
 from ueo_fast.finetune.clip.load import LoadedClip
@@ -19,7 +17,7 @@ from ueo_fast.finetune.commands.problem import (
     reread_problem,
     write_problem,
 )
-from ueo_fast.finetune.evaluation.predict import Predicted
+from ueo_fast.finetune.evaluation.predict import watched
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.target import Target
 
@@ -131,15 +129,3 @@ def _zero_shot(
         watch=watched(title, len(part.images)),
     )
     return part.subset(seen.positions), seen.target, seen.unreadable
-
-
-def watched(title: str, images: int) -> Callable[[Iterator[Predicted]], Iterable[Predicted]]:
-    """Passes predictions on under a progress bar."""
-
-    def watch(batches: Iterator[Predicted]) -> Iterator[Predicted]:
-        with tqdm(total=images, desc=title, unit="image", leave=False) as bar:
-            for batch in batches:
-                bar.update(len(batch.positions) + len(batch.failures))
-                yield batch
-
-    return watch

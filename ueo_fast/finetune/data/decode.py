@@ -112,3 +112,20 @@ def _reason(path: str | os.PathLike[str], error: Exception) -> str:
         return error.strerror
     words = printable(str(error)).split()
     return " ".join(words) if words else type(error).__name__
+
+
+def as_rgb(image: Image.Image, name: str) -> Image.Image:
+    """As :func:`open_rgb`, of an image that is open already; it is not changed.
+
+    Raises:
+        UnreadableImageError: of ``name``; the image cannot be decoded.
+    """
+    try:
+        image.load()
+        with contextlib.suppress(Exception):
+            image = ImageOps.exif_transpose(image)
+        return _rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnreadableImageError(name, _reason(name, error)) from error

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ueo_fast.finetune.data.names import clean_name, counted, printable
 from ueo_fast.finetune.data.text_files import Label, Rows, csv_rows, lines, list_rows, read_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Formats of which Pillow knows only the name without a plugin (BUFR, GRIB, HDF5, MPEG), or which
 # another program has to draw (EPS, WMF). Beside photographs such files are data, films and papers.
@@ -51,9 +53,13 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def __repr__(self) -> str:
+        first = f", the first is {self.names[0]!r}" if self.names else ""
+        return f"ImageList({len(self)} images{first}{'' if self.labels is None else ', labelled'})"
+
     def subset(self, positions: Sequence[int] | Tensor) -> ImageList:
         """The images at ``positions``, in that order."""
-        rows = positions.tolist() if isinstance(positions, Tensor) else positions
+        rows = positions if isinstance(positions, Sequence) else positions.tolist()
         return ImageList(
             tuple(self.paths[row] for row in rows),
             tuple(self.names[row] for row in rows),
@@ -130,6 +136,11 @@ def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
         OSError: the file cannot be read.
         ValueError: it names no class, two that are the same to a prompt, or is not UTF-8.
     """
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            f"classes={os.fspath(path)!r} is a folder; give a text file with one class name per "
+            "line"
+        )
     names: list[str] = []
     first: dict[str, int] = {}
     for number, name in lines(read_text(Path(path))):
@@ -164,6 +175,8 @@ def match_labels(images: ImageList, class_names: Sequence[str]) -> Tensor | None
         ValueError: two ``class_names`` are the same, or some images have a label that is a class
             and others have no label at all.
     """
+    import torch
+
     position: dict[str, int] = {}
     for index, name in enumerate(class_names):
         if position.setdefault(clean_name(name), index) != index:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.image_list import ImageList
+from ueo_fast.finetune.evaluation.predict import cosine_error
 from ueo_fast.finetune.scoring.score_batches import score_batches
 from ueo_fast.finetune.scoring.score_pass import (
     OnProgress,
@@ -32,9 +33,11 @@ from ueo_fast.finetune.scoring.score_writer import (
 from ueo_fast.finetune.scoring.thresholds import (
     Kind,
     Threshold,
+    lowest_known,
     parse_threshold,
     threshold_of_sorted,
 )
+from ueo_fast.ranges import check_count, check_number
 
 
 class ThresholdError(ValueError):
@@ -48,7 +51,8 @@ class ScoreSummary:
     Attributes:
         out: the table.
         images: rows in it.
-        known: images with ``score >= threshold``.
+        known: images whose score reaches ``threshold``, to within rounding
+            (:func:`~ueo_fast.finetune.scoring.thresholds.lowest_known`).
         unreadable: the first few images that were left out, as (name, reason).
         unreadable_count: all of them.
         unreadable_out: CSV that lists all of them; ``None`` if there are none.
@@ -119,9 +123,10 @@ def score_images(
     The table has one row per image that can be read, in the order of ``images``: ``image`` (name),
     ``path``, ``class_1``, ``probability_1`` ... of the k most probable classes (softmax of the
     model's logits), ``mcm`` (largest softmax of ``mcm_scale`` times the cosines, in double
-    precision), ``known`` (``mcm >= threshold``), ``label`` (with ``labels``: the known class, or
-    what the data says about an unknown one; else empty), and in every row what multiplied the
-    cosines in the two kinds of softmax: ``probability_scale`` and ``mcm_scale``.
+    precision), ``known`` (whether ``mcm`` reaches the threshold, to within rounding), ``label``
+    (with ``labels``: the known class, or what the data says about an unknown one; else empty), and
+    in every row what multiplied the cosines in the two kinds of softmax: ``probability_scale`` and
+    ``mcm_scale``.
 
     Memory does not grow with the number of images, but for the names in ``images``: predictions
     wait in a temporary file beside ``out`` (24 + 8 k bytes per image, and 8 for the threshold)
@@ -160,8 +165,8 @@ def score_images(
     out = Path(out)
     names = tuple(classifier.prompt.class_names)
     choice = parse_threshold(threshold)
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    check_count("top_k", top_k, least=1)
+    check_number("mcm_scale", mcm_scale, sign="positive")
     check_images(images, dataset)
     check_choice(choice, labels, len(images), len(names))
     check_output(out, overwrite=overwrite)
@@ -191,7 +196,11 @@ def score_images(
             )
         except ValueError as error:  # hours of work are not thrown away for it
             failure = error
-        maker = RowMaker(images, names, labels, value)
+        cutoff = None
+        if value is not None:
+            rounding = cosine_error(precision, classifier.logit_scale.device)
+            cutoff = lowest_known(value, mcm_scale, rounding)
+        maker = RowMaker(images, names, labels, cutoff)
         scales = Scales(float(classifier.logit_scale), mcm_scale)
         with score_writer(out, names, top_k, scales) as writer:
             for rows in spool.blocks(ROWS):
