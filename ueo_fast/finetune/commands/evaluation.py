@@ -6,15 +6,17 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ueo_fast import mcm_score
 from ueo_fast.finetune.commands.problem import Labelled
 from ueo_fast.finetune.data.names import printable
 from ueo_fast.finetune.evaluation.metrics import Metrics, compute_metrics, doubts
+from ueo_fast.finetune.evaluation.predict import cosine_error
 from ueo_fast.finetune.evaluation.results_table import KnownCounts, ResultsTable, verdict
 from ueo_fast.finetune.methods.registry import METHODS
-from ueo_fast.finetune.scoring.thresholds import choose_threshold
+from ueo_fast.finetune.scoring.thresholds import choose_threshold, lowest_known
 
 COLUMNS: Mapping[str, str] = {
     "per_class_accuracy": "per-class accuracy",
@@ -54,7 +56,7 @@ def known_counts(cosines: Tensor, mcm_scale: float) -> KnownCounts:
         value = choose_threshold(THRESHOLD, scores)
     except ValueError:  # one image, one class, or equal scores: nothing to split
         return KnownCounts(0, 0, None, THRESHOLD)
-    known = int((scores >= value).sum())
+    known = int((scores >= _lowest_known(value, mcm_scale)).sum())
     return KnownCounts(known, len(scores) - known, value, THRESHOLD)
 
 
@@ -146,10 +148,16 @@ def prediction_rows(
         columns.append([class_names[index] for index in cosines.argmax(dim=1).tolist()])
         columns.append([repr(score) for score in scores])
     columns.append(itertools.repeat(repr(float(mcm_scale)), len(images.images)))
-    columns.append(
-        ["" if threshold is None else "true" if one >= threshold else "false" for one in scores]
-    )
+    if threshold is None:
+        columns.append(itertools.repeat("", len(scores)))
+    else:
+        lowest = _lowest_known(threshold, mcm_scale)
+        columns.append(["true" if score >= lowest else "false" for score in scores])
     return zip(*columns, strict=True)
+
+
+def _lowest_known(threshold: float, mcm_scale: float) -> float:
+    return lowest_known(threshold, mcm_scale, cosine_error("fp32", torch.device("cpu")))
 
 
 def _labels(images: Labelled, class_names: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from ueo_fast.finetune.commands.problem import (
     reread_problem,
     write_problem,
 )
+from ueo_fast.finetune.evaluation.metrics import doubts
 from ueo_fast.finetune.evaluation.predict import watched
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.target import Target
@@ -60,6 +61,8 @@ def is_begun(folder: RunFolder) -> bool:
 def begin(config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, problem: Problem) -> Start:
     """Classify all images by the zero-shot model, leave out what cannot be read, and keep both."""
     classifier = _classifier(config, clip, problem.known)
+    for text in doubts(classes=classifier.prompt.class_names):  # before hours are spent
+        print(f"warning: {text}")
     for note in {problem.train.note, problem.tested.note} - {""}:
         print(f"note: {note}")
     train, target, skipped = _zero_shot(config, classifier, problem.train, "zero-shot")

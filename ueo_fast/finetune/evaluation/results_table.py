@@ -24,7 +24,7 @@ class KnownCounts:
     """How many images count as known, and from which score on.
 
     Attributes:
-        known: images with ``MCM score >= threshold``.
+        known: images whose MCM score reaches ``threshold``, to within rounding.
         unknown: the others; images without a verdict are in neither.
         threshold: on the MCM score; ``None`` where the scores allow none.
         rule: how it was chosen, e.g. ``"otsu"``.

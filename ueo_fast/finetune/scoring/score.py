@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.image_list import ImageList
+from ueo_fast.finetune.evaluation.metrics import doubts
 from ueo_fast.finetune.evaluation.predict import cosine_error
 from ueo_fast.finetune.scoring.score_batches import score_batches
 from ueo_fast.finetune.scoring.score_pass import (
@@ -19,6 +20,7 @@ from ueo_fast.finetune.scoring.score_pass import (
     check_images,
     fill_spool,
     ordered_scores,
+    spooled_auroc,
 )
 from ueo_fast.finetune.scoring.score_rows import RowMaker
 from ueo_fast.finetune.scoring.score_spool import ScoreSpool
@@ -60,6 +62,7 @@ class ScoreSummary:
         kind: how it was chosen.
         lowest: score.
         highest: score.
+        scales: what multiplied the cosines in the probabilities and in the scores.
         warnings: what makes the verdict doubtful, one sentence each.
     """
 
@@ -73,6 +76,7 @@ class ScoreSummary:
     kind: Kind
     lowest: float
     highest: float
+    scales: Scales
     warnings: tuple[str, ...]
 
     @property
@@ -87,6 +91,8 @@ class ScoreSummary:
             f"{self.images} images scored: {self.known} known, {self.unknown} unknown",
             f"known from MCM {self.threshold:.9g}{how} on; scores from {self.lowest:.9g} to "
             f"{self.highest:.9g}",
+            f"MCM at scale {self.scales.mcm_scale:g}, probabilities at the model's own scale "
+            f"{self.scales.probability_scale:.6g}: the two cannot be compared",
         ]
         if self.unreadable_count:
             lines.append(
@@ -218,6 +224,12 @@ def score_images(
                 f"with {len(names)} classes and mcm_scale={mcm_scale:g} their scores lie between "
                 f"{maker.lowest:.6g} and {maker.highest:.6g}"
             )
+        warnings += doubts(
+            classes=names,
+            predicted=maker.predicted,
+            images=len(spool),
+            auroc=spooled_auroc(spool, labels),
+        )
         return ScoreSummary(
             out=out,
             images=len(spool),
@@ -229,6 +241,7 @@ def score_images(
             kind=choice.kind,
             lowest=maker.lowest,
             highest=maker.highest,
+            scales=scales,
             warnings=tuple(warnings),
         )
 

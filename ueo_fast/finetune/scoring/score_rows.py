@@ -23,6 +23,7 @@ class RowMaker:
 
     Attributes:
         known: rows so far with ``score >= lowest_known``.
+        predicted: positions of the classes that some image was put into.
         lowest: score so far.
         highest: score so far.
     """
@@ -35,6 +36,7 @@ class RowMaker:
         lowest_known: float | None,
     ) -> None:
         self.known = 0
+        self.predicted: set[int] = set()
         self.lowest, self.highest = math.inf, -math.inf
         self._images = images
         self._class_names = class_names
@@ -47,6 +49,7 @@ class RowMaker:
         known = None if self._lowest_known is None else scores >= self._lowest_known
         if known is not None:
             self.known += int(known.sum())
+        self.predicted.update(rows["classes"][:, 0].tolist())
         self.lowest = min(self.lowest, float(scores.min()))
         self.highest = max(self.highest, float(scores.max()))
         return ScoreRows(
