@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ueo_fast.finetune.adaptation import make_classifier, views_of
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.commands.adapted import open_run
+from ueo_fast.finetune.commands.adapted import MODEL_HELP, PRETRAINED_HELP, open_run
 from ueo_fast.finetune.commands.evaluation import (
     PREDICTION_COLUMNS,
     measure,
@@ -64,6 +64,8 @@ class EvaluateConfig:
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one"}
     )
+    model: str | None = field(default=None, metadata={"help": MODEL_HELP})
+    pretrained: str | None = field(default=None, metadata={"help": PRETRAINED_HELP})
     strict: bool = field(default=False, metadata={"help": "fail at an image that cannot be read"})
 
     def __post_init__(self) -> None:
@@ -90,7 +92,7 @@ def _check_out(out: Path) -> None:
 
 def run(config: EvaluateConfig) -> None:
     """Measure both classifiers on the same images and print their metrics."""
-    adapted = open_run(config.run, config.device)
+    adapted = open_run(config.run, config.device, config.model, config.pretrained)
     problem = reread_problem(adapted.folder)
     images = problem.tested
     if config.data is not None:

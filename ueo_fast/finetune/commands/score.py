@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ueo_fast.finetune.adaptation import views_of
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.commands.adapted import open_run
+from ueo_fast.finetune.commands.adapted import MODEL_HELP, PRETRAINED_HELP, open_run
 from ueo_fast.finetune.commands.problem import Labelled
 from ueo_fast.finetune.data.image_list import ImageList, read_images
 from ueo_fast.finetune.scoring.score import score_images, validation_threshold
@@ -70,6 +70,8 @@ class ScoreConfig:
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one"}
     )
+    model: str | None = field(default=None, metadata={"help": MODEL_HELP})
+    pretrained: str | None = field(default=None, metadata={"help": PRETRAINED_HELP})
 
     def __post_init__(self) -> None:
         for name in ("top_k", "batch_size"):
@@ -96,7 +98,7 @@ def run(config: ScoreConfig) -> None:
     validation = (
         None if config.validation is None else read_images(config.validation, root=config.data_root)
     )
-    adapted = open_run(config.run, config.device)
+    adapted = open_run(config.run, config.device, config.model, config.pretrained)
     classifier = adapted.classifier()
     labelled = Labelled.of(images, classifier.prompt.class_names)
     scale = config.mcm_scale or adapted.config.mcm_scale
