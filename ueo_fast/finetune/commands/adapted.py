@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
+from ueo_fast.finetune.clip.base_model import named_as_flags
 from ueo_fast.finetune.clip.delta import load_delta, read_delta
 from ueo_fast.finetune.clip.load import LoadedClip, load_base
 from ueo_fast.finetune.clip.model import ClipClassifier
@@ -44,12 +45,21 @@ class AdaptedRun:
         )
 
 
-def open_run(path: str, device: str | None) -> AdaptedRun:
+def open_run(
+    path: str, device: str | None, model: str | None = None, pretrained: str | None = None
+) -> AdaptedRun:
     """A run that has something to use.
+
+    Args:
+        path: its folder.
+        device: where its model goes.
+        model: the base model as the user names it; ``None`` takes the run's word for it, if this
+            machine knows that model.
+        pretrained: its weights.
 
     Raises:
         OSError: no run, or one that has learnt nothing yet.
-        ValueError: its model cannot be loaded.
+        ValueError: its model cannot be loaded, or is not known on this machine.
     """
     folder = RunFolder.open(path)
     if not (folder.path / DELTA).exists():
@@ -59,5 +69,6 @@ def open_run(path: str, device: str | None) -> AdaptedRun:
         )
     config = FinetuneConfig(**folder.read_json("config.json"))
     base = read_delta(folder.path / DELTA).base
-    clip = load_base(base, device=chosen_device(device))
+    with named_as_flags():
+        clip = load_base(base, model=model, pretrained=pretrained, device=chosen_device(device))
     return AdaptedRun(folder, config, clip)

@@ -30,7 +30,7 @@ from ueo_fast.finetune.methods.registry import METHODS
 
 def run(config: EvaluateConfig) -> None:
     """Measure both classifiers on the same images and print their metrics."""
-    adapted = open_run(config.run, config.device)
+    adapted = open_run(config.run, config.device, config.model, config.pretrained)
     problem = reread_problem(adapted.folder)
     images = problem.tested
     if config.data is not None:

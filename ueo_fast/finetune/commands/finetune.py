@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from ueo_fast.finetune.clip.base_model import BaseModel, named_as_flags, option
 from ueo_fast.finetune.clip.delta import save_delta
-from ueo_fast.finetune.clip.load import LoadedClip, load_clip
+from ueo_fast.finetune.clip.load import LoadedClip, load_base, load_clip
 from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.trust import recall
+from ueo_fast.finetune.clip.weights import identify
 from ueo_fast.finetune.commands.device import chosen_device
 from ueo_fast.finetune.commands.evaluation import (
     PREDICTION_COLUMNS,
@@ -37,6 +40,7 @@ from ueo_fast.finetune.report import write_report, write_thumbnails
 
 FINISHED = "finished.json"
 DELTA = "delta.safetensors"
+BASE = "base_model.json"
 
 
 def run(config: FinetuneConfig) -> Path:
@@ -58,30 +62,35 @@ def run(config: FinetuneConfig) -> Path:
         assert config.out is not None
         with RunFolder.open(config.out).lock():
             folder = RunFolder.resume(config.out)
-            config = _saved_config(folder, config)
+            given, config = config, _saved_config(folder, config)
             if (folder.path / FINISHED).exists():
                 print(f"{folder.path} is finished: there is nothing to resume")
                 return folder.path
-            return _run(config, folder, None if is_begun(folder) else read_problem(config))
+            problem = None if is_begun(folder) else read_problem(config)
+            return _run(config, folder, problem, given)
     config.make_method().check(config.trainer())  # before anything is read or written
     problem = read_problem(config)
     folder = RunFolder.create(config.out, prefix="finetune")
     try:
         with folder.lock():
-            return _run(config, folder, problem)
+            return _run(config, folder, problem, config)
     except BaseException:
         folder.remove_if_unused()
         raise
 
 
-def _run(config: FinetuneConfig, folder: RunFolder, problem: Problem | None) -> Path:
+def _run(
+    config: FinetuneConfig, folder: RunFolder, problem: Problem | None, given: FinetuneConfig
+) -> Path:
     started = time.perf_counter()
     check_trackers(config)
     with _threads(config.threads) as threads:
-        clip = _load(config)
+        clip = _load(config, folder, given)
         try:
             if not (folder.path / "config.json").exists():
                 folder.write_json("config.json", config.as_dict())
+            if not (folder.path / BASE).exists():
+                folder.write_json(BASE, dataclasses.asdict(clip.base))
             if not (folder.path / "environment.json").exists():
                 command = config.command()
                 folder.write_environment(command=command, seeds=[config.seed], threads=threads)
@@ -126,13 +135,54 @@ def _resume(folder: RunFolder) -> str:
     return f"ueo-fast finetune --resume --out {shlex.quote(str(folder.path))}"
 
 
-def _load(config: FinetuneConfig) -> LoadedClip:
-    return load_clip(
-        config.model,
-        config.weights,
-        device=chosen_device(config.device),
-        activation=config.activation,
-    )
+def _load(config: FinetuneConfig, folder: RunFolder, given: FinetuneConfig) -> LoadedClip:
+    """The model that the user named, with the weights that the run began with if it has begun.
+
+    A resumed run's folder may come from somebody else. Where the options beside ``--resume`` do not
+    name the model, it is the run that does, and this machine must know it.
+    """
+    device = chosen_device(config.device)
+    if not given.resume:
+        with named_as_flags():
+            return load_clip(
+                config.model, config.weights, device=device, activation=config.activation
+            )
+    recorded = _recorded_base(folder)
+    named = (given.model, given.weights) == (config.model, config.weights)
+    named = named or given.model != FinetuneConfig(resume=True, out=given.out).model
+    with named_as_flags():
+        recorded = recorded or recall(identify(config.model), config.weights)
+        if recorded is None and not named:
+            raise ValueError(
+                f"{folder.path} was stopped before its model, {config.model}, was loaded; because "
+                "such a folder may come from others, that model is not opened. If you trust it, "
+                f"name it: {option('model', config.model)}"
+            )
+        if recorded is None:
+            return load_clip(given.model, given.weights, device=device)
+        try:
+            if named:
+                return load_base(
+                    recorded, model=given.model, pretrained=given.weights, device=device
+                )
+            return load_base(recorded, device=device)
+        except ValueError as error:
+            raise ValueError(f"{folder.path} cannot go on: {error}") from error
+
+
+def _recorded_base(folder: RunFolder) -> BaseModel | None:
+    """The model that the run began with; None before that is known."""
+    if not (folder.path / BASE).exists():
+        return None
+    values = folder.read_json(BASE)
+    names = {item.name for item in dataclasses.fields(BaseModel)}
+    if not isinstance(values, dict) or values.keys() != names:
+        raise ValueError(f"{folder.path / BASE} must have {', '.join(sorted(names))}")
+    for name, value in values.items():
+        kinds: Any = {"pretrained": (str, type(None)), "embed_dim": int}.get(name, str)
+        if not isinstance(value, kinds):
+            raise ValueError(f"{folder.path / BASE}: {name} is {value!r}")
+    return BaseModel(**values)
 
 
 def _train(
@@ -197,7 +247,8 @@ def _saved_config(folder: RunFolder, given: FinetuneConfig) -> FinetuneConfig:
     default = FinetuneConfig(resume=True, out=given.out)
     for item in dataclasses.fields(FinetuneConfig):
         value, kept = getattr(given, item.name), getattr(saved, item.name)
-        if item.name not in ("resume", "out") and value not in (
+        # A model that moved has another name; it is known by its fingerprint.
+        if item.name not in ("resume", "out", "model", "pretrained") and value not in (
             kept,
             getattr(default, item.name),
         ):

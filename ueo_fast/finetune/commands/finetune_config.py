@@ -73,7 +73,9 @@ class FinetuneConfig:
         metadata=_help(
             "go on with the run in --out where it was stopped, with its own options, kept in its "
             "config.json. Other options are not needed beside it: one that differs from the run's "
-            "is refused, and one that has its default value is ignored"
+            "is refused, and one that has its default value is ignored. Only --model (and "
+            "--pretrained) may differ, for a model that is elsewhere now; its weights must be the "
+            "same"
         ),
     )
     data_root: str | None = field(

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from ueo_fast.finetune.scoring.thresholds import Threshold
 
 
+MODEL_HELP = (
+    "where the run's base model is, as for finetune: for a run that was made on another machine, "
+    "or a folder that moved. It must have the weights that the run began with. Default: the model "
+    "that the run names, if it was loaded on this machine before"
+)
+PRETRAINED_HELP = "weights of --model, where that is a name; default: the run's tag"
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Choices of ``ueo-fast evaluate``.
@@ -58,6 +66,8 @@ class EvaluateConfig:
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one"}
     )
+    model: str | None = field(default=None, metadata={"help": MODEL_HELP})
+    pretrained: str | None = field(default=None, metadata={"help": PRETRAINED_HELP})
     strict: bool = field(default=False, metadata={"help": "fail at an image that cannot be read"})
 
     def __post_init__(self) -> None:
@@ -142,6 +152,8 @@ class ScoreConfig:
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one"}
     )
+    model: str | None = field(default=None, metadata={"help": MODEL_HELP})
+    pretrained: str | None = field(default=None, metadata={"help": PRETRAINED_HELP})
 
     def __post_init__(self) -> None:
         check_count("top_k", self.top_k)

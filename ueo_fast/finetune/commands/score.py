@@ -24,7 +24,7 @@ def run(config: ScoreConfig) -> None:
     validation = (
         None if config.validation is None else read_images(config.validation, root=config.data_root)
     )
-    adapted = open_run(config.run, config.device)
+    adapted = open_run(config.run, config.device, config.model, config.pretrained)
     classifier = adapted.classifier()
     labelled = Labelled.of(images, classifier.prompt.class_names)
     scale = config.mcm_scale or adapted.config.mcm_scale
