@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -32,7 +34,7 @@ def test_a_run_leaves_all_that_it_promises(place):
         *("config.json", "environment.json", "problem.json", "images.json"),
         *("zero_shot.safetensors", "metrics.jsonl", "train.jsonl", "epochs.jsonl"),
         *("predictions.csv", "delta.safetensors", "report.html", "finished.json"),
-        *("thumbnails.json", "checkpoint.safetensors"),
+        *("thumbnails.json", "checkpoint.safetensors", "base_model.json"),
     }
     problem = json.loads((run / "problem.json").read_text())
     assert problem["known"] == list(KNOWN)
@@ -266,6 +268,40 @@ def test_score_takes_its_threshold_from_validation_images(place, tmp_path, capsy
     assert main([*map(str, words), other]) == 2
     assert "has no labels to take the threshold from" in capsys.readouterr().err
     assert not (tmp_path / "other.csv").exists()
+
+
+def test_score_takes_a_delta_alone_and_the_scale_that_its_run_had(place, tmp_path, capsys):
+    assert finetune(place, "scaled", "--epochs", "1", "--mcm-scale", "30") == 0
+    run = place / "scaled"
+    alone = Path(shutil.copy(run / "delta.safetensors", tmp_path / "sent by mail.safetensors"))
+    tables = []
+    for source in (run, alone):
+        out = tmp_path / f"{source.stem}.csv"
+        words = ["--run", source, "--data", place / "photos", "--out", out, "--workers", 0]
+        assert main(["score", *map(str, words)]) == 0
+        assert "MCM at scale 30, probabilities at the model's own scale" in capsys.readouterr().out
+        tables.append(rows(out))
+    assert tables[0] == tables[1]
+    assert {row["mcm_scale"] for row in tables[0]} == {"30.0"}
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(alone.read_bytes()[:-1])
+    other = ["--data", place / "photos", "--out", tmp_path / "other.csv"]
+    assert main(["score", *map(str, ["--run", broken, *other])]) == 2
+    assert "broken.safetensors" in capsys.readouterr().err
+    assert main(["score", *map(str, ["--run", tmp_path / "nowhere.safetensors", *other])]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "other.csv").exists()
+
+
+def test_a_batch_of_one_and_a_list_of_one_class_are_told_of_at_the_start(place, capsys):
+    assert finetune(place, "alone", "--batch-size", "1") == 2
+    assert "batch_size is 1, but UEO compares the images" in capsys.readouterr().err
+    assert not (place / "alone").exists()
+    (place / "one name.txt").write_text("zero\n")
+    names = ["--classes", str(place / "one name.txt")]
+    assert finetune(place, "one class", "--epochs", "1", *names) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("warning: the list has a single class, 'zero'") < printed.index("adapted:")
 
 
 def test_score_is_strict_where_it_is_asked_to_be(place, tmp_path, capsys):

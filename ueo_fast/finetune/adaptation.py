@@ -223,7 +223,8 @@ class Adaptation:
                 refuse another model.
         """
         base = base or describe_base(self.classifier.model)
-        return save_delta(path, self.classifier, base, method=self.method.name)
+        extra = {"mcm_scale": getattr(self.method, "mcm_scale", 1.0)}  # for ueo-fast score
+        return save_delta(path, self.classifier, base, method=self.method.name, extra=extra)
 
 
 def adapt(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.device import chosen_device
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.files.run_folder import RunFolder
+from ueo_fast.ranges import check_number
 
 DELTA = "delta.safetensors"
 
@@ -72,3 +74,30 @@ def open_run(
     with named_as_flags():
         clip = load_base(base, model=model, pretrained=pretrained, device=chosen_device(device))
     return AdaptedRun(folder, config, clip)
+
+
+def open_adapted(
+    path: str, device: str | None, model: str | None = None, pretrained: str | None = None
+) -> tuple[ClipClassifier, float]:
+    """An adapted classifier, and the scale of its MCM scores, from a run folder or a delta file.
+
+    Args:
+        path: of either.
+        device: this and the others as for :func:`open_run`, where the errors are listed too.
+        model: the base model as the user names it.
+        pretrained: its weights.
+    """
+    if not os.path.isfile(path):
+        run = open_run(path, device, model, pretrained)
+        return run.classifier(), run.config.mcm_scale
+    delta = read_delta(path)
+    scale = delta.extra.get("mcm_scale", 1.0)
+    try:
+        check_number("mcm_scale", scale, sign="positive")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}; give --mcm-scale") from error
+    with named_as_flags():
+        clip = load_base(
+            delta.base, model=model, pretrained=pretrained, device=chosen_device(device)
+        )
+    return load_delta(clip.model, path, tokenizer=clip.tokenizer, base=clip.base), scale

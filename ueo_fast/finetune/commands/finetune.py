@@ -210,7 +210,12 @@ def _save(
     config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, classifier: ClipClassifier
 ) -> Path:
     return save_delta(
-        folder.path / DELTA, classifier, clip.base, method=config.method, seed=config.seed
+        folder.path / DELTA,
+        classifier,
+        clip.base,
+        method=config.method,
+        seed=config.seed,
+        extra={"mcm_scale": config.mcm_scale},
     )
 
 

@@ -105,7 +105,12 @@ class ScoreConfig:
         ValueError: a value outside its range.
     """
 
-    run: str = field(metadata={"help": "folder of a run of ueo-fast finetune", "positional": True})
+    run: str = field(
+        metadata={
+            "help": "folder of a run of ueo-fast finetune, or a delta.safetensors",
+            "positional": True,
+        }
+    )
     data: str = field(
         metadata={"help": "the images: a folder, a list file, a CSV, or one image file"}
     )
@@ -117,7 +122,12 @@ class ScoreConfig:
             "own folder"
         },
     )
-    top_k: int = field(default=5, metadata={"help": "classes per image"})
+    top_k: int = field(
+        default=5,
+        metadata={
+            "help": "classes per image, with their probabilities at the model's own temperature"
+        },
+    )
     threshold: str | None = field(
         default=None,
         metadata={

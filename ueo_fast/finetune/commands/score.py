@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from ueo_fast.finetune.adaptation import views_of
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.commands.adapted import open_run
+from ueo_fast.finetune.commands.adapted import open_adapted
 from ueo_fast.finetune.commands.options import ScoreConfig
 from ueo_fast.finetune.commands.problem import Labelled
 from ueo_fast.finetune.data.image_list import ImageList, read_images
@@ -24,10 +24,9 @@ def run(config: ScoreConfig) -> None:
     validation = (
         None if config.validation is None else read_images(config.validation, root=config.data_root)
     )
-    adapted = open_run(config.run, config.device, config.model, config.pretrained)
-    classifier = adapted.classifier()
+    classifier, run_scale = open_adapted(config.run, config.device, config.model, config.pretrained)
     labelled = Labelled.of(images, classifier.prompt.class_names)
-    scale = config.mcm_scale or adapted.config.mcm_scale
+    scale = config.mcm_scale or run_scale
     threshold = config.choice
     if validation is not None:
         threshold = _threshold(config, classifier, validation, scale)
