@@ -53,9 +53,9 @@ class Command:
         except (OSError, NonFiniteLossError) as error:
             print(f"ueo-fast {self.name}: {error}", file=sys.stderr)
             return 1
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryError) as error:
             print(
-                f"ueo-fast {self.name}: the device's memory does not suffice: "
+                f"ueo-fast {self.name}: out of memory: "
                 f"{str(error).partition(chr(10))[0]}\n{_LESS_MEMORY}",
                 file=sys.stderr,
             )

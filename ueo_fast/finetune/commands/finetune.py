@@ -27,6 +27,7 @@ from ueo_fast.finetune.commands.problem import Problem, read_problem
 from ueo_fast.finetune.commands.recorder import Recorder
 from ueo_fast.finetune.commands.stages import Start, begin, continued, is_begun
 from ueo_fast.finetune.commands.tracking import check_trackers, training_hooks
+from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.report import write_report
@@ -125,6 +126,7 @@ def _load(config: FinetuneConfig) -> LoadedClip:
     )
 
 
+@loading_errors()
 def _train(
     config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, start: Start
 ) -> tuple[History, Recorder]:
@@ -154,6 +156,7 @@ def _save(
     )
 
 
+@loading_errors()
 def _finish(
     config: FinetuneConfig,
     folder: RunFolder,
