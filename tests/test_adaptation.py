@@ -82,7 +82,7 @@ def test_labels_of_a_folder_are_found_by_class_name_and_change_nothing(photos, t
 
 
 def test_strict_stops_at_an_unreadable_image(photos):
-    with pytest.raises(ValueError, match=r"1 image\(s\) cannot be read, the first is two/broken"):
+    with pytest.raises(ValueError, match=r"1 image cannot be read, the first is two/broken"):
         run(photos, KNOWN, strict=True)
 
 

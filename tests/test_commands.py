@@ -207,7 +207,7 @@ def test_score_takes_its_threshold_from_validation_images(place, tmp_path, capsy
     assert main([*map(str, words), str(tmp_path / "scores.csv")]) == 0
     printed = capsys.readouterr().out
     assert "threshold from 12 validation images of known classes" in printed
-    assert "warning: threshold='tpr95' rests on 12 labelled image(s)" in printed
+    assert "warning: threshold='tpr95' rests on 12 labelled images" in printed
     before = rows(place / "run" / "predictions.csv")
     lowest = min(
         float(row["adapted_mcm"])

@@ -19,6 +19,7 @@ from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.clip.template import split_template
 from ueo_fast.finetune.data.dataset import ImageDataset
 from ueo_fast.finetune.data.image_list import ImageList, match_labels, read_images
+from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.data.transforms import preprocessing, test_transform, training_transform
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig
@@ -266,12 +267,13 @@ def zero_shot(
     name, reason = unreadable[0]
     if strict:
         raise ValueError(
-            f"{len(unreadable)} image(s) cannot be read, the first is {name}: {reason}; mend or "
-            "remove them, or leave out strict to skip them"
+            f"{plural(len(unreadable), 'image')} cannot be read, the first is {shown(name)}: "
+            f"{reason}; mend or remove them, or leave out strict to skip them"
         )
     if not len(found.positions):
         raise ValueError(
-            f"none of the {len(unreadable)} images can be read, the first is {name}: {reason}"
+            f"none of {plural(len(unreadable), 'image')} can be read, the first is {shown(name)}: "
+            f"{reason}"
         )
     labels = None if views.labels is None else views.labels[found.positions]
     kept = views_of(views.source.subset(found.positions), classifier.model, labels)

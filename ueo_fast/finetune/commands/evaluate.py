@@ -19,7 +19,9 @@ from ueo_fast.finetune.commands.evaluation import (
 )
 from ueo_fast.finetune.commands.problem import Labelled, reread_problem
 from ueo_fast.finetune.commands.stages import watched
-from ueo_fast.finetune.data.image_list import read_images
+from ueo_fast.finetune.data.image_list import check_root, read_images
+from ueo_fast.finetune.data.loader import loading_errors
+from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.methods.registry import METHODS
@@ -46,6 +48,13 @@ class EvaluateConfig:
         metadata={
             "help": "folder that the paths in a list or CSV are relative to; default: the file's "
             "own folder"
+        },
+    )
+    follow_links: bool = field(
+        default=False,
+        metadata={
+            "help": "follow links that lead out of a folder of images; no file is read twice in "
+            "any case"
         },
     )
     mcm_scale: float | None = field(
@@ -88,19 +97,24 @@ def _check_out(out: Path) -> None:
             return
 
 
+@loading_errors()
 def run(config: EvaluateConfig) -> None:
     """Measure both classifiers on the same images and print their metrics."""
     adapted = open_run(config.run, config.device)
     problem = reread_problem(adapted.folder)
     images = problem.tested
     if config.data is not None:
-        images = Labelled.of(read_images(config.data, root=config.data_root), problem.known)
+        check_root(config.data_root, config.data)
+        found = read_images(config.data, root=config.data_root, follow_links=config.follow_links)
+        images = Labelled.of(found, problem.known)
     if images.labels is None:
         raise ValueError(
             f"data={config.data or config.run!r} has no labels to measure by: "
             f"{images.note or 'give class folders, or a list or CSV with labels'}. To classify "
             "images without labels use ueo-fast score"
         )
+    for remark in images.remarks():
+        print(f"note: {remark}")
     zero_shot = make_classifier(
         adapted.clip.model,
         adapted.clip.tokenizer,
@@ -115,7 +129,7 @@ def run(config: EvaluateConfig) -> None:
     rows = [_row("zeroshot", before.cosines, images.labels, scale)]
     if adapted.config.method != "zeroshot":
         rows.append(_row(adapted.config.method, after.cosines, images.labels, scale))
-    print(f"{len(images.images)} images, {problem_line(images)}")
+    print(f"{plural(len(images.images), 'image')}, {problem_line(images)}")
     print(metrics_table(rows))
     if config.out is not None:
         out = Path(config.out)
@@ -158,9 +172,12 @@ def _predict(
 def _readable(config: EvaluateConfig, images: Labelled, seen: Readable) -> Labelled:
     if not seen.failures:
         return images
-    listed = [f"  {images.images.names[place]}: {reason}" for place, reason in seen.failures]
-    count = f"{len(listed)} image(s) cannot be read"
+    names = images.images.names
+    listed = [f"  {shown(names[place])}: {reason}" for place, reason in seen.failures]
+    count = plural(len(listed), "image")
     if config.strict:
-        raise ValueError(f"{count}, the first is{listed[0][1:]}; leave out --strict to skip them")
-    print("\n".join([f"{count} and are left out:", *listed]))
+        raise ValueError(
+            f"{count} cannot be read, the first is{listed[0][1:]}; leave out --strict to skip them"
+        )
+    print("\n".join([f"left out: {count} that cannot be read:", *listed]))
     return images.subset(seen.positions)

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.image_list import ImageList
+from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.scoring.score_batches import score_batches
 from ueo_fast.finetune.scoring.score_pass import (
     OnProgress,
@@ -21,7 +22,7 @@ from ueo_fast.finetune.scoring.score_pass import (
 )
 from ueo_fast.finetune.scoring.score_rows import RowMaker
 from ueo_fast.finetune.scoring.score_spool import ScoreSpool
-from ueo_fast.finetune.scoring.score_unreadable import UnreadableList, shown_name
+from ueo_fast.finetune.scoring.score_unreadable import UnreadableList
 from ueo_fast.finetune.scoring.score_writer import ROWS, check_output, score_writer, unreadable_path
 from ueo_fast.finetune.scoring.thresholds import (
     Kind,
@@ -74,15 +75,16 @@ class ScoreSummary:
         """Several lines for a terminal."""
         how = "" if self.kind == "value" else f" ({self.kind})"
         lines = [
-            f"{self.images} images scored: {self.known} known, {self.unknown} unknown",
+            f"{plural(self.images, 'image')} scored: {self.known} known, {self.unknown} unknown",
             f"known from MCM {self.threshold:.9g}{how} on; scores from {self.lowest:.9g} to "
             f"{self.highest:.9g}",
         ]
         if self.unreadable_count:
             lines.append(
-                f"{self.unreadable_count} images left out, all listed in {self.unreadable_out}:"
+                f"{plural(self.unreadable_count, 'image')} left out, all listed in "
+                f"{self.unreadable_out}:"
             )
-            lines += [f"  {shown_name(name)}: {reason}" for name, reason in self.unreadable]
+            lines += [f"  {shown(name)}: {reason}" for name, reason in self.unreadable]
             if self.unreadable_count > len(self.unreadable):
                 lines.append("  ...")
         lines += [f"warning: {text}" for text in self.warnings]
@@ -198,8 +200,8 @@ def score_images(
         if choice.kind == "value" and maker.known in (0, len(spool)):
             warnings.append(
                 f"threshold={value:g} makes every image {'known' if maker.known else 'unknown'}: "
-                f"with {len(names)} classes and mcm_scale={mcm_scale:g} their scores lie between "
-                f"{maker.lowest:.6g} and {maker.highest:.6g}"
+                f"with {plural(len(names), 'class')} and mcm_scale={mcm_scale:g} their scores lie "
+                f"between {maker.lowest:.6g} and {maker.highest:.6g}"
             )
         return ScoreSummary(
             out=out,
