@@ -504,7 +504,7 @@ def _existing(source: Path, base: Path, rows: Rows) -> ImageList:
         raise FileNotFoundError(
             f"{shown(printable(source))}: {counted(missing)} of {plural(len(paths), 'file')} "
             f"{'does' if len(missing) == 1 else 'do'} not exist; relative paths start at "
-            f"{shown(printable(base))}; --data-root (root=) names another folder"
+            f"{shown(printable(os.path.abspath(base)))}; --data-root (root=) names another folder"
             f"{'; a label is one word, write alarm_clock or use a CSV' if several else ''}"
         )
     return ImageList(paths, rows.names, rows.labels)
