@@ -14,7 +14,6 @@ from torch import Tensor
 from ueo_fast.finetune.evaluation.metrics import (
     compute_metrics,
     detection_metrics,
-    doubts,
     harmonic_mean,
 )
 
@@ -249,17 +248,3 @@ def test_detection_arguments_are_checked() -> None:
             detection_metrics(torch.tensor([0.1, 0.2]), torch.tensor([known, known]))
     with pytest.raises(ValueError, match=r"scores has shape \(2,\) and is_known \(3,\)"):
         detection_metrics(torch.zeros(2), torch.tensor([True, False, True]))
-
-
-def test_doubts_say_what_the_numbers_mean():
-    classes = ("cat", "dog")
-    assert doubts(classes=classes, predicted=[0, 1], images=9, auroc=0.5) == []
-    assert doubts(classes=classes, predicted=[1], images=4) == []  # too few to say anything
-    (one,) = doubts(classes=classes, predicted=[1], images=9)
-    assert one.startswith("all 9 images are put into one class, 'dog'")
-    assert doubts(classes=classes, predicted=["dog"], images=9) == [one]
-    (below,) = doubts(classes=classes, auroc=0.412)
-    assert below.startswith("AUROC is 41.2, below 50, which is chance")
-    (single,) = doubts(classes=("cat",), predicted=[0], images=9, auroc=0.4)
-    assert "a single class, 'cat'" in single
-    assert "MCM score 1" in single

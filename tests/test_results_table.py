@@ -9,6 +9,7 @@ from ueo_fast.finetune.evaluation.results_table import (
     KnownCounts,
     ResultsTable,
     direction,
+    doubts,
     verdict,
 )
 
@@ -118,3 +119,17 @@ def test_plural():
     said = [plural(n, word) for n, word in ((1, "image"), (0, "image"), (2, "class"))]
     assert said == ["1 image", "0 images", "2 classes"]
     assert plural(12345, "image") == "12,345 images"
+
+
+def test_doubts_say_what_the_numbers_mean():
+    classes = ("cat", "dog")
+    assert doubts(classes=classes, predicted=[0, 1], images=9, auroc=0.5) == []
+    assert doubts(classes=classes, predicted=[1], images=4) == []  # too few to say anything
+    (one,) = doubts(classes=classes, predicted=[1], images=9)
+    assert one.startswith("all 9 images are put into one class, 'dog'")
+    assert doubts(classes=classes, predicted=["dog"], images=9) == [one]
+    (below,) = doubts(classes=classes, auroc=0.412)
+    assert below.startswith("AUROC is 41.2, below 50, which is chance")
+    (single,) = doubts(classes=("cat",), predicted=[0], images=9, auroc=0.4)
+    assert "a single class, 'cat'" in single
+    assert "MCM score 1" in single

@@ -161,7 +161,7 @@ def test_tpr95_gives_the_fpr95_of_the_metrics():
 
 
 def test_tpr95_of_few_images_warns_and_is_their_lowest_score():
-    with pytest.warns(UserWarning, match=r"rests on 3 labelled image\(s\)"):
+    with pytest.warns(UserWarning, match=r"rests on 3 labelled images"):
         assert choose_threshold("tpr95", [0.3, 0.2, 0.9, 0.1], [True, True, True, False]) == 0.2
 
 

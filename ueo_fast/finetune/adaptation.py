@@ -22,11 +22,10 @@ from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.clip.template import split_template
 from ueo_fast.finetune.data.dataset import ImageDataset, PictureDataset
 from ueo_fast.finetune.data.image_list import ImageList, match_labels, read_images
-from ueo_fast.finetune.data.names import counted, printable
+from ueo_fast.finetune.data.names import counted, plural, printable, shown
 from ueo_fast.finetune.data.transforms import preprocessing, test_transform, training_transform
 from ueo_fast.finetune.engine.hooks import Hooks, bar_hooks, combine, training_bar
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig
-from ueo_fast.finetune.evaluation.metrics import doubts
 from ueo_fast.finetune.evaluation.predict import (
     Failure,
     Predicted,
@@ -35,6 +34,7 @@ from ueo_fast.finetune.evaluation.predict import (
     predict_batches,
     watched,
 )
+from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.methods.oracle import check_labels
 from ueo_fast.finetune.methods.registry import make_method
@@ -440,15 +440,16 @@ def _named(
     if strict and unreadable:
         name, reason = unreadable[0]
         raise ValueError(
-            f"{len(unreadable)} image(s) cannot be read, the first is {name}: {reason}; fix or "
-            "remove them, or leave out strict to skip them"
+            f"{plural(len(unreadable), 'image')} cannot be read, the first is {shown(name)}: "
+            f"{reason}; fix or remove them, or leave out strict to skip them"
         )
     return unreadable
 
 
 def _none_readable(unreadable: Sequence[tuple[str, str]]) -> str:
     name, reason = unreadable[0]
-    return f"none of the {len(unreadable)} images can be read, the first is {name}: {reason}"
+    count = plural(len(unreadable), "image")
+    return f"none of {count} can be read, the first is {shown(name)}: {reason}"
 
 
 def _joined(batches: Sequence[ScoredBatch], field: str) -> Tensor:
@@ -515,7 +516,10 @@ def _labels(images: ImageList, known: Sequence[str], *, needs_labels: bool) -> T
 def _one_of_each(images: Any) -> ImageList | tuple[Image.Image, ...] | Dataset[Any] | Tensor:
     """Whatever a user gives, as one of four: files, pictures in memory, a dataset, a tensor."""
     if isinstance(images, str | os.PathLike):
-        return read_images(images)
+        found = read_images(images)
+        for text in found.remarks():
+            warnings.warn(f"{printable(images)}: {text}", UserWarning, stacklevel=4)
+        return found
     if isinstance(images, Image.Image):
         return (images,)
     if isinstance(images, Iterator):  # of Path.glob, for one

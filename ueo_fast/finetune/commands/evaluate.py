@@ -21,26 +21,32 @@ from ueo_fast.finetune.commands.evaluation import (
 )
 from ueo_fast.finetune.commands.options import EvaluateConfig
 from ueo_fast.finetune.commands.problem import Labelled, reread_problem
-from ueo_fast.finetune.data.image_list import read_images
-from ueo_fast.finetune.data.names import plural
+from ueo_fast.finetune.data.image_list import check_root, read_images
+from ueo_fast.finetune.data.loader import loading_errors
+from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches, watched
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.methods.registry import METHODS
 
 
+@loading_errors()
 def run(config: EvaluateConfig) -> None:
     """Measure both classifiers on the same images and print their metrics."""
     adapted = open_run(config.run, config.device, config.model, config.pretrained)
     problem = reread_problem(adapted.folder)
     images = problem.tested
     if config.data is not None:
-        images = Labelled.of(read_images(config.data, root=config.data_root), problem.known)
+        check_root(config.data_root, config.data)
+        found = read_images(config.data, root=config.data_root, follow_links=config.follow_links)
+        images = Labelled.of(found, problem.known)
     if images.labels is None:
         raise ValueError(
             f"data={config.data or config.run!r} has no labels to measure by: "
             f"{images.note or 'give class folders, or a list or CSV with labels'}. To classify "
             "images without labels use ueo-fast score"
         )
+    for remark in images.remarks():
+        print(f"note: {remark}")
     zero_shot = make_classifier(
         adapted.clip.model,
         adapted.clip.tokenizer,
@@ -103,9 +109,12 @@ def _predict(
 def _readable(config: EvaluateConfig, images: Labelled, seen: Readable) -> Labelled:
     if not seen.failures:
         return images
-    listed = [f"  {images.images.names[place]}: {reason}" for place, reason in seen.failures]
-    count = f"{plural(len(listed), 'image')} cannot be read"
+    names = images.images.names
+    listed = [f"  {shown(names[place])}: {reason}" for place, reason in seen.failures]
+    count = plural(len(listed), "image")
     if config.strict:
-        raise ValueError(f"{count}, the first is{listed[0][1:]}; leave out --strict to skip them")
-    print("\n".join([f"left out: {count}", *listed]))
+        raise ValueError(
+            f"{count} cannot be read, the first is{listed[0][1:]}; leave out --strict to skip them"
+        )
+    print("\n".join([f"left out: {count} that cannot be read:", *listed]))
     return images.subset(seen.positions)

@@ -12,9 +12,9 @@ from torch import Tensor
 from ueo_fast import mcm_score
 from ueo_fast.finetune.commands.problem import Labelled
 from ueo_fast.finetune.data.names import printable
-from ueo_fast.finetune.evaluation.metrics import Metrics, compute_metrics, doubts
+from ueo_fast.finetune.evaluation.metrics import Metrics, compute_metrics
 from ueo_fast.finetune.evaluation.predict import cosine_error
-from ueo_fast.finetune.evaluation.results_table import KnownCounts, ResultsTable, verdict
+from ueo_fast.finetune.evaluation.results_table import KnownCounts, ResultsTable, doubts, verdict
 from ueo_fast.finetune.methods.registry import METHODS
 from ueo_fast.finetune.scoring.thresholds import choose_threshold, lowest_known
 

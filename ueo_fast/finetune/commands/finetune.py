@@ -33,6 +33,7 @@ from ueo_fast.finetune.commands.problem import Problem, read_problem
 from ueo_fast.finetune.commands.recorder import Recorder
 from ueo_fast.finetune.commands.stages import Start, begin, continued, is_begun
 from ueo_fast.finetune.commands.tracking import check_trackers, training_hooks
+from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError
 from ueo_fast.finetune.evaluation.results_table import KnownCounts
 from ueo_fast.finetune.files.run_folder import RunFolder
@@ -185,6 +186,7 @@ def _recorded_base(folder: RunFolder) -> BaseModel | None:
     return BaseModel(**values)
 
 
+@loading_errors()
 def _train(
     config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, start: Start
 ) -> tuple[History, Recorder]:
@@ -219,6 +221,7 @@ def _save(
     )
 
 
+@loading_errors()
 def _finish(
     config: FinetuneConfig,
     folder: RunFolder,

@@ -81,7 +81,14 @@ class FinetuneConfig:
     data_root: str | None = field(
         default=None,
         metadata=_help(
-            "folder that the paths in a list or CSV are relative to; default: the file's own folder"
+            "folder that the paths in a list or CSV are relative to; default: the file's own "
+            "folder. It says nothing about folders of images"
+        ),
+    )
+    follow_links: bool = field(
+        default=False,
+        metadata=_help(
+            "follow links that lead out of a folder of images; no file is read twice in any case"
         ),
     )
     test_data: str | None = field(

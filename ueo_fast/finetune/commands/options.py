@@ -44,6 +44,13 @@ class EvaluateConfig:
             "own folder"
         },
     )
+    follow_links: bool = field(
+        default=False,
+        metadata={
+            "help": "follow links that lead out of a folder of images; no file is read twice in "
+            "any case"
+        },
+    )
     mcm_scale: float | None = field(
         default=None,
         metadata={"help": "multiplies the cosines in the MCM score; default: the run's"},
@@ -120,6 +127,13 @@ class ScoreConfig:
         metadata={
             "help": "folder that the paths in a list or CSV are relative to; default: the file's "
             "own folder"
+        },
+    )
+    follow_links: bool = field(
+        default=False,
+        metadata={
+            "help": "follow links that lead out of a folder of images; no file is read twice in "
+            "any case"
         },
     )
     top_k: int = field(

@@ -11,22 +11,28 @@ from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.adapted import open_adapted
 from ueo_fast.finetune.commands.options import ScoreConfig
 from ueo_fast.finetune.commands.problem import Labelled
-from ueo_fast.finetune.data.image_list import ImageList, read_images
+from ueo_fast.finetune.data.image_list import ImageList, check_root, read_images
+from ueo_fast.finetune.data.loader import loading_errors
+from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.scoring.score import score_images, validation_threshold
 from ueo_fast.finetune.scoring.score_writer import check_output
 from ueo_fast.finetune.scoring.thresholds import Threshold
 
 
+@loading_errors()
 def run(config: ScoreConfig) -> None:
     """Score the images, and say how many are known."""
     check_output(Path(config.out), overwrite=config.overwrite)
-    images = read_images(config.data, root=config.data_root)
-    validation = (
-        None if config.validation is None else read_images(config.validation, root=config.data_root)
-    )
+    check_root(config.data_root, config.data, config.validation)
+    images = _read(config, config.data)
+    validation = None if config.validation is None else _read(config, config.validation)
     classifier, run_scale = open_adapted(config.run, config.device, config.model, config.pretrained)
     labelled = Labelled.of(images, classifier.prompt.class_names)
     scale = config.mcm_scale or run_scale
+    if labelled.labels is None and not config.choice.needs_labels:
+        labelled = Labelled(images, None)  # without a note on what nobody asked for
+    for remark in labelled.remarks():
+        print(f"note: {remark}")
     threshold = config.choice
     if validation is not None:
         threshold = _threshold(config, classifier, validation, scale)
@@ -50,6 +56,10 @@ def run(config: ScoreConfig) -> None:
     print(summary.text())
 
 
+def _read(config: ScoreConfig, source: str) -> ImageList:
+    return read_images(source, root=config.data_root, follow_links=config.follow_links)
+
+
 def _threshold(
     config: ScoreConfig, classifier: ClipClassifier, images: ImageList, mcm_scale: float
 ) -> Threshold:
@@ -60,6 +70,8 @@ def _threshold(
             f"validation={config.validation!r} has no labels to take the threshold from: "
             f"{labelled.note or 'give class folders, or a list or CSV with labels'}"
         )
+    for remark in labelled.remarks():
+        print(f"note: {remark}")
     folder = Path(config.out).parent
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(images), desc="validation", unit="image", leave=False) as bar:
@@ -76,7 +88,7 @@ def _threshold(
             progress=lambda done, total: bar.update(done - bar.n),
         )
     known = int((labelled.labels >= 0).sum())
-    print(f"threshold from {known} validation images of known classes")
+    print(f"threshold from {plural(known, 'validation image')} of known classes")
     for text in warnings:
         print(f"warning: {text}")
     return threshold

@@ -6,13 +6,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ueo_fast.finetune.data.benchmark_facts import DATA_SETS, DataSet, class_names
 from ueo_fast.finetune.data.image_list import ImageList, read_images
-from ueo_fast.finetune.data.names import counted
+from ueo_fast.finetune.data.names import counted, plural, whole_number
 from ueo_fast.finetune.data.shifts import SHIFTS, CategorySplit, benchmark_split
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _find(
 def _read_tree(facts: DataSet, folder: Path, root: Path, classes: Sequence[str]) -> ImageList:
     if (folder / "images").is_dir():  # Office-31
         folder = folder / "images"
-    images = read_images(folder)
+    images = read_images(folder, follow_links=True)  # their numbers are checked
     by_folder = {_simple(name): name for name in classes}
     labels = [
         by_folder.get(_simple(str(label))) for label in images.labels or (None,) * len(images)
@@ -159,10 +159,10 @@ def _read_tree(facts: DataSet, folder: Path, root: Path, classes: Sequence[str])
         )
     rows = [row for row, label in enumerate(labels) if label is not None]
     prefix = folder.relative_to(root).as_posix()
-    return ImageList(
-        tuple(images.paths[row] for row in rows),
-        tuple(f"{prefix}/{images.names[row]}" for row in rows),
-        tuple(labels[row] for row in rows),
+    return replace(
+        images.subset(rows),
+        names=tuple(f"{prefix}/{images.names[row]}" for row in rows),
+        labels=tuple(labels[row] for row in rows),
     )
 
 
@@ -173,11 +173,12 @@ def _read_list(facts: DataSet, path: Path, root: Path, classes: Sequence[str]) -
         raise FileNotFoundError(f"{error}. {_where(facts)}") from error
     by_folder = {_simple(name): index for index, name in enumerate(classes)}
     labels: list[str] = []
-    for name, label in zip(images.names, images.labels or (None,) * len(images), strict=True):
-        if not isinstance(label, int) or not 0 <= label < len(classes):
+    for name, written in zip(images.names, images.labels or (None,) * len(images), strict=True):
+        label = None if written is None else whole_number(str(written))
+        if label is None or not 0 <= label < len(classes):
             raise ValueError(
-                f"{path}: {name!r} has the label {label!r}; a number from 0 to {len(classes) - 1} "
-                "is needed, the class's place in the authors' order"
+                f"{path}: {name!r} has the label {written!r}; a number from 0 to "
+                f"{len(classes) - 1} is needed, the class's place in the authors' order"
             )
         # Lists in another order of the classes (ImageFolder's) are about, and no number would tell.
         own = by_folder.get(_simple(os.path.basename(os.path.dirname(name))), label)
@@ -200,7 +201,7 @@ def _check_count(
     per_class = Counter(images.labels or ())
     empty = [name for name in classes if not per_class[name]]
     raise ValueError(
-        f"{facts.title}, {which}: found {len(images)} images, but {count} were published"
+        f"{facts.title}, {which}: found {plural(len(images), 'image')}, but {count} were published"
         f"{f'; no image of {counted(empty)} classes' if empty else ''}. {_where(facts)}, or use "
         "what is there with --check-counts false (check_counts=False)"
     )
@@ -221,4 +222,5 @@ def _labels(images: ImageList, split: CategorySplit) -> Tensor:
     import torch
 
     positions = {name: split.label(name) for name in split.test}
-    return torch.tensor([positions[str(label)] for label in images.labels or ()], dtype=torch.int64)
+    labels = [positions[str(label)] for label in images.labels or ()]
+    return torch.tensor(labels, dtype=torch.int64, device="cpu")

@@ -10,8 +10,7 @@ from typing import Any
 
 from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.evaluation.finished_run import LeftOut, Outcome, read_outcomes
-from ueo_fast.finetune.evaluation.metrics import doubts
-from ueo_fast.finetune.evaluation.results_table import ResultsTable, verdict
+from ueo_fast.finetune.evaluation.results_table import ResultsTable, doubts, verdict
 
 COLUMNS: Mapping[str, str] = {
     "per_class_accuracy": "per-class accuracy",

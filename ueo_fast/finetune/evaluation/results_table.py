@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,3 +227,46 @@ class ResultsTable:
 def _spread(values: Sequence[float | None]) -> Spread | None:
     defined = [value for value in values if value is not None]
     return Spread.of(defined) if defined else None
+
+
+FEW = 5
+"""Fewer images than this in one class say nothing."""
+
+
+def doubts(
+    *,
+    classes: Sequence[str],
+    predicted: Collection[int | str] = (),
+    images: int = 0,
+    auroc: float | None = None,
+) -> list[str]:
+    """What makes predictions doubtful, one sentence each; mostly there is nothing.
+
+    Args:
+        classes: names of the known classes.
+        predicted: the classes that at least one image was put into.
+        images: how many images there are; of fewer than 5 nothing is said about classes.
+        auroc: of the MCM score, where it is defined.
+    """
+    if len(classes) == 1:
+        return [
+            f"the list has a single class, {classes[0]!r}: every image is put into it with "
+            "probability and MCM score 1, so nothing can be learnt and no unknown image be found. "
+            "List more classes, for example what else the images may show"
+        ]
+    found = []
+    if images >= FEW and len(predicted) == 1:
+        (only,) = predicted
+        name = classes[only] if isinstance(only, int) else only
+        found.append(
+            f"all {images} images are put into one class, {name!r}. Unless they all show it, the "
+            "names or the prompt do not fit the images, or the adaptation collapsed (then lower "
+            "learning rates or fewer epochs help)"
+        )
+    if auroc is not None and auroc < 0.5:
+        found.append(
+            f"AUROC is {100 * auroc:.1f}, below 50, which is chance: unknown images have higher "
+            "scores than known ones, so a threshold calls the wrong ones unknown. Check the labels "
+            "and the list of classes, and look at the images with the highest scores"
+        )
+    return found

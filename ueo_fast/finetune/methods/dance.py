@@ -77,8 +77,8 @@ class _Neighbours(Objective):
     def __init__(self, method: DANCE, images: int, features: int) -> None:
         super().__init__()
         self.method = method
-        self.register_buffer("bank", torch.zeros(images, features))
-        self.register_buffer("seen", torch.zeros(images, dtype=torch.bool))
+        self.register_buffer("bank", torch.zeros(images, features, device="cpu"))
+        self.register_buffer("seen", torch.zeros(images, dtype=torch.bool, device="cpu"))
 
     def forward(self, step: Step) -> Tensor:
         logits = step.logits.to(compute_dtype(step.logits.dtype))

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ueo_fast import ueo_loss
 from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig, train
@@ -124,8 +125,8 @@ def _without_single(count: int, batch_size: int) -> int:
     """The smallest batch size from ``batch_size`` on that leaves no batch of one image."""
     if count < 2 or batch_size < 2:
         raise ValueError(
-            f"{count} image(s) in batches of batch_size={batch_size}: this tower has BatchNorm, "
-            "whose statistics need at least 2 images per batch"
+            f"{plural(count, 'image')} in batches of batch_size={batch_size}: this tower has "
+            "BatchNorm, whose statistics need at least 2 images per batch"
         )
     while count % batch_size == 1:
         batch_size += 1
@@ -145,7 +146,7 @@ class OnlineEntropy(Objective):
     def __init__(self, eps: float, images: int, classes: int) -> None:
         super().__init__()
         self.eps = eps
-        self.register_buffer("online", torch.full((images, classes), math.nan))
+        self.register_buffer("online", torch.full((images, classes), math.nan, device="cpu"))
 
     def prepare(self, classifier: ClipClassifier) -> None:
         for layer in batch_norms(classifier):

@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.image_list import ImageList
-from ueo_fast.finetune.evaluation.metrics import doubts
+from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.evaluation.predict import cosine_error
+from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.scoring.score_batches import score_batches
 from ueo_fast.finetune.scoring.score_pass import (
     OnProgress,
@@ -24,7 +25,7 @@ from ueo_fast.finetune.scoring.score_pass import (
 )
 from ueo_fast.finetune.scoring.score_rows import RowMaker
 from ueo_fast.finetune.scoring.score_spool import ScoreSpool
-from ueo_fast.finetune.scoring.score_unreadable import UnreadableList, shown_name
+from ueo_fast.finetune.scoring.score_unreadable import UnreadableList
 from ueo_fast.finetune.scoring.score_writer import (
     ROWS,
     Scales,
@@ -88,7 +89,7 @@ class ScoreSummary:
         """Several lines for a terminal."""
         how = "" if self.kind == "value" else f" ({self.kind})"
         lines = [
-            f"{self.images} images scored: {self.known} known, {self.unknown} unknown",
+            f"{plural(self.images, 'image')} scored: {self.known} known, {self.unknown} unknown",
             f"known from MCM {self.threshold:.9g}{how} on; scores from {self.lowest:.9g} to "
             f"{self.highest:.9g}",
             f"MCM at scale {self.scales.mcm_scale:g}, probabilities at the model's own scale "
@@ -96,9 +97,10 @@ class ScoreSummary:
         ]
         if self.unreadable_count:
             lines.append(
-                f"{self.unreadable_count} images left out, all listed in {self.unreadable_out}:"
+                f"{plural(self.unreadable_count, 'image')} left out, all listed in "
+                f"{self.unreadable_out}:"
             )
-            lines += [f"  {shown_name(name)}: {reason}" for name, reason in self.unreadable]
+            lines += [f"  {shown(name)}: {reason}" for name, reason in self.unreadable]
             if self.unreadable_count > len(self.unreadable):
                 lines.append("  ...")
         lines += [f"warning: {text}" for text in self.warnings]
@@ -221,8 +223,8 @@ def score_images(
         if choice.kind == "value" and maker.known in (0, len(spool)):
             warnings.append(
                 f"threshold={value:g} makes every image {'known' if maker.known else 'unknown'}: "
-                f"with {len(names)} classes and mcm_scale={mcm_scale:g} their scores lie between "
-                f"{maker.lowest:.6g} and {maker.highest:.6g}"
+                f"with {plural(len(names), 'class')} and mcm_scale={mcm_scale:g} their scores lie "
+                f"between {maker.lowest:.6g} and {maker.highest:.6g}"
             )
         warnings += doubts(
             classes=names,

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ueo_fast.finetune.data.image_list import ImageList
+from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.scoring.score_batches import ScoredBatch
 from ueo_fast.finetune.scoring.score_spool import BLOCK, ScoreSpool
-from ueo_fast.finetune.scoring.score_unreadable import UnreadableList, shown_name
+from ueo_fast.finetune.scoring.score_unreadable import UnreadableList
 from ueo_fast.finetune.scoring.thresholds import Threshold, needs_labels_message, require_mixture
 
 OnProgress = Callable[[int, int], None]
@@ -29,8 +30,8 @@ def check_images(images: ImageList, dataset: Dataset[Any] | Tensor) -> None:
     count = len(cast(Sized, dataset))
     if count != len(images):
         raise ValueError(
-            f"dataset has {count} images, but images lists {len(images)}: they must be the same "
-            "images in the same order"
+            f"dataset has {plural(count, 'image')}, but images lists {len(images)}: they must be "
+            "the same images in the same order"
         )
     if count == 0:
         raise ValueError("images is empty: there is nothing to score")
@@ -91,10 +92,9 @@ def fill_spool(
             progress(done, total)
     if not len(spool):
         name, reason = unreadable.shown[0]
-        name = shown_name(name)
         raise ValueError(
-            f"not one of the {total} images can be scored; {name}: {reason}; check the folder, and "
-            "open one of them in a viewer"
+            f"not one of {plural(total, 'image')} can be scored; {shown(name)}: {reason}; check "
+            "the folder, and open one of them in a viewer"
         )
 
 

@@ -19,6 +19,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ueo_fast.finetune.data.names import plural
+
 Kind = Literal["value", "otsu", "gmm", "tpr95"]
 Scores = NDArray[np.float64]
 OnWarning = Callable[[str], None]
@@ -293,8 +295,8 @@ def _tpr95(ordered: Scores, warn: OnWarning) -> float:
         raise ValueError(needs_labels_message("there is none"))
     if count < 20:
         warn(
-            f"threshold='tpr95' rests on {count} labelled image(s) of known classes: with fewer "
-            "than 20 it is the lowest of their scores"
+            f"threshold='tpr95' rests on {plural(count, 'labelled image')} of known classes: with "
+            "fewer than 20 it is the lowest of their scores"
         )
     kept = (19 * count + 19) // 20  # 95 %, rounded up, without rounding errors
     return float(ordered[count - kept])
