@@ -300,7 +300,7 @@ def test_hooks_are_told_of_every_step():
 def test_what_was_learnt_is_saved_and_loaded(tmp_path):
     images = make_images(COUNT)
     result = run(images, template="a sketch of a {}.")
-    path = result.save(tmp_path / "größe.safetensors")
+    path = result.save(tmp_path / "new folder" / "größe.safetensors")
     loaded = load_delta(tiny_clip("bn", seed=0), path, tokenizer=tiny_tokenizer())
     with torch.no_grad():
         assert torch.equal(loaded(images)[0], result.classifier(images)[0])
@@ -334,6 +334,10 @@ def test_a_base_is_recorded_where_it_is_told(tmp_path):
         ({"images": make_images(COUNT)[0]}, "images"),
         ({"images": torch.zeros(2, 1, 32, 32)}, "images"),
         ({"images": 7}, "images"),
+        ({"images": {"a.png": 0}}, "images is of type dict"),
+        ({"config": {"epochs": 1}}, "config must be a TrainerConfig, got dict"),
+        ({"hooks": print}, "hooks must be a Hooks, got builtin_function_or_method"),
+        ({"method": 7}, "method must be a name or a Method, got int"),
         ({"images": []}, "images is empty"),
         ({"images": ["nowhere.png"]}, "nowhere.png) of 1 paths are not a file"),
         ({"images": ["."]}, "a folder is given by itself"),
@@ -444,3 +448,24 @@ def test_what_looks_wrong_in_training_is_a_python_warning_without_a_hook_for_it(
     told = []
     run(make_images(COUNT), method=Sorry(), hooks=Hooks(on_warning=told.append))
     assert told == ["a collapse"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 2}, "threshold=2.0 lies outside 0..1"),
+        ({"threshold": "mean"}, "threshold='mean' is unknown"),
+        ({"threshold": True}, "threshold must be a number between 0 and 1, otsu, gmm or tpr95"),
+        ({"threshold": [0.3]}, "got list [0.3]"),
+        ({"mcm_scale": 1e40}, "mcm_scale must be from 1e-30 to 1e+30, got 1e+40"),
+        ({"mcm_scale": 1e-40}, "mcm_scale must be from 1e-30 to 1e+30, got 1e-40"),
+        ({"batch_size": 10**29}, "batch_size must be at most"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"precision": "fp8"}, "precision='fp8' is unknown"),
+    ],
+)
+def test_an_option_of_a_prediction_that_cannot_work_is_refused(options, message):
+    result = run(make_images(COUNT), method="zeroshot")
+    with pytest.raises((TypeError, ValueError)) as caught:
+        result.predict(**options)
+    assert message in str(caught.value)

@@ -217,11 +217,12 @@ class Adaptation:
         """Write what was learnt as a delta (safetensors, some hundred kB).
 
         Args:
-            path: of the file.
+            path: of the file; its folder is made.
             base: name and weights of the model, from ``load_clip`` or ``describe_base(model,
                 "RN50", "openai")``; ``None`` records its fingerprint only, which is enough to
                 refuse another model.
         """
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         base = base or describe_base(self.classifier.model)
         extra = {"mcm_scale": getattr(self.method, "mcm_scale", 1.0)}  # for ueo-fast score
         return save_delta(path, self.classifier, base, method=self.method.name, extra=extra)
@@ -289,6 +290,13 @@ def adapt(
 
     Source: Liang et al., 2024, arXiv 2308.12919; authors' ``demo.py``.
     """
+    for name, value, kind in (("config", config, TrainerConfig), ("hooks", hooks, Hooks)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+    if not isinstance(method, str | Method):
+        raise TypeError(
+            f"method must be a name or a Method, got {type(method).__name__}: 'ueo', UEO(eps=1e-5)"
+        )
     config = config or TrainerConfig()
     chosen = make_method(method) if isinstance(method, str) else method
     chosen.check(config)
@@ -548,7 +556,8 @@ def _one_of_each(images: Any) -> ImageList | tuple[Image.Image, ...] | Dataset[A
             f"images has shape {tuple(images.shape)}, but a tensor of images is (N, 3, H, W), "
             "preprocessed for the model"
         )
-    if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+    indexed = hasattr(images, "__len__") and hasattr(images, "__getitem__")
+    if not indexed or isinstance(images, Mapping):
         raise TypeError(
             f"images is of type {type(images).__name__}, but must be a folder, list file or CSV, "
             "an ImageList, paths of image files, PIL images, a tensor (N, 3, H, W), or a dataset "

@@ -132,6 +132,11 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
         OSError: it does not exist or cannot be opened.
         DeltaError: it is no delta, is damaged, or is of a newer format.
     """
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"{os.fspath(path)} does not exist; give a delta.safetensors of a run or of "
+            "Adaptation.save"
+        )
     try:
         tensors, values = read_tensors(path, limit=_LIMIT)
     except TensorFileError as error:

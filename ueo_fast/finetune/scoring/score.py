@@ -284,6 +284,7 @@ def validation_threshold(
         ValueError: no label of a known image, or an image that cannot be read.
     """
     choice = Threshold("tpr95")
+    check_number("mcm_scale", mcm_scale, sign="positive")
     check_images(images, dataset)
     check_choice(choice, labels, len(images), len(classifier.prompt.class_names))
     batches = score_batches(

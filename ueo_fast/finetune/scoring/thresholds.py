@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -76,10 +77,12 @@ def parse_threshold(text: str | float | Threshold) -> Threshold:
     """A number or ``"otsu"``, ``"gmm"``, ``"tpr95"``, as a user writes it.
 
     Raises:
-        ValueError: neither; the message lists the choices.
+        TypeError, ValueError: neither; the message lists the choices.
     """
     if isinstance(text, Threshold):
         return text
+    if isinstance(text, bool) or not isinstance(text, str | Real):
+        raise TypeError(f"threshold must be {_kinds()}, got {type(text).__name__} {text!r}")
     if isinstance(text, str):
         name = text.strip().lower()
         for kind in get_args(Kind):
