@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import random
+import signal
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -24,6 +26,13 @@ from ueo_fast.finetune.data.batches import (
 from ueo_fast.finetune.data.dataset import ImageDataset
 from ueo_fast.finetune.data.decode import UnreadableImageError
 from ueo_fast.finetune.data.image_list import read_images
+from ueo_fast.finetune.data.loader import (
+    LoadingError,
+    Tolerant,
+    data_loader,
+    loading_errors,
+    started_workers,
+)
 from ueo_fast.finetune.data.seeded import mixed_seed, seeded
 from ueo_fast.finetune.data.transforms import training_transform
 
@@ -280,6 +289,52 @@ def test_other_errors_are_not_swallowed() -> None:
         list(tolerant_loader(Wrong(2, []), 2))
 
 
+class Fatal(Broken):
+    """The system ends the process that loads the image, or gives it no memory."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index in self.broken:
+            if torch.utils.data.get_worker_info() is None or index % 2:
+                raise MemoryError
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index + 100)
+
+
+@pytest.mark.parametrize(
+    ("broken", "num_workers", "said"),
+    [
+        (4, 2, r"was ended, mostly for lack of memory: DataLoader worker \(pid"),
+        (5, 2, "no memory is left"),
+        (4, 0, "no memory is left"),
+    ],
+)
+def test_a_lack_of_memory_says_how_to_go_on(broken: int, num_workers: int, said: str) -> None:
+    images = Fatal(8, [broken])
+    way_out = rf"{said}.*Take fewer processes \(--workers 1, or 0; in Python num_workers\)"
+    with pytest.raises(LoadingError, match=way_out), loading_errors():
+        list(tolerant_loader(images, 2, num_workers=num_workers))
+    with pytest.raises(LoadingError, match=way_out), loading_errors():
+        list(training_batches(images, 2, seed=0, epochs=1, num_workers=num_workers))
+    with pytest.raises(LoadingError, match=way_out), loading_errors():
+        list(even_loader(images, 2, seed=0, num_workers=num_workers))
+
+
+@pytest.mark.parametrize(
+    ("message", "translated"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible", True),
+        ("unable to allocate shared memory(shm) for file </torch_7>", True),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", True),
+        ("Caught RuntimeError in DataLoader worker process 0.", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_only_errors_of_memory_are_translated(message: str, translated: bool) -> None:
+    with pytest.raises(LoadingError if translated else RuntimeError) as raised, loading_errors():
+        raise RuntimeError(message)
+    assert isinstance(raised.value, OSError) == translated
+
+
 def test_a_tensor_is_loaded_in_order() -> None:
     batches = list(tolerant_loader(numbered(5), 2))
     assert [batch.positions.tolist() for batch in batches] == [[0, 1], [2, 3], [4]]
@@ -288,3 +343,12 @@ def test_a_tensor_is_loaded_in_order() -> None:
         tolerant_loader(numbered(0), 2)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         tolerant_loader(numbered(5), 0)
+
+
+def test_a_config_from_elsewhere_does_not_start_more_workers_than_the_machine_can_use() -> None:
+    affinity = getattr(os, "sched_getaffinity", None)
+    most = 4 * (os.cpu_count() or 1 if affinity is None else len(affinity(0)))
+    assert [started_workers(count) for count in (0, 1, 10**8)] == [0, 1, most]
+    loader = data_loader(Tolerant(Noisy()), iter([]), 10**8, False)
+    assert loader.num_workers == most
+    assert even_loader(Noisy(), 4, seed=0, num_workers=10**8).num_workers == most

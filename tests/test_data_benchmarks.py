@@ -246,10 +246,10 @@ def test_a_list_in_another_order_of_classes_is_refused(officehome: Path) -> None
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("Art/Bed/00001.jpg 65\n", ValueError, "has the label 65; a number from 0 to 64"),
+        ("Art/Bed/00001.jpg 65\n", ValueError, "has the label '65'; a number from 0 to 64"),
         ("Art/Bed/00001.jpg bed\n", ValueError, "has the label 'bed'; a number"),
         ("Art/Bed/00001.jpg\n", ValueError, "has the label None; a number"),
-        ("Art/Bed/9.jpg 3\n", FileNotFoundError, r"1 \(.*9.jpg\) of 1 files do not.*hemanthdv"),
+        ("Art/Bed/9.jpg 3\n", FileNotFoundError, r"1 \(.*9.jpg\) of 1 file does not.*hemanthdv"),
         ("Art/Webcam/00001.jpg 64\n", ValueError, "no image of the classes that OPDA trains on"),
     ],
 )

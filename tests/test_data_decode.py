@@ -6,6 +6,8 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -14,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ueo_fast.finetune.data import decode
 from ueo_fast.finetune.data.dataset import ImageDataset
-from ueo_fast.finetune.data.decode import UnreadableImageError, open_rgb
+from ueo_fast.finetune.data.decode import UnreadableImageError, formats, open_rgb
 from ueo_fast.finetune.data.image_list import read_images
 
 
@@ -162,7 +165,7 @@ def jpeg() -> bytes:
     ("content", "reason"),
     [
         (b"", "the file is empty"),
-        (b"hello, I am a text", "no image in a format that Pillow knows"),
+        (b"hello, I am a text", r"no image in a format that is read here \(JPEG, "),
         (jpeg()[:1500], "truncated"),
         (grey16_png(GRADIENT.astype(np.uint16))[:60], "."),
         (grey16_png(GRADIENT.astype(np.uint16)).replace(b"IDAT", b"XDAT"), "."),
@@ -224,6 +227,141 @@ def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path = save(Image.new("L", (1, 1001)), tmp_path / "b.png")
     with pytest.raises(UnreadableImageError, match="sides of 1 x 1001 pixels, more than 1000 to 1"):
         open_rgb(path)
+
+
+@pytest.mark.parametrize(
+    ("levels", "dtype", "mib"),
+    [(5, np.uint16, "6"), (1000, np.float32, "8"), (5, np.uint8, "5")],
+)
+def test_pixels_times_depth_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: float, dtype: type, mib: str
+) -> None:
+    """What Pillow keeps of a grey image, and 4 bytes of RGB."""
+    pixels = np.full((1024, 1024), levels, dtype)
+    path = save(Image.fromarray(pixels), tmp_path / "a.tif")
+    monkeypatch.setattr(decode, "MOST_BYTES", int(mib) * 2**20)
+    open_rgb(path)
+    monkeypatch.setattr(decode, "MOST_BYTES", int(mib) * 2**20 - 1)
+    with pytest.raises(
+        UnreadableImageError, match=r"more than the limit of .* MiB; make it"
+    ) as one:
+        open_rgb(path)
+    assert f"1024 x 1024 pixels (TIFF, mode {Image.fromarray(pixels).mode}) take {mib} MiB" in str(
+        one.value
+    )
+
+
+def test_a_tile_may_not_be_larger_than_the_image(tmp_path: Path) -> None:
+    path = save(Image.new("RGB", (16, 16)), tmp_path / "a.tif", compression="tiff_lzw")
+    with Image.open(path) as image:
+        image.tag_v2[322] = image.tag_v2[323] = 2**15
+        with pytest.raises(ValueError, match="take 3072 MiB to decode"):
+            decode._check_memory(image)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is in other units elsewhere")
+def test_converting_takes_no_more_memory_than_said(tmp_path: Path) -> None:
+    size = (5000, 6000)
+    save(Image.fromarray(np.full(size, 300, np.uint16)), tmp_path / "2.png")
+    save(Image.fromarray(np.full(size, 3e5, np.float32)), tmp_path / "4.tif")
+    save(Image.new("RGBA", size, (9, 9, 9, 9)), tmp_path / "4.png")
+    code = """
+import resource, sys
+from ueo_fast.finetune.data.decode import formats, open_rgb
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+formats()
+before = peak()
+for path in sys.argv[1:]:
+    open_rgb(path)
+    print(peak() - before)
+"""
+    paths = [str(tmp_path / name) for name in ("2.png", "4.tif", "4.png")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths], check=True, capture_output=True, text=True
+    )
+    for line, kept in zip(done.stdout.split(), (2, 4, 4), strict=True):
+        assert float(line) < 30e6 * (kept + 4) / 2**20 + 40
+
+
+def test_large_images_are_converted_as_small_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    images = {
+        "I;16": Image.fromarray(rng.integers(0, 65536, (37, 29), dtype=np.uint16)),
+        "I": Image.fromarray(rng.integers(-(2**31), 2**31, (37, 29)).astype(np.int32)),
+        "F": Image.fromarray(rng.normal(size=(37, 29)).astype(np.float32)),
+        "RGBA": Image.fromarray(rng.integers(0, 256, (37, 29, 4), dtype=np.uint8)),
+        "CMYK": Image.fromarray(rng.integers(0, 256, (37, 29, 4), dtype=np.uint8), "CMYK"),
+        "P": Image.fromarray(rng.integers(0, 256, (37, 29, 3), dtype=np.uint8)).quantize(40),
+        "1": Image.fromarray(rng.integers(0, 2, (37, 29)).astype(bool)),
+    }
+    for mode, image in images.items():
+        assert image.mode == mode
+        path = save(image, tmp_path / "a.tif")
+        whole = decoded(path)
+        monkeypatch.setattr(decode, "_BAND", 100)
+        np.testing.assert_array_equal(decoded(path), whole, err_msg=mode)
+        monkeypatch.undo()
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.eps"])
+def test_no_other_program_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for call in ("Popen", "run", "call", "check_call", "check_output"):
+        monkeypatch.setattr(subprocess, call, lambda *_, **__: pytest.fail("started a program"))
+    (tmp_path / name).write_bytes(EPS)
+    with Image.open(tmp_path / name) as image:
+        assert image.format == "EPS"  # so Pillow would ask Ghostscript
+    with pytest.raises(UnreadableImageError, match=r"no image in a format|a kind of image that is"):
+        open_rgb(tmp_path / name)
+
+
+def test_formats_are_a_closed_list() -> None:
+    assert not {"EPS", "WMF", "FITS", "ICO", "ICNS", "HDF5"} & set(formats())
+    assert {"JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM"} <= set(formats())
+
+
+def test_heic_is_read_where_pillow_heif_is(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    formats()
+    path = save(Image.new("RGB", (64, 48), (200, 30, 10)), tmp_path / "a.HEIC", format="HEIF")
+    assert np.abs(decoded(path).astype(int) - (200, 30, 10)).max() <= 2
+    path.rename(tmp_path / "b.jpg")
+    assert decoded(tmp_path / "b.jpg").shape == (48, 64, 3)
+    (tmp_path / "c.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(UnreadableImageError, match="damaged, or no image in a format"):
+        open_rgb(tmp_path / "c.heic")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.HEIC", b"\0\0\0\x18ftypheic", r"HEIC needs pillow-heif: pip install .*\[recipe\]"),
+        ("a.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1", "HEIC needs pillow-heif"),
+        ("a.avif", b"\0\0\0\x18ftypavif", "AVIF needs a Pillow that was built with it"),
+        ("a.CR2", b"II*\0", "a camera's raw file, which is not developed here; export it as JPEG"),
+        ("a.svg", b"<svg/>", "a kind of image that is not read here; export it as JPEG or PNG"),
+    ],
+)
+def test_kinds_that_cannot_be_read_say_what_would_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, reason: str
+) -> None:
+    monkeypatch.setattr(decode, "formats", lambda: ("JPEG", "PNG", "TIFF"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=reason):
+        open_rgb(tmp_path / name)
+
+
+def test_a_raw_file_is_not_its_thumbnail(tmp_path: Path) -> None:
+    path = save(Image.new("RGB", (16, 12)), tmp_path / "a.tif")
+    open_rgb(path)
+    with pytest.raises(UnreadableImageError, match="a camera's raw file"):
+        open_rgb(path.rename(tmp_path / "a.NEF"))
 
 
 def test_running_out_of_memory_is_not_the_files_fault(

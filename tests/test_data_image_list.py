@@ -9,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ueo_fast.finetune.data import image_list
+from ueo_fast.finetune.data.decode import readable_extensions
 from ueo_fast.finetune.data.image_list import (
     ImageList,
+    check_root,
     image_extensions,
     printable,
     read_images,
@@ -42,10 +45,30 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert images.labels is None
 
 
-def test_what_is_no_image_is_ignored(tmp_path: Path) -> None:
+def test_what_is_no_image_is_counted(tmp_path: Path) -> None:
     touch(tmp_path, "c/.DS_Store", "c/._x.jpg", ".hidden/x.jpg", "c/notes.txt", "c/f.h5", "c/x.jpg")
-    touch(tmp_path, "c/no_extension", "c/paper.pdf", "c/film.mpg")
-    assert read_images(tmp_path).names == ("c/x.jpg",)
+    touch(tmp_path, "c/no_extension", "c/paper.pdf", "c/film.mpg", "c/b.TXT", "c/raw.CR2")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    images = read_images(tmp_path)
+    assert images.names == ("c/raw.CR2", "c/x.jpg")
+    assert dict(images.left_out) == {
+        **{"hidden": 2, "in .hidden/": 1, ".txt": 2, ".h5": 1, ".pdf": 1, ".mpg": 1},
+        **{"without extension": 1, "pipe, socket or device": 1},
+    }
+    (text,) = images.remarks()
+    assert text.startswith("files in the folder that are not read: 2 x .txt, 2 x hidden, 1 x .h5")
+
+
+def test_thumbnails_of_network_storage_are_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.jpg", "cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/cat/2.jpg")
+    touch(tmp_path, "cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_XL.jpg", ".thumbnails/1.png")
+    touch(tmp_path, "dog/.@__thumb/s100.jpg", "dog/3.jpg", "@Recycle/4.jpg")
+    images = read_images(tmp_path)
+    assert (images.names, images.labels) == (("cat/1.jpg", "dog/3.jpg"), ("cat", "dog"))
+    assert dict(images.left_out) == {
+        **{"in @eaDir/": 2, "in #recycle/": 1, "in .thumbnails/": 1, "in .@__thumb/": 1},
+        "in @Recycle/": 1,
+    }
 
 
 def test_odd_names_survive(tmp_path: Path) -> None:
@@ -74,19 +97,70 @@ def test_a_name_that_is_not_unicode_can_be_opened_and_shown(tmp_path: Path) -> N
     images.names[0].encode("utf-8")
     listed = tmp_path / "list.txt"
     listed.write_bytes(b"caf\xe9.jpg 3\n")
-    assert read_images(listed) == ImageList(images.paths, images.names, (3,))
+    assert read_images(listed) == ImageList(images.paths, images.names, ("3",))
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
-    outside = touch(tmp_path / "outside", "deep/1.jpg", "2.jpg")
-    data = tmp_path / "data"
-    data.mkdir()
+OUTSIDE = "link that leads out of the folder (--follow-links follows it)"
+TWICE = "further name of a file that is read (link)"
+
+
+def test_links_out_of_the_folder_are_followed_when_asked(tmp_path: Path) -> None:
+    outside = touch(tmp_path / "outside", "deep/1.jpg", "2.jpg", "3.jpg")
+    data = touch(tmp_path / "data", "own.jpg")
     (data / "cat").symlink_to(outside)
+    (data / "dog").symlink_to(outside / "deep")
     (data / "one.jpg").symlink_to(outside / "2.jpg")
     (outside / "deep" / "up").symlink_to(outside)
     (data / "loop").symlink_to(data)
-    assert read_images(data).names == ("cat/2.jpg", "cat/deep/1.jpg", "one.jpg")
-    assert read_images(data).labels == ("cat", "cat", None)
+    (data / "all").symlink_to(tmp_path)
+    (data / "sibling").symlink_to(f"{tmp_path}/data2")
+    touch(tmp_path / "data2", "4.jpg")  # begins as the folder does, and is another
+    images = read_images(data)
+    assert (images.names, images.labels) == (("own.jpg",), None)
+    assert dict(images.left_out) == {OUTSIDE: 5, TWICE: 1}
+    assert images.followed == ()
+    followed = read_images(data, follow_links=True)
+    assert len(followed) == len({os.path.realpath(path) for path in followed.paths}) == 5
+    assert followed.followed[0] == f"all -> {tmp_path}"
+    assert followed.remarks()[1].startswith(f"links that were followed: all -> {tmp_path}")
+    assert read_images(data, follow_links=True) == followed
+    # The folder that the user names may be a link.
+    (tmp_path / "link").symlink_to(data)
+    assert read_images(tmp_path / "link").names == ("own.jpg",)
+
+
+def test_no_file_is_read_twice(tmp_path: Path) -> None:
+    touch(tmp_path, "b/x.jpg", ".store/y.jpg")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "first.jpg").symlink_to(tmp_path / "b" / "x.jpg")
+    (tmp_path / "again").symlink_to("b")
+    (tmp_path / "a" / "y.jpg").symlink_to("../.store/y.jpg")  # within the folder: followed
+    (tmp_path / "c.jpg").symlink_to("a/y.jpg")
+    os.link(tmp_path / "b" / "x.jpg", tmp_path / "b" / "z.jpg")
+    images = read_images(tmp_path)
+    assert images.names == ("a/y.jpg", "b/x.jpg")
+    assert dict(images.left_out) == {TWICE: 4, "in .store/": 1}
+    assert images.followed == (f"a/y.jpg -> {tmp_path}/.store/y.jpg",)
+
+
+def test_a_file_system_without_inodes_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg", "c/d.jpg")
+
+    class Entry:
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self._entry = entry
+
+        def inode(self) -> int:
+            return 0
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._entry, name)
+
+    entries = image_list._entries
+    monkeypatch.setattr(image_list, "_entries", lambda path: [Entry(e) for e in entries(path)])
+    assert len(read_images(tmp_path)) == 3
 
 
 def test_a_dead_link_is_listed_and_a_pipe_is_not(tmp_path: Path) -> None:
@@ -98,11 +172,11 @@ def test_a_dead_link_is_listed_and_a_pipe_is_not(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    touch(tmp_path, "a.txt", "b.txt", "c.heic", "d")
+    touch(tmp_path, "a.txt", "b.txt", "c.pdf", "d")
     with pytest.raises(FileNotFoundError, match=r"has no image.*\.jpg.*2 x \.txt") as raised:
         read_images(tmp_path)
     assert str(tmp_path) in str(raised.value)
-    assert "1 x none" in str(raised.value)
+    assert "1 x without extension" in str(raised.value)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no file at all"):
         read_images(tmp_path / "empty")
@@ -131,9 +205,12 @@ def test_a_single_image_is_a_list_of_one(tmp_path: Path) -> None:
 
 
 def test_what_pillow_opens_is_an_image() -> None:
-    assert {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif"} <= image_extensions()
-    for extension in image_extensions():
+    assert {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif"} <= readable_extensions()
+    for extension in readable_extensions():
         assert Image.registered_extensions()[extension] in Image.OPEN
+    # Images that cannot be read are listed too, so that nobody misses them.
+    assert {".heic", ".cr2", ".nef", ".arw", ".dng", ".svg", ".eps"} <= image_extensions()
+    assert not {".txt", ".pdf", ".mpg", ".mov", ".h5", ".csv"} & image_extensions()
 
 
 def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
@@ -146,7 +223,7 @@ def test_a_list_as_the_authors_have_it(tmp_path: Path) -> None:
     listed = write(tmp_path / "list.txt", "amazon/a.jpg 3\n\namazon/my b.jpg 12\nx 0")
     images = read_images(listed)
     assert images.names == ("amazon/a.jpg", "amazon/my b.jpg", "x")
-    assert images.labels == (3, 12, 0)
+    assert images.labels == ("3", "12", "0")
     assert images.paths == tuple(str(tmp_path / name) for name in images.names)
 
 
@@ -156,7 +233,7 @@ def test_paths_start_at_root_or_at_the_list(tmp_path: Path) -> None:
     lists.mkdir()
     listed = write(lists / "l.txt", "a.jpg 1\n")
     assert read_images(listed, root=data).paths == (str(data / "a.jpg"),)
-    with pytest.raises(FileNotFoundError, match=rf"1 \({lists}/a.jpg\) of 1 files do not exist"):
+    with pytest.raises(FileNotFoundError, match=rf"1 \({lists}/a.jpg\) of 1 file does not exist"):
         read_images(listed)
     write(listed, f"{data}/a.jpg 1\n")
     assert read_images(listed).paths == (str(data / "a.jpg"),)
@@ -169,7 +246,7 @@ def test_labels_may_be_names_or_left_out(tmp_path: Path) -> None:
     bare = read_images(write(tmp_path / "l", "\ufeffa b.jpg\r\nc.jpg\r\n1.jpg"))
     assert bare.labels is None
     assert bare.names == ("a b.jpg", "c.jpg", "1.jpg")
-    assert read_images(write(tmp_path / "l", "c.jpg -1\n1.jpg +2\n")).labels == (-1, 2)
+    assert read_images(write(tmp_path / "l", "c.jpg -1\n1.jpg +2\n")).labels == ("-1", "+2")
     tabs = read_images(write(tmp_path / "l", "a b.jpg\talarm clock\nc.jpg \t cat\n"))
     assert (tabs.names, tabs.labels) == (("a b.jpg", "c.jpg"), ("alarm clock", "cat"))
 
@@ -199,7 +276,7 @@ def test_a_csv(tmp_path: Path) -> None:
     assert images.labels == ("alarm clock", None, "cat")
     assert images.paths == tuple(str(tmp_path / name) for name in images.names)
     numbers = read_images(write(tmp_path / "l.csv", "path,label\na.jpg,4\nd.jpg,\n"))
-    assert numbers.labels == (4, None)
+    assert numbers.labels == ("4", None)
     assert read_images(write(tmp_path / "l.csv", "path\na.jpg\n")).labels is None
     assert read_images(write(tmp_path / "l.csv", "path,label\na.jpg,\n")).labels is None
 
@@ -229,7 +306,7 @@ def test_a_csv_of_ours_can_be_read_back(tmp_path: Path) -> None:
         ("path,label\n,1\n", ValueError, "line 2: 2 cells and a path"),
         ('path,label\n"a.jpg,1\n', ValueError, "line 2: unexpected end of data"),
         ("path,label\n", ValueError, "lists no image"),
-        ("path,label\nz.jpg,1\n", FileNotFoundError, r"1 \(.*z.jpg\) of 1 files do not exist"),
+        ("path,label\nz.jpg,1\n", FileNotFoundError, r"1 \(.*z.jpg\) of 1 file does not exist"),
     ],
 )
 def test_csvs_are_checked(tmp_path: Path, text: str, error: type, message: str) -> None:
@@ -244,8 +321,10 @@ def test_sources_are_checked(tmp_path: Path) -> None:
         read_images(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"b.jpg does not exist"):
         read_images(tmp_path / "b.jpg")
-    with pytest.raises(ValueError, match="no list file; leave root out"):
-        read_images(tmp_path, root=tmp_path)
+    with pytest.raises(ValueError, match=r"start, but .* and .*a.jpg is none; leave it out"):
+        check_root(tmp_path, tmp_path, None, tmp_path / "a.jpg")
+    check_root(tmp_path, tmp_path, tmp_path / "l.csv")
+    assert read_images(tmp_path, root="lists").names == ("a.jpg",)  # which needs none
     with pytest.raises(FileNotFoundError, match=r"root='.*nowhere' is not a folder"):
         read_images(write(tmp_path / "l.txt", "a.jpg 1\n"), root=tmp_path / "nowhere")
 

@@ -50,7 +50,7 @@ def test_strict_stops_at_the_first_unreadable_image(classifier, photos, tmp_path
 def test_nothing_readable_is_an_error(classifier, photos, tmp_path):
     images = read_images(photos)
     broken = images.subset([images.names.index(name) for name in BROKEN])
-    with pytest.raises(ValueError, match=r"not one of the 2 images .* green/broken\.png: "):
+    with pytest.raises(ValueError, match=r"not one of 2 images .* green/broken\.png: "):
         score_images(classifier, broken, dataset_of(classifier, broken), out=tmp_path / "s.csv")
     assert list(tmp_path.iterdir()) == []
 
@@ -76,11 +76,14 @@ def test_one_class_needs_a_number(tmp_path):
     )
     assert (summary.known, summary.unknown) == (2, 0)
     rows = read_csv(summary.out)
-    assert list(rows[0]) == ["image", "path", "class_1", "probability_1", "mcm", "known", "label"]
+    assert list(rows[0]) == [
+        *("image", "path", "class_1", "probability_1", "mcm", "known", "label"),
+        *("probability_scale", "mcm_scale"),
+    ]
     assert [(row["class_1"], row["probability_1"], row["mcm"]) for row in rows] == [
         ("red", "1.0", "1.0")
     ] * 2
-    assert "warning: threshold=0.5 makes every image known: with 1 classes" in summary.text()
+    assert "warning: threshold=0.5 makes every image known: with 1 class and" in summary.text()
 
 
 def test_scores_are_kept_where_they_allow_no_threshold(classifier, tmp_path):
@@ -148,7 +151,7 @@ def test_a_summary_names_few_of_many_unreadable_images(classifier, tmp_path, mon
     assert (len(summary.unreadable), summary.unreadable_count) == (5, 28)
     text = summary.text()
     assert "28 images left out, all listed in" in text
-    assert "  '0\\x1b[31m.png': truncated" in text  # nothing that a terminal obeys
+    assert "  0\\x1b[31m.png: truncated" in text  # nothing that a terminal obeys
     assert "\x1b" not in text
     assert text.count("truncated") == 5
     assert len(read_csv(summary.unreadable_out)) == 28

@@ -13,10 +13,12 @@ from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.data.benchmarks import load_benchmark
 from ueo_fast.finetune.data.image_list import (
     ImageList,
+    check_root,
     match_labels,
     read_class_names,
     read_images,
 )
+from ueo_fast.finetune.data.names import counted
 from ueo_fast.finetune.files.run_folder import RunFolder
 
 IMAGES = "images.json"
@@ -29,7 +31,8 @@ class Labelled:
     Attributes:
         images: N of them.
         labels: (N,) int64, position among the known classes, -1 for unknown, or ``None``.
-        note: why there are no labels, where one may have expected some; else empty.
+        note: what the user should know of the labels: how they were read, which are unknown, or why
+            there are none where one may have expected some; else empty.
     """
 
     images: ImageList
@@ -39,18 +42,23 @@ class Labelled:
     @classmethod
     def of(cls, images: ImageList, known: tuple[str, ...]) -> Labelled:
         """With the labels that ``images`` has; without any where they cannot be used."""
+        notes: list[str] = []
         try:
-            labels = match_labels(images, known)
+            labels = match_labels(images, known, on_note=notes.append)
         except ValueError as error:  # labels serve metrics only: the run can do without
             return cls(images, None, f"the labels are not used, so there are no metrics: {error}")
-        note = ""
         if labels is None and images.labels is not None:
-            some = ", ".join(repr(label) for label in list(dict.fromkeys(images.labels))[:3])
-            note = (
-                f"no label ({some}, ...) is a class of your list, so they are taken for mere "
-                "folders and there are no metrics"
+            some = [str(label) for label in dict.fromkeys(images.labels) if label is not None]
+            notes.append(
+                f"none of the labels, {counted(some)}, is the name of a class on your list or a "
+                f"place in it (0 to {len(known) - 1}), so they are not used and there are no "
+                "metrics"
             )
-        return cls(images, labels, note)
+        return cls(images, labels, "; ".join(notes))
+
+    def remarks(self) -> list[str]:
+        """What the user should know of the images and their labels, a sentence each."""
+        return [*self.images.remarks(), *([self.note] if self.note else [])]
 
     def subset(self, positions: Tensor) -> Labelled:
         """The images at ``positions``."""
@@ -108,12 +116,9 @@ def read_problem(config: FinetuneConfig) -> Problem:
         )
     assert config.classes is not None
     assert config.data is not None
-    if os.path.isdir(config.classes):
-        raise ValueError(
-            f"classes={config.classes!r} is a folder; give a text file with one class name per line"
-        )
     known = read_class_names(config.classes)
-    train = Labelled.of(read_images(config.data, root=config.data_root), known)
+    check_root(config.data_root, config.data, config.test_data)
+    train = _read(config, config.data, known)
     if config.method == "oracle" and train.labels is None:  # before anything is computed
         raise ValueError(
             f"method='oracle' reads the labels of the images, but data={config.data!r} has none: "
@@ -121,13 +126,18 @@ def read_problem(config: FinetuneConfig) -> Problem:
         )
     if config.test_data is None:
         return Problem(known, train, None)
-    test = Labelled.of(read_images(config.test_data, root=config.data_root), known)
+    test = _read(config, config.test_data, known)
     if test.labels is None:
         raise ValueError(
             f"test_data={config.test_data!r} has no labels to measure by: "
             f"{test.note or 'give class folders, or a list or CSV with labels'}"
         )
     return Problem(known, train, test)
+
+
+def _read(config: FinetuneConfig, source: str, known: tuple[str, ...]) -> Labelled:
+    images = read_images(source, root=config.data_root, follow_links=config.follow_links)
+    return Labelled.of(images, known)
 
 
 def write_problem(folder: RunFolder, problem: Problem) -> None:
@@ -169,6 +179,6 @@ def _from_json(values: dict[str, Any]) -> Labelled:
     )
     return Labelled(
         images,
-        None if positions is None else torch.tensor(positions, dtype=torch.int64),
+        None if positions is None else torch.tensor(positions, dtype=torch.int64, device="cpu"),
         values["note"],
     )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ueo_fast.finetune.adaptation import make_classifier, views_of, zero_shot
 from ueo_fast.finetune.clip.load import LoadedClip
@@ -19,7 +17,10 @@ from ueo_fast.finetune.commands.problem import (
     reread_problem,
     write_problem,
 )
-from ueo_fast.finetune.evaluation.predict import Predicted
+from ueo_fast.finetune.data.loader import loading_errors
+from ueo_fast.finetune.data.names import plural, shown
+from ueo_fast.finetune.evaluation.predict import watched
+from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.target import Target
 
@@ -59,11 +60,15 @@ def is_begun(folder: RunFolder) -> bool:
     return all((folder.path / name).exists() for name in (IMAGES, ZERO_SHOT))
 
 
+@loading_errors()
 def begin(config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, problem: Problem) -> Start:
     """Classify all images by the zero-shot model, leave out what cannot be read, and keep both."""
     classifier = _classifier(config, clip, problem.known)
-    for note in {problem.train.note, problem.tested.note} - {""}:
-        print(f"note: {note}")
+    for text in doubts(classes=classifier.prompt.class_names):  # before hours are spent
+        print(f"warning: {text}")
+    for part in filter(None, (problem.train, problem.test)):
+        for remark in part.remarks():
+            print(f"note: {remark}")
     train, target, skipped = _zero_shot(config, classifier, problem.train, "zero-shot")
     tested, test_cosines = train, target.zero_shot_cosines()
     if problem.test is not None:
@@ -71,6 +76,7 @@ def begin(config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, problem: 
         test_cosines = tests.zero_shot_cosines()
         skipped = (*skipped, *more)
     kept = Problem(problem.known, train, None if problem.test is None else tested)
+    lists = {"train": train, **({} if problem.test is None else {"test": tested})}
     folder.write_json(
         PROBLEM,
         {
@@ -81,12 +87,15 @@ def begin(config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, problem: 
             "test_images": len(tested.images),
             "labelled": tested.labels is not None,
             "skipped": [{"image": name, "reason": reason} for name, reason in skipped],
+            # What was no image, for each list: kinds of files and how many of each; links.
+            "left_out": {name: dict(part.images.left_out) for name, part in lists.items()},
+            "followed": {name: list(part.images.followed) for name, part in lists.items()},
         },
     )
     if skipped:
-        print(f"{len(skipped)} image(s) cannot be read and are left out ({PROBLEM} has all):")
+        print(f"left out: {plural(len(skipped), 'image')} that cannot be read ({PROBLEM} has all):")
         for name, reason in skipped[:5]:
-            print(f"  {name}: {reason}")
+            print(f"  {shown(name)}: {reason}")
     write_problem(folder, kept)
     tensors = {"train": target.zero_shot_cosines()}
     if problem.test is not None:
@@ -131,15 +140,3 @@ def _zero_shot(
         watch=watched(title, len(part.images)),
     )
     return part.subset(seen.positions), seen.target, seen.unreadable
-
-
-def watched(title: str, images: int) -> Callable[[Iterator[Predicted]], Iterable[Predicted]]:
-    """Passes predictions on under a progress bar."""
-
-    def watch(batches: Iterator[Predicted]) -> Iterator[Predicted]:
-        with tqdm(total=images, desc=title, unit="image", leave=False) as bar:
-            for batch in batches:
-                bar.update(len(batch.positions) + len(batch.failures))
-                yield batch
-
-    return watch

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ueo_fast.finetune.data.decode import UnreadableImageError
-from ueo_fast.finetune.data.loader import Item, Tolerant, TolerantBatch, data_loader
+from ueo_fast.finetune.data.loader import (
+    Item,
+    Tolerant,
+    TolerantBatch,
+    data_loader,
+    loaded,
+    started_workers,
+)
+from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.data.seeded import mixed_seed, seeded
 
 
@@ -36,7 +44,7 @@ class IndexedImages(Dataset[tuple[Tensor, int]]):
 
 def even_loader(
     images: Dataset[Any] | Tensor, batch_size: int, *, seed: int, num_workers: int = 0
-) -> DataLoader[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """One shuffled pass in batches whose sizes differ by at most one, none of a single image.
 
     For statistics of batches, which a small last batch would spoil.
@@ -54,19 +62,22 @@ def even_loader(
     count = len(dataset)
     if count < 2:
         raise ValueError(
-            f"images has {count} image(s), but the statistics of a batch need at least 2; give "
-            "more images"
+            f"images has {plural(count, 'image')}, but the statistics of a batch need at least 2; "
+            "give more images"
         )
     if batch_size < 2:
         raise ValueError(
             f"batch_size must be at least 2, as one image has no spread, got {batch_size}"
         )
     batches = min(math.ceil(count / batch_size), count // 2)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return DataLoader(
-        cast("Dataset[tuple[Tensor, Tensor]]", dataset),
-        batch_sampler=[rows.tolist() for rows in order.tensor_split(batches)],
-        num_workers=num_workers,
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(count, generator=generator, device="cpu")
+    return loaded(
+        DataLoader(
+            cast("Dataset[tuple[Tensor, Tensor]]", dataset),
+            batch_sampler=[rows.tolist() for rows in order.tensor_split(batches)],
+            num_workers=started_workers(num_workers),
+        )
     )
 
 
@@ -122,10 +133,11 @@ def training_batches(
 
     Raises:
         ValueError: nothing to load, or a number out of range.
+        LoadingError: while iterating, where a worker was killed or there is no memory left.
         UnreadableImageError: while iterating, where a file can no longer be read.
     """
     dataset = IndexedImages(images)
-    positions = torch.arange(len(dataset)) if subset is None else subset.cpu()
+    positions = torch.arange(len(dataset), device="cpu") if subset is None else subset.cpu()
     _check(positions, len(dataset))
     for name, value, least in (
         ("batch_size", batch_size, 1),
@@ -167,7 +179,7 @@ def tolerant_loader(
         ValueError: the dataset is empty, or ``batch_size`` below 1.
     """
     dataset = IndexedImages(images)
-    rows = torch.arange(len(dataset))
+    rows = torch.arange(len(dataset), device="cpu")
     _check(rows, len(dataset))
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -200,15 +212,15 @@ def _plan(
     for epoch in range(start_step // steps + 1, epochs + 1):
         order = positions
         if shuffle:
-            generator = torch.Generator().manual_seed(mixed_seed(seed, epoch, 0))
-            order = positions[torch.randperm(len(positions), generator=generator)]
+            generator = torch.Generator("cpu").manual_seed(mixed_seed(seed, epoch, 0))
+            order = positions[torch.randperm(len(positions), generator=generator, device="cpu")]
         done = max(0, start_step - (epoch - 1) * steps)
         for rows in order[done * batch_size :].split(batch_size):
             yield epoch, rows
 
 
 def _all_readable(
-    loader: DataLoader[TolerantBatch], start_step: int, steps: int
+    loader: Iterator[TolerantBatch], start_step: int, steps: int
 ) -> Iterator[TrainingBatch]:
     for step, (images, positions, failures) in enumerate(loader, start=start_step):
         for _, error in failures:

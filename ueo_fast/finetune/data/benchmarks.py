@@ -6,16 +6,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ueo_fast.finetune.data.benchmark_facts import DATA_SETS, DataSet, class_names
 from ueo_fast.finetune.data.image_list import ImageList, read_images
-from ueo_fast.finetune.data.names import counted
+from ueo_fast.finetune.data.names import counted, plural, whole_number
 from ueo_fast.finetune.data.shifts import SHIFTS, CategorySplit, benchmark_split
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,8 @@ def load_benchmark(
         ValueError: an unknown name, labels that contradict the folders, or other numbers of images
             than published.
     """
-    dataset = _choose("dataset", dataset, {_simple(key): key for key in DATA_SETS})
+    dataset, domain, scenario = check_names(dataset, domain, scenario, root)
     facts = DATA_SETS[dataset]
-    domain = _choose(
-        "domain", domain, {**{_simple(name): name for name in facts.counts}, **facts.aliases}
-    )
-    scenario = _choose("scenario", scenario, {_simple(shift): shift for shift in SHIFTS})
     classes = class_names(dataset)
     split = benchmark_split(dataset, scenario, classes)
     train, test = _find(facts, domain, classes, Path(root))
@@ -95,6 +92,21 @@ def load_benchmark(
     )
 
 
+def check_names(
+    dataset: str, domain: str, scenario: str, root: str | os.PathLike[str]
+) -> tuple[str, str, str]:
+    """Data set, domain and scenario as this package spells them; arguments and errors as of
+    :func:`load_benchmark`."""
+    dataset = _choose("dataset", dataset, {_simple(key): key for key in DATA_SETS})
+    facts = DATA_SETS[dataset]
+    domains = {**{_simple(name): name for name in facts.counts}, **facts.aliases}
+    domain = _choose("domain", domain, domains)
+    scenario = _choose("scenario", scenario, {_simple(shift): shift for shift in SHIFTS})
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"root={os.fspath(root)!r} is not a folder")
+    return dataset, domain, scenario
+
+
 def _choose(argument: str, value: str, choices: dict[str, str]) -> str:
     chosen = choices.get(_simple(value))
     if chosen is None:
@@ -112,8 +124,6 @@ def _find(
     facts: DataSet, domain: str, classes: Sequence[str], root: Path
 ) -> tuple[ImageList, ImageList]:
     """Training and test images of a domain; their labels are names of classes."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"root={os.fspath(root)!r} is not a folder")
     lists = facts.list_names(domain)
     for names in lists:
         if all((root / name).is_file() for name in names):
@@ -136,7 +146,7 @@ def _find(
 def _read_tree(facts: DataSet, folder: Path, root: Path, classes: Sequence[str]) -> ImageList:
     if (folder / "images").is_dir():  # Office-31
         folder = folder / "images"
-    images = read_images(folder)
+    images = read_images(folder, follow_links=True)  # their numbers are checked
     by_folder = {_simple(name): name for name in classes}
     labels = [
         by_folder.get(_simple(str(label))) for label in images.labels or (None,) * len(images)
@@ -149,10 +159,10 @@ def _read_tree(facts: DataSet, folder: Path, root: Path, classes: Sequence[str])
         )
     rows = [row for row, label in enumerate(labels) if label is not None]
     prefix = folder.relative_to(root).as_posix()
-    return ImageList(
-        tuple(images.paths[row] for row in rows),
-        tuple(f"{prefix}/{images.names[row]}" for row in rows),
-        tuple(labels[row] for row in rows),
+    return replace(
+        images.subset(rows),
+        names=tuple(f"{prefix}/{images.names[row]}" for row in rows),
+        labels=tuple(labels[row] for row in rows),
     )
 
 
@@ -163,11 +173,12 @@ def _read_list(facts: DataSet, path: Path, root: Path, classes: Sequence[str]) -
         raise FileNotFoundError(f"{error}. {_where(facts)}") from error
     by_folder = {_simple(name): index for index, name in enumerate(classes)}
     labels: list[str] = []
-    for name, label in zip(images.names, images.labels or (None,) * len(images), strict=True):
-        if not isinstance(label, int) or not 0 <= label < len(classes):
+    for name, written in zip(images.names, images.labels or (None,) * len(images), strict=True):
+        label = None if written is None else whole_number(str(written))
+        if label is None or not 0 <= label < len(classes):
             raise ValueError(
-                f"{path}: {name!r} has the label {label!r}; a number from 0 to {len(classes) - 1} "
-                "is needed, the class's place in the authors' order"
+                f"{path}: {name!r} has the label {written!r}; a number from 0 to "
+                f"{len(classes) - 1} is needed, the class's place in the authors' order"
             )
         # Lists in another order of the classes (ImageFolder's) are about, and no number would tell.
         own = by_folder.get(_simple(os.path.basename(os.path.dirname(name))), label)
@@ -190,7 +201,7 @@ def _check_count(
     per_class = Counter(images.labels or ())
     empty = [name for name in classes if not per_class[name]]
     raise ValueError(
-        f"{facts.title}, {which}: found {len(images)} images, but {count} were published"
+        f"{facts.title}, {which}: found {plural(len(images), 'image')}, but {count} were published"
         f"{f'; no image of {counted(empty)} classes' if empty else ''}. {_where(facts)}, or use "
         "what is there with --check-counts false (check_counts=False)"
     )
@@ -208,5 +219,8 @@ def _of_classes(images: ImageList, names: Sequence[str]) -> ImageList:
 
 
 def _labels(images: ImageList, split: CategorySplit) -> Tensor:
+    import torch
+
     positions = {name: split.label(name) for name in split.test}
-    return torch.tensor([positions[str(label)] for label in images.labels or ()], dtype=torch.int64)
+    labels = [positions[str(label)] for label in images.labels or ()]
+    return torch.tensor(labels, dtype=torch.int64, device="cpu")

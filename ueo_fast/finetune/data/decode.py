@@ -5,17 +5,56 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from ueo_fast.finetune.data.names import printable
+from ueo_fast.finetune.data.names import printable, shown
 
 Levels = npt.NDArray[np.float64]
 
+# All that is ever opened, whatever a file is called: what Pillow decodes itself, and HEIF by
+# pillow-heif. Not EPS and WMF, which other programs draw, nor what hides a second file of any size
+# (ICO, ICNS, FITS). TGA is last, as it has no mark to know it by.
+_FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000"),
+    *("PPM", "PSD", "PCX", "SGI", "SUN", "DDS", "QOI", "XBM", "TGA"),
+)
+_HEIF = "HEIC needs pillow-heif: pip install pillow-heif (the extra [recipe] brings it)"
+_AVIF = "AVIF needs a Pillow that was built with it: pip install --upgrade pillow"
+_RAW = (
+    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".gpr", ".iiq"),
+    *(".k25", ".kdc", ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw"),
+    *(".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
+)
+_OTHERS = (
+    *(".ai", ".dcm", ".emf", ".eps", ".exr", ".fit", ".fits", ".hdr", ".icns", ".ico", ".jxl"),
+    *(".jxr", ".ps", ".psb", ".svg", ".wmf", ".xcf"),
+)
+UNREADABLE: dict[str, str] = {
+    **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), _HEIF),
+    **dict.fromkeys((".avif", ".avifs"), _AVIF),
+    # By its extension: its content looks like a TIFF, of which Pillow would take the thumbnail.
+    **dict.fromkeys(_RAW, "a camera's raw file, which is not developed here; export it as JPEG"),
+    **dict.fromkeys(_OTHERS, "a kind of image that is not read here; export it as JPEG or PNG"),
+}
+"""Extensions of image files that cannot be read, or not without a package, and why."""
+
+MOST_BYTES = 2**30
+"""Memory that an image may take while it is decoded."""
 _MAX_ASPECT = 1000
 """Resizing enlarges the short side to the model's size, and the long side with it."""
+_BAND = 2**20
+"""Pixels that are converted at a time."""
+
+# Bytes per pixel that Pillow keeps; 4 for all other modes. (Measured, as those below are.)
+_KEPT = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+# What the decoder holds besides, whole images too.
+_HELD = {"WEBP": 12, "AVIF": 8, "HEIF": 8, "JPEG2000": 16}
 
 
 class UnreadableImageError(ValueError):
@@ -32,33 +71,57 @@ class UnreadableImageError(ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{shown(self.path)}: {self.reason}"
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Formats, as Pillow calls them, that can be read here."""
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@cache
+def readable_extensions() -> frozenset[str]:
+    """Extensions of the image files that can be read here, lower case with the dot."""
+    readable = formats()  # first: it registers more of them
+    return frozenset(
+        extension for extension, name in Image.registered_extensions().items() if name in readable
+    )
 
 
 def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
     """Decode an image file as 8-bit RGB.
 
-    The camera's orientation (EXIF) is applied. Grey, palette and CMYK are converted as Pillow does
-    (Adobe's inverted CMYK included). What is transparent lies on white. Of an animation the first
-    frame is taken. Grey levels of more than 8 bits are scaled, not clipped: those of 16 bits by
-    257; integers of 32 bits as 16 bits where they fit, else from their own minimum and maximum to 0
-    and 255; floating point from [0, 1] or [0, 255] where it fits, else from its own minimum and
-    maximum.
+    What a file is, its content says, not its name; only raw files of cameras are known by their
+    extension, and refused. The camera's orientation (EXIF) is applied. Grey, palette and CMYK are
+    converted as Pillow does (Adobe's inverted CMYK included). What is transparent lies on white.
+    Of an animation the first frame is taken. Grey levels of more than 8 bits are scaled, not
+    clipped: those of 16 bits by 257; integers of 32 bits as 16 bits where they fit, else from
+    their own minimum and maximum to 0 and 255; floating point from [0, 1] or [0, 255] where it
+    fits, else from its own minimum and maximum.
 
     Raises:
-        UnreadableImageError: the file is missing, empty, truncated, corrupt or not an image; it has
-            more than ``2 * PIL.Image.MAX_IMAGE_PIXELS`` pixels, or sides of more than 1000 to 1
-            (either would take gigabytes to decode or to resize).
+        UnreadableImageError: the file is missing, empty, truncated, corrupt or not an image of
+            :func:`formats`; it has more than ``2 * PIL.Image.MAX_IMAGE_PIXELS`` pixels, sides of
+            more than 1000 to 1, or takes more than :data:`MOST_BYTES` to decode.
     """
     try:
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading one may wait for ever
             raise ValueError("a pipe, a socket or a device, and no file")
-        with Image.open(path) as image:
+        if _extension(path) in _RAW:
+            raise ValueError(UNREADABLE[_extension(path)])
+        with Image.open(path, formats=formats()) as image:
             if max(image.size) > _MAX_ASPECT * min(image.size):
                 raise ValueError(
                     f"sides of {image.width} x {image.height} pixels, more than {_MAX_ASPECT} to 1"
                 )
+            _check_memory(image)
             image.load()
             # Its EXIF may be broken where its pixels are not.
             with contextlib.suppress(Exception):
@@ -71,33 +134,103 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
         raise UnreadableImageError(printable(path), _reason(path, error)) from error
 
 
+def as_rgb(image: Image.Image, name: str) -> Image.Image:
+    """As :func:`open_rgb`, of an image that is open already; it is not changed.
+
+    Raises:
+        UnreadableImageError: of ``name``; the image cannot be decoded.
+    """
+    try:
+        if isinstance(image, ImageFile.ImageFile):  # else it is decoded already
+            _check_memory(image)
+        image.load()
+        with contextlib.suppress(Exception):
+            image = ImageOps.exif_transpose(image)
+        return _rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnreadableImageError(name, _reason(name, error)) from error
+
+
+def _check_memory(image: Image.Image) -> None:
+    """Refuse what a small file may become: pixels times depth, with all that holds them."""
+    kept = _KEPT.get(image.mode, 4)
+    held = _HELD.get(image.format or "", 0)
+    if image.info.get("progressive"):  # JPEG: the coefficients of three channels
+        held += 6
+    result = 0 if image.mode == "RGB" and not image.has_transparency_data else 4
+    needed = image.width * image.height * (kept + held + result) + _tiff_block(image)
+    if needed > MOST_BYTES:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels ({image.format}, mode {image.mode}) take "
+            f"{needed / 2**20:.0f} MiB to decode, more than the limit of {MOST_BYTES / 2**20:.0f} "
+            "MiB; make it smaller"
+        )
+
+
+def _tiff_block(image: Any) -> int:
+    """Bytes of a strip or tile, which libtiff decodes at once and which may exceed the image."""
+    if not (image.tile and image.tile[0][0] == "libtiff"):
+        return 0
+    tags = image.tag_v2
+    width, height = tags.get(322), tags.get(323)  # of tiles
+    if not (width and height):
+        width, height = image.width, min(tags.get(278, 0), image.height)  # rows per strip
+    return int(width) * int(height) * int(tags.get(277, 1)) * int(max(tags.get(258, (8,)))) // 8
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
+    convert = _conversion(image)
+    result = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        result.paste(convert(band), (0, top))
+    return result
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Pieces of the image from top to bottom: what is made of each stays small."""
+    rows = max(1, _BAND // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """What makes RGB of each band."""
     if image.mode.startswith("I;16"):
-        return _grey(np.asarray(image) / 257)
-    if image.mode == "I":
-        return _grey(_scaled(np.asarray(image).astype(np.float64), (65535,)))
-    if image.mode == "F":
-        return _grey(_scaled(np.asarray(image).astype(np.float64), (1, 255)))
+        return lambda band: _grey(np.asarray(band) / 257)
+    if image.mode in ("I", "F"):
+        scaled = _scaling(image, (65535,) if image.mode == "I" else (1, 255))
+        return lambda band: _grey(scaled(np.asarray(band).astype(np.float64)))
     if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, "white")
-        opaque.alpha_composite(image.convert("RGBA"))
-        return opaque.convert("RGB")
-    return image.convert("RGB")
+        return _on_white
+    return lambda band: band.convert("RGB")
 
 
-def _scaled(levels: Levels, ranges: tuple[int, ...]) -> Levels:
-    """Levels brought to [0, 255]: from 0 to the first of ``ranges`` that holds them all, else from
+def _on_white(band: Image.Image) -> Image.Image:
+    opaque = Image.new("RGBA", band.size, "white")
+    opaque.alpha_composite(band.convert("RGBA"))
+    return opaque.convert("RGB")
+
+
+def _scaling(image: Image.Image, ranges: tuple[int, ...]) -> Callable[[Levels], Levels]:
+    """Brings levels to [0, 255]: from 0 to the first of ``ranges`` that holds them all, else from
     their own minimum to their maximum."""
-    if not np.isfinite(levels).all():
-        raise ValueError("grey levels that are infinite or not a number")
-    low, high = levels.min(), levels.max()
+    low, high = np.inf, -np.inf
+    for _, band in _bands(image):
+        levels = np.asarray(band)
+        if not np.isfinite(levels).all():
+            raise ValueError("grey levels that are infinite or not a number")
+        low, high = min(low, float(levels.min())), max(high, float(levels.max()))
     for top in ranges:
         if low >= 0 and high <= top:
-            return levels * (255 / top)
-    halves = levels / 2 - low / 2  # the difference of two floats may be infinite
-    return halves * (255 / halves.max()) if high > low else np.zeros_like(levels)
+            return lambda levels: levels * (255 / top)
+    if high == low:
+        return np.zeros_like
+    # Halves, as the difference of two floats may be infinite.
+    return lambda levels: (levels / 2 - low / 2) * (255 / (high / 2 - low / 2))
 
 
 def _grey(levels: Levels) -> Image.Image:
@@ -106,9 +239,28 @@ def _grey(levels: Levels) -> Image.Image:
 
 def _reason(path: str | os.PathLike[str], error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        empty = os.path.getsize(path) == 0
-        return "the file is empty" if empty else "no image in a format that Pillow knows"
+        if os.path.getsize(path) == 0:
+            return "the file is empty"
+        why = UNREADABLE.get(_extension(path)) or _kind_of_content(path)
+        if why is None or {_HEIF: "HEIF", _AVIF: "AVIF"}.get(why) in formats():
+            return f"damaged, or no image in a format that is read here ({', '.join(formats())})"
+        return why
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     words = printable(str(error)).split()
-    return " ".join(words) if words else type(error).__name__
+    return shown(" ".join(words)) if words else type(error).__name__
+
+
+def _kind_of_content(path: str | os.PathLike[str]) -> str | None:
+    """Why a file cannot be read that is HEIC or AVIF by another name, as phones hand them out."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if head[4:8] != b"ftyp":
+        return None
+    if head[8:12] in (b"avif", b"avis"):
+        return _AVIF
+    return _HEIF if head[8:12] in (b"heic", b"heix", b"heif", b"mif1", b"msf1", b"hevc") else None
+
+
+def _extension(path: str | os.PathLike[str]) -> str:
+    return os.path.splitext(os.fspath(path))[1].lower()

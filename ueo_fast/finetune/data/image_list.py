@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from ueo_fast.finetune.data.names import clean_name, counted, printable
+from ueo_fast.finetune.data.decode import UNREADABLE, readable_extensions
+from ueo_fast.finetune.data.names import (
+    clean_name,
+    counted,
+    loose_name,
+    plural,
+    printable,
+    shown,
+    whole_number,
+)
 from ueo_fast.finetune.data.text_files import Label, Rows, csv_rows, lines, list_rows, read_text
 
-# Formats of which Pillow knows only the name without a plugin (BUFR, GRIB, HDF5, MPEG), or which
-# another program has to draw (EPS, WMF). Beside photographs such files are data, films and papers.
-_NOT_PHOTOGRAPHS = {"BUFR", "GRIB", "HDF5", "MPEG", "IPTC", "EPS", "WMF"}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Where network storage and file managers keep thumbnails, deleted files and copies, lower case.
+_SERVICE_FOLDERS = {
+    *("@eadir", "#recycle", "@recycle", "#snapshot", "@recently-snapshot", "$recycle.bin"),
+    *("system volume information", "__macosx", "lost+found"),
+}
+_OUTSIDE = "link that leads out of the folder (--follow-links follows it)"
+_TWICE = "further name of a file that is read (link)"
 
 
 @dataclass(frozen=True)
@@ -29,8 +42,10 @@ class ImageList:
         paths: where the files are, as ``open`` takes them.
         names: how the user calls them: relative to the folder or as written in the list. Always
             valid Unicode, also where a file's name is not.
-        labels: per image a class name, an index into a list of classes, or ``None``; ``None``
-            altogether where no image has a label.
+        labels: per image a class name, a place in a list of classes (:func:`match_labels` tells
+            them apart), or ``None``; ``None`` altogether where no image has a label.
+        left_out: of a folder: kinds of files in it that are not in the list, and how many of each.
+        followed: of a folder: links in it that were followed, ``name -> target``.
 
     Raises:
         ValueError: fields of different lengths.
@@ -39,6 +54,8 @@ class ImageList:
     paths: tuple[str, ...]
     names: tuple[str, ...]
     labels: tuple[Label, ...] | None = None
+    left_out: tuple[tuple[str, int], ...] = ()
+    followed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("names", "labels"):
@@ -51,34 +68,67 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def __repr__(self) -> str:
+        first = f", the first is {self.names[0]!r}" if self.names else ""
+        return f"ImageList({len(self)} images{first}{'' if self.labels is None else ', labelled'})"
+
     def subset(self, positions: Sequence[int] | Tensor) -> ImageList:
         """The images at ``positions``, in that order."""
-        rows = positions.tolist() if isinstance(positions, Tensor) else positions
-        return ImageList(
-            tuple(self.paths[row] for row in rows),
-            tuple(self.names[row] for row in rows),
-            None if self.labels is None else tuple(self.labels[row] for row in rows),
+        rows = positions if isinstance(positions, Sequence) else positions.tolist()
+        return replace(
+            self,
+            paths=tuple(self.paths[row] for row in rows),
+            names=tuple(self.names[row] for row in rows),
+            labels=None if self.labels is None else tuple(self.labels[row] for row in rows),
         )
+
+    def remarks(self) -> list[str]:
+        """What was left out of the folder, and which links were followed, a sentence each."""
+        kinds = ", ".join(f"{count} x {shown(kind)}" for kind, count in self.left_out)
+        links = ", ".join(map(shown, self.followed[:3]))
+        more = f" and {plural(len(self.followed) - 3, 'other')}" if len(self.followed) > 3 else ""
+        return [
+            *([f"files in the folder that are not read: {kinds}"] if kinds else []),
+            *([f"links that were followed: {links}{more}"] if links else []),
+        ]
 
 
 @cache
 def image_extensions() -> frozenset[str]:
-    """Extensions of image files, lower case with the dot: those that Pillow can open."""
-    return frozenset(
-        extension
-        for extension, name in Image.registered_extensions().items()
-        if name in Image.OPEN and name not in _NOT_PHOTOGRAPHS
-    )
+    """Extensions of image files, lower case with the dot. Those that cannot be read here (HEIC
+    without pillow-heif, RAW) are among them: such a file is told of when it is decoded."""
+    return readable_extensions() | UNREADABLE.keys()
+
+
+def check_root(
+    root: str | os.PathLike[str] | None, *sources: str | os.PathLike[str] | None
+) -> None:
+    """Refuse a ``root`` that none of ``sources`` has a use for.
+
+    Raises:
+        ValueError: all are folders or images.
+    """
+    paths = [Path(source) for source in sources if source is not None]
+    if root is not None and not any(_is_list(path) for path in paths):
+        raise ValueError(
+            f"data_root={os.fspath(root)!r} says where the relative paths of a list or CSV start, "
+            f"but {' and '.join(shown(printable(path)) for path in paths)} is none; leave it out"
+        )
 
 
 def read_images(
-    source: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None
+    source: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    follow_links: bool = False,
 ) -> ImageList:
     """The images of a folder, a list file, a CSV or one image file.
 
     A folder is read to any depth, in the order of the paths. The first folder below it is an
-    image's label; a flat folder has no labels. Hidden files, and files whose extension is not an
-    image's (:func:`image_extensions`), are ignored; links are followed.
+    image's label; a flat folder has no labels. No file is read twice, whatever links lead to it.
+    Links that lead out of the folder, hidden files, the folders in which network storage keeps
+    thumbnails and deleted files (``@eaDir``, ``#recycle``), and files whose extension is not an
+    image's (:func:`image_extensions`) are left out and counted.
 
     A list file has one image per line, ``path`` or ``path label``. The path may contain spaces: the
     label is the last word, or all behind a tab. Blank lines are skipped.
@@ -88,31 +138,28 @@ def read_images(
     ``path`` and ``image`` the path says where the file is and the image how it is called. Other
     columns are ignored.
 
-    Labels of a list or CSV that are all whole numbers are indices into the list of classes; else
-    they are names. Text is UTF-8, with or without a byte order mark.
+    Labels are kept as they are written; :func:`match_labels` says what they mean. Text is UTF-8,
+    with or without a byte order mark.
 
     Args:
         source: what to read.
-        root: what relative paths of a list or CSV start from; ``None``: the folder it lies in.
+        root: what relative paths of a list or CSV start from; ``None``: the folder it lies in. A
+            folder of images has no use for it.
+        follow_links: follow the links of a folder that lead out of it.
 
     Raises:
         OSError: ``source``, or a file that it lists, does not exist; the folder has no image.
-        ValueError: a list or CSV that cannot be understood, or ``root`` beside a folder.
+        ValueError: a list or CSV that cannot be understood.
     """
     path = Path(source)
-    is_image = path.suffix.lower() in image_extensions()
-    if (path.is_dir() or is_image) and root is not None:
-        raise ValueError(
-            f"root={os.fspath(root)!r} says where the relative paths of a list file start, but "
-            f"{path} is no list file; leave root out"
-        )
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, follow_links)
     if not path.exists():
         raise FileNotFoundError(
-            f"{printable(path)} does not exist; give a folder of images, a list file or a CSV"
+            f"{shown(printable(path))} does not exist; give a folder of images, a list file or a "
+            "CSV"
         )
-    if is_image:
+    if not _is_list(path):
         return ImageList((str(path),), (printable(path.name),))
     base = path.parent if root is None else Path(root)
     if not base.is_dir():
@@ -130,6 +177,11 @@ def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
         OSError: the file cannot be read.
         ValueError: it names no class, two that are the same to a prompt, or is not UTF-8.
     """
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            f"classes={os.fspath(path)!r} is a folder; give a text file with one class name per "
+            "line"
+        )
     names: list[str] = []
     first: dict[str, int] = {}
     for number, name in lines(read_text(Path(path))):
@@ -150,83 +202,303 @@ def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def match_labels(images: ImageList, class_names: Sequence[str]) -> Tensor | None:
-    """The images' labels as positions in ``class_names``.
+def match_labels(
+    images: ImageList,
+    class_names: Sequence[str],
+    *,
+    on_note: Callable[[str], object] | None = None,
+) -> Tensor | None:
+    """The images' labels as positions in ``class_names``: the same rule wherever they come from.
 
-    Names are compared without regard to capitals, underscores and repeated spaces; numbers are
-    positions already, and unknown where they are out of range.
+    1. A label that is a class name is that class; case, underscores and repeated spaces do not
+       matter, as they do not to a prompt.
+    2. Else one that agrees with a class name but for hyphens and spaces (``T-shirt``, ``tshirt``)
+       or in the way that its number is written (``1.0``, ``01``) is that class.
+    3. Where no label is a class name, whole numbers (also ``1.0``) are places in ``class_names``,
+       counted from 0; other labels beside them (``unknown``) and other numbers are unknown.
+
+    Every other label is unknown.
+
+    Args:
+        images: with or without labels.
+        class_names: C of them.
+        on_note: called with a sentence for what the user should check: numbers that were taken as
+            places, and labels that are unknown, with their counts.
 
     Returns:
-        (N,) int64, -1 where the label is not among the classes; ``None`` where no image has a label
-        that is: then the folders are not classes, and there is nothing to measure by.
+        (N,) int64 on the CPU, -1 where the label is not among the classes; ``None`` where no image
+        has a label that is: then the folders are not classes, and there is nothing to measure by.
 
     Raises:
-        ValueError: two ``class_names`` are the same, or some images have a label that is a class
-            and others have no label at all.
+        ValueError: two ``class_names`` are the same, a label can be read in two ways, or some
+            images have a label that is a class and others have no label at all.
     """
-    position: dict[str, int] = {}
-    for index, name in enumerate(class_names):
-        if position.setdefault(clean_name(name), index) != index:
-            other = class_names[position[clean_name(name)]]
-            raise ValueError(f"class_names has both {other!r} and {name!r}; list each class once")
+    import torch
 
-    def match(label: Label) -> int:
-        if isinstance(label, int):
-            return label if 0 <= label < len(class_names) else -1
-        return -1 if label is None else position.get(clean_name(label), -1)
-
-    found = torch.tensor([match(label) for label in images.labels or ()], dtype=torch.int64)
-    if images.labels is None or not bool((found >= 0).any()):
+    names = _ClassNames(class_names)
+    if images.labels is None:
         return None
-    pairs = zip(images.names, images.labels, strict=True)
-    missing = [name for name, label in pairs if label is None]
+    # A number that was given as an int is read like one that was written.
+    labels = [None if label is None else str(label) for label in images.labels]
+    counts = Counter(label for label in labels if label is not None)
+    places = {label: place for label in counts if (place := names.find(label)) is not None}
+    numbers = {label: n for label in counts if (n := whole_number(label)) is not None}
+    note = ""
+    if places:
+        _refuse_two_readings(class_names, places, numbers)
+    else:
+        places = {label: n for label, n in numbers.items() if 0 <= n < len(class_names)}
+        if not places:
+            return None
+        note = _note_on_places(class_names, places, numbers)
+    missing = [name for name, label in zip(images.names, labels, strict=True) if label is None]
     if missing:
         raise ValueError(
-            f"{counted(missing)} of {len(images)} images have no label, while others have labels "
-            "that are classes; give every image a label, or none. In a folder, move the images "
-            "that lie beside the class folders into one; if its name is no class they are unknown"
+            f"{counted(missing)} of {len(images)} images {'has' if len(missing) == 1 else 'have'} "
+            "no label, while others have labels that are classes; give every image a label, or "
+            "none. In a folder, move the images that lie beside the class folders into one; if its "
+            "name is no class they are unknown"
         )
-    return found
+    unknown = Counter({label: n for label, n in counts.items() if label not in places})
+    notes = [note, _note_on_unknown(unknown)]
+    for text in notes:
+        if text and on_note is not None:
+            on_note(text)
+    return torch.tensor(
+        [-1 if label is None else places.get(label, -1) for label in labels],
+        dtype=torch.int64,
+        device="cpu",
+    )
 
 
-def _read_folder(folder: Path) -> ImageList:
-    ignored: Counter[str] = Counter()
-    names = sorted(_walk(folder, "", (), lambda name: ignored.update([_extension(name)])))
+class _ClassNames:
+    """Finds the class that a label names."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self._names = class_names
+        self._exact: dict[str, int] = {}
+        self._loose: dict[str, list[int]] = {}
+        for index, name in enumerate(class_names):
+            first = self._exact.setdefault(clean_name(name), index)
+            if first != index:
+                raise ValueError(
+                    f"class_names has both {class_names[first]!r} and {name!r}; list each class "
+                    "once"
+                )
+            self._loose.setdefault(loose_name(name), []).append(index)
+
+    def find(self, label: str) -> int | None:
+        """The class's position; ``None`` where there is none of that name."""
+        exact = self._exact.get(clean_name(label))
+        if exact is not None:
+            return exact
+        found = self._loose.get(loose_name(label), [])
+        if len(found) > 1:
+            readings = " or ".join(repr(self._names[index]) for index in found)
+            raise ValueError(
+                f"the label {label!r} can be read as {readings}; write the name of the class as it "
+                "is in your list"
+            )
+        return found[0] if found else None
+
+
+def _refuse_two_readings(
+    class_names: Sequence[str], places: dict[str, int], numbers: dict[str, int]
+) -> None:
+    """Refuse numbers of which only some are names of classes, but all could be places."""
+    others = sorted(numbers.keys() - places.keys(), key=numbers.__getitem__)
+    could_be_places = all(0 <= number < len(class_names) for number in numbers.values())
+    if not others or not could_be_places or not places.keys() <= numbers.keys():
+        return
+    some = sorted(places, key=numbers.__getitem__)
+    first = some[0]
+    raise ValueError(
+        f"the labels {_some(sorted(numbers, key=numbers.__getitem__))} can be read in two ways: as "
+        f"names of classes ({first} is the class {class_names[places[first]]!r}, and "
+        f"{_some(others)} are of no class on your list) or as places in your list, counted from 0 "
+        f"({first} is {class_names[numbers[first]]!r}, {others[0]} is "
+        f"{class_names[numbers[others[0]]]!r}). If they are names, write a word for those that are "
+        "on no list (unknown); if they are places, write the names of the classes instead"
+    )
+
+
+def _note_on_places(
+    class_names: Sequence[str], places: dict[str, int], numbers: dict[str, int]
+) -> str:
+    some = sorted(places, key=places.__getitem__)[:2]
+    examples = ", ".join(f"{shown(label)} is {class_names[places[label]]!r}" for label in some)
+    note = f"numbers in the labels are taken as places in your list, counted from 0: {examples}"
+    if 0 in numbers.values():
+        return note
+    largest = max(numbers.values())
+    last = f" and the largest is {largest}, the number of your classes" * (
+        largest == len(class_names)
+    )
+    return (
+        f"{note} (no label is 0{last}: if they count from 1, every image is taken for one of the "
+        "next class; then subtract 1, or write the names)"
+    )
+
+
+def _note_on_unknown(unknown: Counter[str]) -> str:
+    if not unknown:
+        return ""
+    total = sum(unknown.values())
+    most = sorted(unknown, key=lambda label: (-unknown[label], label))
+    listed = ", ".join(f"{shown(label)} ({unknown[label]})" for label in most[:8])
+    more = f" and {plural(len(most) - 8, 'other label')}" if len(most) > 8 else ""
+    return (
+        f"{plural(total, 'image')} with a label that is not on your list "
+        f"{'counts' if total == 1 else 'count'} as unknown: {listed}{more}"
+    )
+
+
+def _some(labels: Sequence[str]) -> str:
+    return f"{', '.join(map(shown, labels[:4]))}{', ...' if len(labels) > 4 else ''}"
+
+
+def _is_list(path: Path) -> bool:
+    return not path.is_dir() and _extension(path.name) not in image_extensions()
+
+
+def _read_folder(folder: Path, follow_links: bool) -> ImageList:
+    tree = _Tree(folder, follow_links)
+    names = sorted(tree.names)
     if not names:
-        found = ", ".join(f"{count} x {kind or 'none'}" for kind, count in ignored.most_common(5))
+        found = ", ".join(f"{count} x {shown(kind)}" for kind, count in tree.counted()[:5])
         raise FileNotFoundError(
-            f"{printable(folder)} has no image. Looked for, at any depth: files named "
-            f"{' '.join(sorted(image_extensions()))}. Found: {printable(found) or 'no file at all'}"
+            f"{shown(printable(folder))} has no image. Looked for, at any depth: files named "
+            f"{' '.join(sorted(readable_extensions()))}. Found: {found or 'no file at all'}"
         )
     labels = tuple(printable(name.split("/", 1)[0]) if "/" in name else None for name in names)
     return ImageList(
         tuple(os.path.join(folder, name) for name in names),
         tuple(printable(name) for name in names),
         labels if any(labels) else None,
+        tree.counted(),
+        tuple(tree.followed),
     )
 
 
-def _walk(
-    folder: Path, prefix: str, above: tuple[str, ...], ignore: Callable[[str], None]
-) -> Iterator[str]:
-    """Names of the images below ``folder``, with ``/`` between their parts. Unlike ``os.walk`` it
-    fails at a folder that may not be read, and stops where a link leads back up."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
+class _Tree:
+    """The images below a folder, each file once. Unlike ``os.walk`` it fails at a folder that may
+    not be read.
+
+    Args:
+        root: the folder.
+        follow_links: also those that lead out of it.
+
+    Attributes:
+        names: of the images, below ``root``, with ``/`` between their parts.
+        followed: links that were followed, ``name -> target``.
+    """
+
+    def __init__(self, root: Path, follow_links: bool) -> None:
+        self.names: list[str] = []
+        self.followed: list[str] = []
+        self._root = root
+        self._left_out: Counter[str] = Counter()
+        self._folders: set[str] = set()  # all by their real paths
+        self._files: set[str] = set()
+        self._inodes: set[tuple[int, int]] = set()
+        self._links: deque[str] = deque()
+        top = os.path.realpath(root)
+        self._walk("", top)
+        # Last: of a file and a link to it the file is taken, whatever their names.
+        while self._links:
+            self._link(self._links.popleft(), top, follow_links)
+
+    def counted(self) -> tuple[tuple[str, int], ...]:
+        """Kinds of files that were left out, the most frequent first."""
+        kinds = [(printable(kind), count) for kind, count in self._left_out.items() if count]
+        return tuple(sorted(kinds, key=lambda one: (-one[1], one[0])))
+
+    def _walk(self, name: str, real: str) -> None:
+        """Take all files below the folder ``name``; links wait."""
+        files: list[tuple[str, str, os.DirEntry[str], int]] = []
+        links: list[str] = []
+        waiting = [(name, real)]
+        while waiting:
+            name, real = waiting.pop()
+            if real in self._folders:
+                self._left_out[_TWICE] += 1
                 continue
-            # One that leads to itself included, of which is_dir() and is_file() raise.
-            dead_link = entry.is_symlink() and not os.path.exists(entry.path)
-            if not dead_link and entry.is_dir():
-                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", (*above, real), ignore)
-            elif _extension(entry.name) not in image_extensions():
-                ignore(entry.name)
-            # A dead link is told of when it is decoded; a pipe would block for ever.
-            elif dead_link or entry.is_file():
-                yield prefix + entry.name
+            self._folders.add(real)
+            device = os.stat(real).st_dev
+            for entry in _entries(real):
+                below = f"{name}/{entry.name}" if name else entry.name
+                kind = _extension(entry.name)
+                if entry.name.startswith(".") or entry.name.casefold() in _SERVICE_FOLDERS:
+                    self._leave_out(entry)
+                elif entry.is_symlink():
+                    links.append(below)
+                elif entry.is_dir():
+                    waiting.append((below, entry.path))
+                elif kind not in image_extensions():
+                    self._left_out[kind or "without extension"] += 1
+                elif entry.is_file():
+                    files.append((below, entry.path, entry, device))
+                else:  # would block for ever
+                    self._left_out["pipe, socket or device"] += 1
+        for below, path, entry, device in sorted(files, key=lambda one: one[0]):
+            self._take(below, path, (device, entry.inode()))
+        self._links.extend(sorted(links))
+
+    def _link(self, name: str, top: str, follow: bool) -> None:
+        path = os.path.join(self._root, name)
+        target = os.path.realpath(path)
+        inside = target == top or target.startswith(os.path.join(top, ""))
+        kind = _extension(name)
+        if not os.path.exists(path):
+            # A dead link is told of when it is decoded.
+            if kind in image_extensions():
+                self.names.append(name)
+            else:
+                self._left_out[kind or "without extension"] += 1
+        elif os.path.isfile(path) and kind not in image_extensions():
+            self._left_out[kind or "without extension"] += 1
+        elif not inside and not follow:
+            self._left_out[_OUTSIDE] += 1
+        elif os.path.isdir(path):
+            if target not in self._folders:
+                self.followed.append(f"{printable(name)} -> {printable(target)}")
+            self._walk(name, target)
+        elif os.path.isfile(path):
+            found = os.stat(path)
+            if self._take(name, target, (found.st_dev, found.st_ino)):
+                self.followed.append(f"{printable(name)} -> {printable(target)}")
+        else:
+            self._left_out["pipe, socket or device"] += 1
+
+    def _take(self, name: str, real: str, inode: tuple[int, int]) -> bool:
+        """Add an image, if it was not read by another name; whether it was added."""
+        # Hard links; some network file systems give all files one number, but one name each.
+        twice = real in self._files or (inode in self._inodes and os.stat(real).st_nlink > 1)
+        if twice:
+            self._left_out[_TWICE] += 1
+            return False
+        self._files.add(real)
+        self._inodes.add(inode)
+        self.names.append(name)
+        return True
+
+    def _leave_out(self, entry: os.DirEntry[str]) -> None:
+        if entry.is_dir(follow_symlinks=False):
+            inside = sum(len(files) for _, _, files in os.walk(entry.path))
+            self._left_out[f"in {entry.name}/"] += inside
+        else:
+            self._left_out["hidden"] += 1
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise type(error)(
+            f"{shown(printable(folder))} cannot be read ({error.strerror or error}); make it "
+            "readable, or move it away"
+        ) from error
 
 
 def _extension(name: str) -> str:
@@ -242,8 +514,9 @@ def _existing(source: Path, base: Path, rows: Rows) -> ImageList:
         # In "my photo.jpg alarm clock" the label would be "clock".
         several = rows.labels is not None and source.suffix.lower() != ".csv"
         raise FileNotFoundError(
-            f"{source}: {counted(missing)} of {len(paths)} files do not exist; relative paths "
-            f"start at {printable(base)}; --data-root (root=) names another folder"
+            f"{shown(printable(source))}: {counted(missing)} of {plural(len(paths), 'file')} "
+            f"{'does' if len(missing) == 1 else 'do'} not exist; relative paths start at "
+            f"{shown(printable(os.path.abspath(base)))}; --data-root (root=) names another folder"
             f"{'; a label is one word, write alarm_clock or use a CSV' if several else ''}"
         )
     return ImageList(paths, rows.names, rows.labels)

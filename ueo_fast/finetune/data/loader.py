@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +30,11 @@ class TolerantBatch(NamedTuple):
 
 
 Item = tuple[Tensor | UnreadableImageError, int]
+Batch = TypeVar("Batch")
+
+
+class LoadingError(OSError):
+    """The system ended a process that loads images, or has no memory left for one."""
 
 
 class Tolerant(Dataset[Item]):
@@ -48,24 +56,89 @@ def data_loader(
     batches: Iterator[list[Any]],
     num_workers: int,
     pin_memory: bool,
-) -> DataLoader[TolerantBatch]:
+) -> Iterator[TolerantBatch]:
     """Loads one batch for each list of keys that ``batches`` yields.
 
     Args:
         dataset: items by key; the int in an item is the image's position.
         batches: drawn from as the loader goes on: the keys of all epochs would be gigabytes.
-        num_workers: worker processes.
+        num_workers: worker processes, as far as :func:`started_workers` allows.
         pin_memory: page-locked memory.
+
+    Raises:
+        LoadingError: while iterating.
     """
-    return DataLoader(
-        cast("Dataset[TolerantBatch]", dataset),
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        # Else the loader would draw the workers' seeds from the global generator.
-        generator=torch.Generator().manual_seed(0),
+    return loaded(
+        DataLoader(
+            cast("Dataset[TolerantBatch]", dataset),
+            batch_sampler=batches,
+            num_workers=started_workers(num_workers),
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            # Else the loader would draw the workers' seeds from the global generator.
+            generator=torch.Generator("cpu").manual_seed(0),
+        )
     )
+
+
+def started_workers(wanted: int) -> int:
+    """How many worker processes are started: at most four per processor. More only take memory, and
+    a config may come from a larger machine; the number changes no result."""
+    return min(wanted, 4 * _processors())
+
+
+def _processors() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def loaded(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a ``DataLoader``, made on the CPU whatever torch's default device is.
+
+    Raises:
+        LoadingError: as :func:`loading_errors` says.
+    """
+    with loading_errors(), torch.device("cpu"):
+        batches = iter(loader)
+    while True:
+        with loading_errors(), torch.device("cpu"):  # not around yield: the rest is the caller's
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+        yield batch
+
+
+@contextmanager
+def loading_errors() -> Iterator[None]:
+    """Gives errors that say nothing to a user a message with the way to go on.
+
+    A worker's death is raised wherever the main process happens to be, so commands have it around
+    all that happens while images are loaded.
+
+    Raises:
+        LoadingError: a worker was killed, or there is no memory left.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise LoadingError(f"no memory is left. {_LESS}") from error
+    except RuntimeError as error:
+        # PyTorch has no type of its own for these.
+        if not re.search(r"DataLoader worker \(pid|allocate memory|shared memory", str(error)):
+            raise
+        said = str(error).partition("\n")[0]
+        raise LoadingError(
+            f"a process that loads images was ended, mostly for lack of memory: {said} {_LESS}"
+        ) from error
+
+
+_LESS = (
+    "Take fewer processes (--workers 1, or 0; in Python num_workers) or a smaller batch, or scale "
+    "large images down"
+)
 
 
 def _collate(items: list[Item]) -> TolerantBatch:
@@ -78,5 +151,5 @@ def _collate(items: list[Item]) -> TolerantBatch:
         else:
             read.append(image)
             rows.append(row)
-    positions = torch.tensor(rows, dtype=torch.int64)
+    positions = torch.tensor(rows, dtype=torch.int64, device="cpu")
     return TolerantBatch(default_collate(read) if read else None, positions, tuple(failures))

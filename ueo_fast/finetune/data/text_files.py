@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ueo_fast.finetune.data.names import printable
+from ueo_fast.finetune.data.names import printable, shown
 
 Label = str | int | None
-"""A class name, an index into a list of classes, or nothing."""
+"""A class name or a place in a list of classes, as it is written, or nothing."""
 
 _PATH_COLUMNS = ("path", "image")
 _LABEL_COLUMNS = ("label", "class")
@@ -43,9 +42,10 @@ def list_rows(path: Path, extensions: Collection[str]) -> Rows:
     for number, line in lines(read_text(path, errors="surrogateescape")):
         words = line.rsplit(None, 1)
         before, _, after = line.rpartition("\t")
-        if os.path.splitext(before.rstrip())[1].lower() in extensions:
+        behind_tab = _extension(before.rstrip()) in extensions
+        if behind_tab:
             words = [before.rstrip(), after.strip()]
-        labelled = len(words) == 2 and os.path.splitext(line)[1].lower() not in extensions
+        labelled = behind_tab or (len(words) == 2 and _extension(line) not in extensions)
         if paths and labelled != bool(labels):
             raise ValueError(
                 f"{path}, line {number}: {printable(line)!r} has {'a' if labelled else 'no'} "
@@ -53,7 +53,11 @@ def list_rows(path: Path, extensions: Collection[str]) -> Rows:
             )
         paths.append(words[0] if labelled else line)
         labels += words[1:] if labelled else []
-    return Rows(tuple(paths), tuple(map(printable, paths)), _labels(labels) if labels else None)
+    return Rows(
+        tuple(paths),
+        tuple(map(printable, paths)),
+        tuple(map(printable, labels)) if labels else None,
+    )
 
 
 def csv_rows(path: Path) -> Rows:
@@ -95,7 +99,8 @@ def _csv_rows(path: Path, rows: csv.DictReader[str]) -> Rows:
         paths.append(row[where[0]].strip())
         names.append(printable(row[where[-1]].strip()))
         labels.append(row[labelled[0]].strip() if labelled else "")
-    return Rows(tuple(paths), tuple(names), _labels(labels) if any(labels) else None)
+    written = tuple(printable(label) or None for label in labels)
+    return Rows(tuple(paths), tuple(names), written if any(written) else None)
 
 
 def lines(text: str) -> Iterator[tuple[int, str]]:
@@ -113,19 +118,26 @@ def read_text(path: Path, *, errors: str = "strict") -> str:
         errors: ``"surrogateescape"`` keeps names of files that are not UTF-8.
 
     Raises:
+        OSError: it cannot be read; the message names it.
         ValueError: it is not UTF-8, or no text.
     """
+    name = shown(printable(path))
     try:
         text = path.read_text(encoding="utf-8-sig", errors=errors)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+        raise ValueError(f"{name} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name} does not exist; check the name, which is relative to the current folder"
+        ) from error
+    except OSError as error:
+        raise type(error)(
+            f"{name} cannot be read ({error.strerror or error}); give a text file that you may read"
+        ) from error
     if "\0" in text:
-        raise ValueError(f"{path} is not UTF-8 text (UTF-16, or no text?); save it as UTF-8")
+        raise ValueError(f"{name} is not UTF-8 text (UTF-16, or no text?); save it as UTF-8")
     return text
 
 
-def _labels(written: Sequence[str]) -> tuple[Label, ...]:
-    """Whole numbers where all are; an empty one is none."""
-    if all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in written if label):
-        return tuple(int(label) if label else None for label in written)
-    return tuple(printable(label) or None for label in written)
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()

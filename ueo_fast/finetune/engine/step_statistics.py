@@ -89,8 +89,8 @@ class Totals:
         self.steps = 0
         self.loss = 0.0
         self.conditional = 0.0
-        self.probabilities = torch.zeros(classes, dtype=torch.float64)
-        self.histogram = torch.zeros(classes, dtype=torch.int64)
+        self.probabilities = torch.zeros(classes, dtype=torch.float64, device="cpu")
+        self.histogram = torch.zeros(classes, dtype=torch.int64, device="cpu")
 
     @property
     def images(self) -> int:
@@ -127,9 +127,9 @@ class Totals:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, for a checkpoint; exact."""
-        scalars = torch.tensor([self.steps, self.loss, self.conditional], dtype=torch.float64)
+        scalars = [self.steps, self.loss, self.conditional]
         return {
-            "scalars": scalars,
+            "scalars": torch.tensor(scalars, dtype=torch.float64, device="cpu"),
             "probabilities": self.probabilities.clone(),
             "histogram": self.histogram.clone(),
         }

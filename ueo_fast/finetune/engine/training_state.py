@@ -72,7 +72,7 @@ class TrainingState:
         momentum, scaling = self.optimizer.state()
         monitor, monitor_values = self.monitor.state()
         best, best_values = self.early_stop.state() if self.early_stop else ({}, {})
-        tensors = {"history": torch.tensor(series, dtype=torch.float64)}
+        tensors = {"history": torch.tensor(series, dtype=torch.float64, device="cpu")}
         for room, named in (
             ("adapted", adapted_state(self.classifier)),
             ("objective", self.objective.state_dict()),

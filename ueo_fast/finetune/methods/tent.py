@@ -13,10 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ueo_fast import ueo_loss
 from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig, train
-from ueo_fast.finetune.methods.base import Method, choices_of
+from ueo_fast.finetune.methods.base import Method, check_entropies, choices_of
 from ueo_fast.finetune.target import Target
 
 
@@ -49,6 +50,16 @@ class Tent(Method):
     name: ClassVar[str] = "tent"
     title: ClassVar[str] = "Tent"
 
+    def __post_init__(self) -> None:
+        check_entropies(eps=self.eps)
+
+    def check(self, config: TrainerConfig, images: int | None = None) -> None:
+        if config.affine_lr == 0:
+            raise ValueError(
+                "affine_lr is 0, but Tent trains the affine parameters and nothing else: give a "
+                "positive affine_lr"
+            )
+
     def objective(self, classifier: ClipClassifier, target: Target) -> OnlineEntropy:
         """The loss, which also records the predictions."""
         return OnlineEntropy(self.eps, len(target), len(classifier.prompt.class_names))
@@ -71,11 +82,7 @@ class Tent(Method):
                 image, or micro-batches.
         """
         config, hooks = config or TrainerConfig(), hooks or Hooks()
-        if config.affine_lr == 0:
-            raise ValueError(
-                "affine_lr is 0, but Tent trains the affine parameters and nothing else: give a "
-                "positive affine_lr"
-            )
+        self.check(config)
         size = config.batch_size
         if batch_norms(classifier):
             size = _without_single(len(target), size)
@@ -118,8 +125,8 @@ def _without_single(count: int, batch_size: int) -> int:
     """The smallest batch size from ``batch_size`` on that leaves no batch of one image."""
     if count < 2 or batch_size < 2:
         raise ValueError(
-            f"{count} image(s) in batches of batch_size={batch_size}: this tower has BatchNorm, "
-            "whose statistics need at least 2 images per batch"
+            f"{plural(count, 'image')} in batches of batch_size={batch_size}: this tower has "
+            "BatchNorm, whose statistics need at least 2 images per batch"
         )
     while count % batch_size == 1:
         batch_size += 1
@@ -139,7 +146,7 @@ class OnlineEntropy(Objective):
     def __init__(self, eps: float, images: int, classes: int) -> None:
         super().__init__()
         self.eps = eps
-        self.register_buffer("online", torch.full((images, classes), math.nan))
+        self.register_buffer("online", torch.full((images, classes), math.nan, device="cpu"))
 
     def prepare(self, classifier: ClipClassifier) -> None:
         for layer in batch_norms(classifier):

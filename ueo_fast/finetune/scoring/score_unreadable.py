@@ -11,18 +11,13 @@ from types import TracebackType
 from typing import IO
 
 from ueo_fast.finetune.data.image_list import ImageList
-from ueo_fast.finetune.data.names import printable
+from ueo_fast.finetune.data.names import printable, shown
 from ueo_fast.finetune.evaluation.predict import Failure
 from ueo_fast.finetune.files.atomic import atomic_file, failed_write
 from ueo_fast.finetune.scoring.score_writer import csv_file
 
 SHOWN = 5
 """Images that a summary names; the file has all."""
-
-
-def shown_name(name: str) -> str:
-    """A file name for a terminal: line breaks and control characters are escaped."""
-    return name if name.isprintable() else repr(name)
 
 
 class UnreadableList:
@@ -69,7 +64,7 @@ class UnreadableList:
             name = self._images.names[position]
             if self._strict:
                 raise ValueError(
-                    f"{shown_name(name)}: {reason}; without --strict it is listed and left out"
+                    f"{shown(name)}: {reason}; without --strict it is listed and left out"
                 )
             if self.count < SHOWN:
                 self.shown.append((name, reason))
