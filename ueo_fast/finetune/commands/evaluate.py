@@ -1,4 +1,4 @@
-"""`ueo-fast evaluate`: zero-shot beside adapted on labelled images."""
+"""`ueo-fast evaluate`: zero-shot next to adapted on labelled images."""
 
 from __future__ import annotations
 
