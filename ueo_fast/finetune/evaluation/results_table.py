@@ -87,8 +87,8 @@ def verdict(
         found = f"Not compared: only {only} was measured ({named})"
     elif moved is not None:
         found = (
-            f"Not measured, because there are no labels: {title} put {moved[0]:,} of "
-            f"{plural(moved[1], 'image')} into another class than zero-shot did"
+            f"Not measured, because there are no labels: {title} changed the class of "
+            f"{moved[0]:,} of {plural(moved[1], 'image')}"
         )
     else:
         found = (
