@@ -47,6 +47,7 @@ def run(config: EvaluateConfig) -> None:
         problem.known,
         template=adapted.config.prompt_template,
         patch=False,
+        logit_scale=adapted.config.logit_scale,
     )
     before = _predict(config, zero_shot, images, "zero-shot")
     images = _readable(config, images, before)
