@@ -387,28 +387,37 @@ def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
-def test_an_ascii_locale_is_named_where_a_file_name_needs_more(tmp_path):
-    (tmp_path / "names.txt").write_text("cup\n")
-    (tmp_path / "list.txt").write_text("größe.jpg\n", encoding="utf-8")
+def test_an_ascii_locale_finds_files_with_other_names(tmp_path):
+    (tmp_path / "größe").mkdir()
+    (tmp_path / "größe" / "mine").touch()
+    (tmp_path / "c.yaml").write_text("{data: d, classes: c, out: größe}", encoding="utf-8")
     ascii_only = {
         "LC_ALL": "C",
         "PYTHONIOENCODING": "ascii",
         "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0",
     }
-    words = "finetune --data list.txt --classes names.txt --out run"
     result = subprocess.run(
-        [sys.executable, "-m", "ueo_fast.cli", *words.split()],
+        [sys.executable, "-m", "ueo_fast.cli", "finetune", "--config", "c.yaml"],
         cwd=tmp_path,
         env={**ENVIRONMENT, **ascii_only},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert result.returncode == 1, result.stderr
-    assert "PYTHONUTF8=1" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "run").exists()
+    assert result.returncode == 2, result.stderr
+    assert "gr??e is not empty" in result.stderr
+
+
+def test_a_name_that_the_locale_cannot_spell_is_said_with_the_way_out(monkeypatch, capsys):
+    def fails(config):
+        raise UnicodeEncodeError(sys.getfilesystemencoding(), "größe.jpg", 2, 3, "not in range")
+
+    monkeypatch.setattr(demo_run, "run_demo", fails)
+    assert main(["demo"]) == 1
+    said = capsys.readouterr().err
+    assert "'größe.jpg' cannot be a file name" in said
+    assert "PYTHONUTF8=1" in said
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")

@@ -290,7 +290,7 @@ def test_the_options_know_which_methods_use_them():
 def test_the_preset_of_the_authors():
     config = finetune("--preset", "authors")
     assert (config.eps, config.affine_scope, config.seed) == (1e-5, "authors", 2023)
-    assert config.epochs == 50
+    assert (config.epochs, config.logit_scale) == (50, 100.0)
     config = finetune("--seed", "3", "--preset", "authors", "--eps", "0")
     assert (config.eps, config.affine_scope, config.seed) == (0.0, "authors", 3)
     assert finetune("--preset", "authors", "--method", "upl").eps == 0  # has no use for it
@@ -319,4 +319,4 @@ def test_a_run_remembers_the_values_of_a_preset(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config.as_dict()))
     again = ["--config", str(tmp_path / "config.json")]
     assert parse(FinetuneConfig, again, prog="", description="") == config
-    assert "--eps 1e-05 --seed 2023" in config.command().replace("--affine-scope authors ", "")
+    assert "--affine-scope authors --logit-scale 100.0 --eps 1e-05 --seed 2023" in config.command()

@@ -176,7 +176,7 @@ def test_labels_are_not_needed(place, tmp_path, capsys):
     paths = sorted((place / "photos").glob("*/IMG*.png"))
     listed.write_text("\n".join(map(str, paths)), encoding="utf-8")
     assert finetune(place, "unlabelled", "--epochs", "1", "--data", str(listed)) == 0
-    assert "Not measured, for want of labels: UEO put" in capsys.readouterr().out
+    assert "Not measured, because there are no labels: UEO changed" in capsys.readouterr().out
     assert not (place / "unlabelled" / "metrics.jsonl").exists()
     assert all(row["label"] == "" for row in rows(place / "unlabelled" / "predictions.csv"))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
+import math
 import os
 from typing import Any
 
@@ -20,6 +22,7 @@ from ueo_fast.finetune.clip.adapted_state import adapted_state  # noqa: E402
 from ueo_fast.finetune.clip.base_model import describe_base  # noqa: E402
 from ueo_fast.finetune.clip.delta import DeltaError, load_delta, read_delta, save_delta  # noqa: E402
 from ueo_fast.finetune.clip.load import load_base, load_clip  # noqa: E402
+from ueo_fast.finetune.clip.model import ClipClassifier  # noqa: E402
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer  # noqa: E402
 from ueo_fast.finetune.files.tensor_file import read_tensors, write_tensors  # noqa: E402
 
@@ -72,6 +75,25 @@ def test_the_metadata_says_what_it_is(tmp_path):
     assert delta.versions["torch"] == torch.__version__.partition("+")[0]
     assert delta.created.endswith("+00:00")
     assert "tensors" not in repr(delta)
+
+
+def test_a_temperature_that_is_not_the_models_own_is_kept(tmp_path):
+    """Else the probabilities of a loaded classifier would be others, without a word."""
+    classifier = zero_shot()
+    fixed = ClipClassifier(classifier.model, classifier.prompt, logit_scale=30.0)
+    with torch.no_grad():
+        cosines, logits = fixed(images())
+    assert float(fixed.logit_scale) == 30.0 != float(classifier.logit_scale)
+    torch.testing.assert_close(logits, 30 * cosines)
+    base = describe_base(fixed.model, "", None)
+    path = save_delta(tmp_path / "d.safetensors", fixed, base, method="ueo", extra={"a": 1})
+    assert read_delta(path).extra == {"a": 1, "logit_scale": 30.0}
+    loaded = load_delta(tiny_clip("bn", 0), path, tokenizer=tiny_tokenizer())
+    assert float(loaded.logit_scale) == 30.0
+    for scale in (0.0, -1.0, math.inf, "hot"):
+        rewrite(path, extra=json.dumps({"logit_scale": scale}))
+        with pytest.raises(DeltaError, match="logit_scale"):
+            read_delta(path)
 
 
 def test_a_context_learnt_on_one_list_serves_for_another(tmp_path):

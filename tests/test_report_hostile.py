@@ -119,7 +119,6 @@ def test_no_file_that_a_run_names_is_opened(tmp_path, monkeypatch, target, every
         "//host/share/x.png",
         "relative/x.png",
         "",
-        "/\0",
     ],
 )
 def test_a_path_that_is_no_file_of_this_machine_is_not_linked_to(tmp_path, path):

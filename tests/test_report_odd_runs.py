@@ -46,7 +46,7 @@ def test_unlabelled_run_has_no_metrics_but_all_the_rest(tmp_path):
     assert "roc-title" not in names
     assert "A ROC curve needs labelled images" in section(page, "scores").text
     table = section(page, "classes").one("table").table()
-    assert table[0] == ["Class", "Put here, zero-shot", "Put here, adapted"]
+    assert table[0] == ["Class", "Predicted, zero-shot", "Predicted, adapted"]
     assert sum(int(row[2]) for row in table[1:]) == 60
     assert len(page.find("img")) == 24
     assert not page.find("div", **{"class": "verdict"})
@@ -105,7 +105,7 @@ def test_methods_without_steps_have_no_curves(tmp_path, method):
     if method == "zeroshot":
         assert head == ["Metric, %", "zero-shot"]
         assert len(charts) == 2
-        assert "Put here, adapted" not in page.text
+        assert "Predicted, adapted" not in page.text
     else:
         assert head == ["Metric, %", "zero-shot", "AdaBN", "points"]
         assert len(charts) == 3

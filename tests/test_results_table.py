@@ -64,13 +64,13 @@ def test_the_verdict_says_what_got_better_or_worse_and_by_how_much(before, after
 
 def test_the_verdict_says_how_many_images_are_known_at_which_threshold():
     assert verdict("UEO", None, None, moved=(12, 1235), counts=COUNTS) == (
-        "Not measured, for want of labels: UEO put 12 of 1,235 images into another class than "
-        "zero-shot did; at a threshold of 0.166789 on the MCM score (otsu), 1 of 1,235 images "
+        "Not measured, because there are no labels: UEO changed the class of 12 of 1,235 images; "
+        "at a threshold of 0.166789 on the MCM score (otsu), 1 of 1,235 images "
         "counts as known and 1,234 as unknown."
     )
     assert verdict("zero-shot", None, None, counts=NONE) == (
-        "Not measured, for want of labels; the scores allow no threshold (otsu), so no image "
-        "counts as known or unknown."
+        "Not measured, because there are no labels; the scores allow no threshold (otsu), so no "
+        "image counts as known or unknown."
     )
 
 

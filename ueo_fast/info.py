@@ -25,7 +25,7 @@ def _version(distribution: str) -> str:
 def _capability() -> str:
     chosen = backends.cpu_capability()
     if chosen is None:
-        return "none: the C++ library is not there"
+        return "none: the C++ library could not be loaded"
     wanted = os.environ.get(_CAPABILITY_VARIABLE)
     if not wanted or wanted == chosen:
         return chosen

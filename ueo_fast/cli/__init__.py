@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 (cannot run, or nobody reads the output), 2 (wrong usage) or 130
         (interrupted).
     """
+    if argv is None:
+        _know_names_of_files()
     _open_closed_descriptors()
     with _usable_streams():
         try:
@@ -150,6 +152,14 @@ def _usable_streams() -> Iterator[None]:
         contextlib.redirect_stderr(_Stream(errors, quiet=True)),
     ):
         yield
+
+
+def _know_names_of_files() -> None:
+    """Begin again in Python's UTF-8 mode where the locale knows ASCII only: lists, tables and
+    configs name files in UTF-8, and most of these could not be opened."""
+    if os.name == "posix" and sys.getfilesystemencoding() == "ascii" and sys.executable:
+        arguments = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, arguments, {**os.environ, "PYTHONUTF8": "1"})
 
 
 def _open_closed_descriptors() -> None:

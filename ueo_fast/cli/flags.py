@@ -71,15 +71,15 @@ class _Option:
         if not self.required and default is not None and "default:" not in text:
             words = " ".join(map(str, default)) if self.many else str(default)
             text = f"{text} (default: {words.lower() if self.kind is bool else words})"
-        if self.kind is bool:
-            text += f"; --no-{self.flag[2:]}: false"
+        if default is True:
+            text += f"; --no-{self.flag[2:]} turns it off"
         return text.replace("%", "%%")
 
     @property
     def metavar(self) -> str:
         if isinstance(self.kind, tuple):
             return f"{{{','.join(self.kind)}}}"
-        names = {int: "N", float: "X", bool: "true|false"}
+        names = {int: "N", float: "X", bool: "[true|false]"}
         return names.get(self.kind, self.name.upper())
 
     def read(self, text: str) -> Any:
@@ -204,7 +204,9 @@ def _parser(
         help="file with options (YAML or JSON), e.g. the config.json of another run; flags win",
     )
     parser.add_argument(
-        "--print_config", action="store_true", help="print all options as such a file, and exit"
+        *("--print-config", "--print_config"),
+        action="store_true",
+        help="print all options as such a file, and exit",
     )
     if presets:
         listed = "; ".join(f"{name}: {text}" for name, text in presets.items())

@@ -348,11 +348,12 @@ def make_classifier(
     template: str = "a photo of a {}.",
     scope: str = "all",
     patch: bool = True,
+    logit_scale: float | None = None,
 ) -> ClipClassifier:
     """The zero-shot classifier that every method starts from. ``model`` is changed in place."""
     context, suffix = split_template(template)
     prompt = PromptLearner(model, tokenizer, class_names, context=context, suffix=suffix)
-    return ClipClassifier(model, prompt, scope=scope, patch=patch)
+    return ClipClassifier(model, prompt, scope=scope, patch=patch, logit_scale=logit_scale)
 
 
 class ZeroShotPass(NamedTuple):

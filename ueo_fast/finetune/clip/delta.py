@@ -29,6 +29,7 @@ from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.clip.trust import is_known
 from ueo_fast.finetune.files.tensor_file import TensorFileError, read_tensors, write_tensors
 from ueo_fast.patch.affine_parameters import SCOPES
+from ueo_fast.ranges import check_number
 
 FORMAT, VERSION = "ueo_fast.delta", 1
 _LIMIT = 256 * 2**20
@@ -54,7 +55,8 @@ class Delta:
         seed: of the run; ``None`` where it was not recorded.
         created: time in UTC, ISO 8601.
         versions: of ueo_fast, torch and open_clip that wrote it.
-        extra: what else the writer wanted to keep.
+        extra: what else the writer wanted to keep; ``logit_scale`` of a classifier whose
+            temperature is not its model's own.
         tensors: :func:`~ueo_fast.finetune.clip.adapted_state.adapted_state`, on the CPU.
     """
 
@@ -69,6 +71,11 @@ class Delta:
     versions: dict[str, str]
     extra: dict[str, Any]
     tensors: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def logit_scale(self) -> float | None:
+        """Temperature of the classifier; ``None``: its model's own."""
+        return self.extra.get("logit_scale")
 
 
 def save_delta(
@@ -97,6 +104,9 @@ def save_delta(
     """
     check_base(base, describe_base(classifier.model, base.name, base.pretrained))
     tensors = adapted_state(classifier)
+    kept = dict(extra or {})
+    if classifier.fixed_logit_scale is not None:
+        kept["logit_scale"] = classifier.fixed_logit_scale
     _check_finite(tensors)
     values = {
         "format": FORMAT,
@@ -114,7 +124,7 @@ def save_delta(
         "method": method,
         "seed": json.dumps(seed),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "extra": json.dumps(dict(extra or {}), allow_nan=False),
+        "extra": json.dumps(kept, allow_nan=False),
     }
     # A path that is no valid UTF-8 must not cost the result of a run.
     values = {
@@ -207,7 +217,9 @@ def load_delta(
         _check_tensors({CONTEXT: prompt.context, **tower_tensors(model, delta.scope)}, delta)
     except ValueError as error:
         raise DeltaError(f"{path} does not fit the model: {error}") from error
-    classifier = ClipClassifier(model, prompt, scope=delta.scope, patch=patch)
+    classifier = ClipClassifier(
+        model, prompt, scope=delta.scope, patch=patch, logit_scale=delta.logit_scale
+    )
     load_adapted_state(classifier, delta.tensors)
     return classifier
 
@@ -241,6 +253,8 @@ def _parse(values: Mapping[str, str], tensors: dict[str, Tensor]) -> Delta:
             raise TypeError(f"{key} is {values[key]!r}")
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(f"class_names is {values['class_names']!r}")
+    if extra.get("logit_scale") is not None:
+        check_number("logit_scale", extra["logit_scale"], sign="positive")
     if values["scope"] not in SCOPES:
         raise ValueError(f"scope is {values['scope']!r}, known are {', '.join(SCOPES)}")
     base = BaseModel(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.patch import PatchHandle, affine_parameters, freeze_all_but_affine, patch_visual
 from ueo_fast.patch.sites import is_norm
+from ueo_fast.ranges import check_number
 
 _HALF = (torch.float16, torch.bfloat16)
 _FIRST_STATE = "_ueo_fast_first_state"
@@ -23,7 +24,7 @@ class Similarities(NamedTuple):
 
     Attributes:
         cosines: (B, C) cosine of image and text features, in [-1, 1].
-        logits: (B, C) ``logit_scale.exp() * cosines``: 100 x cosine for OpenAI's CLIP.
+        logits: (B, C) temperature times ``cosines``: 100 x cosine for OpenAI's CLIP.
     """
 
     cosines: Tensor
@@ -48,6 +49,10 @@ class ClipClassifier(nn.Module):
         ``"authors"``' rule (names containing ``bn`` or ``ln``).
         patch: run the visual tower with the fused layers of :func:`ueo_fast.patch_visual`, which
             need less time and memory and give the same result to rounding.
+        logit_scale: temperature that multiplies the cosines; ``None``: the model's own.
+
+    Raises:
+        ValueError: ``logit_scale`` is not positive.
 
     Source: authors' ``demo.py``, ``train_clip`` and ``VisualEncoder``.
     """
@@ -59,8 +64,12 @@ class ClipClassifier(nn.Module):
         *,
         scope: str = "all",
         patch: bool = True,
+        logit_scale: float | None = None,
     ) -> None:
         super().__init__()
+        if logit_scale is not None:
+            check_number("logit_scale", logit_scale, sign="positive")
+        self.fixed_logit_scale = logit_scale
         self.model: Any = model
         self.prompt = prompt
         for tensor in itertools.chain(self.parameters(), self.buffers()):
@@ -84,6 +93,8 @@ class ClipClassifier(nn.Module):
     def logit_scale(self) -> Tensor:
         """Temperature that multiplies the cosines, 0-d. A bias on the logits (SigLIP) is the same
         for every class and changes no softmax, so it is left out."""
+        if self.fixed_logit_scale is not None:
+            return self.model.logit_scale.detach().new_full((), self.fixed_logit_scale)
         return self.model.logit_scale.detach().exp().reshape(())
 
     def prompt_parameters(self) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""`ueo-fast evaluate`: zero-shot beside adapted on labelled images."""
+"""`ueo-fast evaluate`: zero-shot next to adapted on labelled images."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def run(config: EvaluateConfig) -> None:
         problem.known,
         template=adapted.config.prompt_template,
         patch=False,
+        logit_scale=adapted.config.logit_scale,
     )
     before = _predict(config, zero_shot, images, "zero-shot")
     images = _readable(config, images, before)

@@ -172,7 +172,14 @@ class FinetuneConfig:
         default=1.0,
         metadata=_help(
             "multiplies the cosines in the MCM score, which weighs the images and tells unknown "
-            "ones; 1 is the authors', 100 the model's own temperature"
+            "ones; 1 is the authors', 100 the temperature of OpenAI's models"
+        ),
+    )
+    logit_scale: float | None = field(
+        default=None,
+        metadata=_help(
+            "multiplies the cosines in the predictions that are trained; 100 is the authors'; "
+            "default: the model's own"
         ),
     )
     eps: float = field(
@@ -277,6 +284,8 @@ class FinetuneConfig:
             check_count("threads", self.threads, 1, MOST_THREADS)
         check_count("seed", self.seed, 0, 2**63 - 1)
         check_number("mcm_scale", self.mcm_scale, sign="positive")
+        if self.logit_scale is not None:
+            check_number("logit_scale", self.logit_scale, sign="positive", most=LARGEST_FACTOR)
         check_number("eps", self.eps, sign="not negative")
         check_number("trade_off", self.trade_off, sign="any", most=LARGEST_FACTOR)
         for name in ("prompt_lr", "affine_lr", "weight_decay"):
@@ -291,7 +300,7 @@ class FinetuneConfig:
     def preset(name: Literal["authors"], options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a preset, given the user's own."""
         assert name == "authors"
-        values: dict[str, Any] = {"affine_scope": "authors", "seed": 2023}
+        values: dict[str, Any] = {"affine_scope": "authors", "logit_scale": 100.0, "seed": 2023}
         if options.get("method", "ueo") in _EPS_USERS:
             values["eps"] = 1e-5
         if options.get("dataset") == "domainnet":

@@ -124,6 +124,7 @@ def _classifier(config: FinetuneConfig, clip: LoadedClip, known: tuple[str, ...]
         template=config.prompt_template,
         scope=config.affine_scope,
         patch=config.patch,
+        logit_scale=config.logit_scale,
     )
 
 

@@ -171,7 +171,7 @@ def _group(
 
 
 def _verdict(table: ResultsTable, zero_shot: Sequence[str]) -> str:
-    """The method of the highest HM (accuracy, where there is no HM) beside zero-shot, by means."""
+    """The method of the highest HM (accuracy, where there is no HM) next to zero-shot, by means."""
     means = {
         method: {key: None if spread is None else spread.mean for key, spread in row.items()}
         for method, row in table.rows.items()

@@ -87,11 +87,13 @@ def verdict(
         found = f"Not compared: only {only} was measured ({named})"
     elif moved is not None:
         found = (
-            f"Not measured, for want of labels: {title} put {moved[0]:,} of "
-            f"{plural(moved[1], 'image')} into another class than zero-shot did"
+            f"Not measured, because there are no labels: {title} changed the class of "
+            f"{moved[0]:,} of {plural(moved[1], 'image')}"
         )
     else:
-        found = "Not measured yet" if counts is None else "Not measured, for want of labels"
+        found = (
+            "Not measured yet" if counts is None else "Not measured, because there are no labels"
+        )
     return f"{found}; {counts.text()}." if counts is not None else f"{found}."
 
 

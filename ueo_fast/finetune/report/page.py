@@ -53,13 +53,13 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         Where the page is.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: ``run`` is no run folder.
+        FileNotFoundError, NotADirectoryError: ``run`` is not a run folder.
         ValueError: a file of the run is broken; with its name and line.
         OSError: the page cannot be written.
     """
     path = run / "report.html" if out is None else out
     page = render(read_run(run))
-    # What is no character was escaped before; this is for what nobody thought of.
+    # Surrogates and controls were escaped before; this catches what was overlooked.
     data = page.encode("utf-8", "backslashreplace")
     with atomic_file(path) as file:
         file.write(data)
