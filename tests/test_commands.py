@@ -30,7 +30,7 @@ def test_a_run_leaves_all_that_it_promises(place):
         *("config.json", "environment.json", "problem.json", "images.json"),
         *("zero_shot.safetensors", "metrics.jsonl", "train.jsonl", "epochs.jsonl"),
         *("predictions.csv", "delta.safetensors", "report.html", "finished.json"),
-        "checkpoint.safetensors",
+        *("checkpoint.safetensors", "base_model.json"),
     }
     problem = json.loads((run / "problem.json").read_text())
     assert problem["known"] == list(KNOWN)
