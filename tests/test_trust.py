@@ -171,6 +171,17 @@ def test_a_shared_run_opens_no_folder_that_it_names(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_the_name_of_a_model_does_not_steer_the_terminal(
+    place, tmp_path, command, elsewhere, untouched, capsys
+):
+    shared = renamed(place / "run", tmp_path / "run", "local-dir:/x\x1b[2J\x07\r é")
+    assert use(command, place, shared) != 0
+    error = capsys.readouterr().err
+    assert "/x\\x1b[2J\\x07\\r é" in error
+    assert all(c.isprintable() or c == "\n" for c in error)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_file_of_weights_that_a_shared_run_names_is_not_opened(
     place, tmp_path, command, elsewhere, untouched, capsys
 ):
