@@ -409,4 +409,5 @@ def test_loading_touches_no_generator_of_a_gpu(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed", seeds)
     before = torch.get_rng_state()
     load_clip(str(folder))
+    tiny_clip("vit", 3)
     assert torch.equal(torch.get_rng_state(), before)

@@ -198,7 +198,7 @@ def _of_file(name: str, file: str, tags: list[str], quick: bool | None) -> Sourc
         warnings.warn(
             f"the tags of {name} differ in their preprocessing, and which one {file} needs is not "
             f"known: OpenAI's mean and std are taken. For a tag's own say '{tags[0]}={file}'",
-            stacklevel=4,
+            stacklevel=5,
         )
         preprocess = None
     return Source(name, name, file, file, own if quick is None else quick, preprocess)
