@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import json
 import math
@@ -18,12 +19,15 @@ open_clip = pytest.importorskip("open_clip")
 from delta_problem import CLASSES, disturb, images, zero_shot  # noqa: E402
 from tiny_model_folder import save_tiny_clip, tiny_model_cfg  # noqa: E402
 
+from ueo_fast.finetune.adaptation import adapt  # noqa: E402
 from ueo_fast.finetune.clip.adapted_state import adapted_state  # noqa: E402
 from ueo_fast.finetune.clip.base_model import describe_base  # noqa: E402
 from ueo_fast.finetune.clip.delta import DeltaError, load_delta, read_delta, save_delta  # noqa: E402
 from ueo_fast.finetune.clip.load import load_base, load_clip  # noqa: E402
 from ueo_fast.finetune.clip.model import ClipClassifier  # noqa: E402
+from ueo_fast.finetune.clip.prompt import PromptLearner  # noqa: E402
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer  # noqa: E402
+from ueo_fast.finetune.engine.trainer import TrainerConfig  # noqa: E402
 from ueo_fast.finetune.files.tensor_file import read_tensors, write_tensors  # noqa: E402
 
 
@@ -131,6 +135,53 @@ def test_base_and_tokenizer_are_found_by_the_recorded_name(tmp_path):
 def saved_path_without_name(tmp_path):
     saved(tmp_path / "unnamed.safetensors")
     return tmp_path / "unnamed.safetensors"
+
+
+class WordBag(torch.nn.Module):
+    """A text tower in which no prompt can be learnt."""
+
+    output_dim = 64
+
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(49408, 64)
+
+    def forward(self, tokens):
+        return self.words(tokens).mean(1)
+
+
+class Bagged(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        model = tiny_clip("bn", 0)
+        self.visual, self.logit_scale = model.visual, model.logit_scale
+        torch.manual_seed(0)
+        self.text = WordBag()
+
+    def encode_image(self, images):
+        return self.visual(images)
+
+    def encode_text(self, tokens):
+        return self.text(tokens)
+
+
+def test_a_text_tower_whose_prompt_cannot_be_learnt(tmp_path):
+    prompt = PromptLearner(Bagged().eval(), tiny_tokenizer(), CLASSES)
+    adapted = disturb(ClipClassifier(prompt._model[0], prompt))
+    path = tmp_path / "delta.safetensors"
+    save_delta(path, adapted, describe_base(adapted.model), method="ueo")
+    loaded = load_delta(Bagged(), path, tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(images()).cosines, adapted(images()).cosines, rtol=0, atol=0
+        )
+    budget = TrainerConfig(epochs=1, batch_size=4)
+    with pytest.raises(ValueError, match=r"the text tower WordBag has no token.*--train affine"):
+        adapt(Bagged(), tiny_tokenizer(), images(), CLASSES, config=budget)
+    budget = dataclasses.replace(budget, prompt_lr=0.0)
+    trained = adapt(Bagged(), tiny_tokenizer(), images(), CLASSES, config=budget).classifier
+    bias = Bagged().visual.bn1.bias
+    assert not torch.equal(trained.model.visual.bn1.bias, bias)
 
 
 def test_a_half_precision_base_is_the_same_base(tmp_path):

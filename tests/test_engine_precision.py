@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from ueo_fast.finetune.engine.gradient_cache import backward_features, cached_fe
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Objective
 from ueo_fast.finetune.engine.trainer import NonFiniteLossError, train
+from ueo_fast.finetune.evaluation import predict
+from ueo_fast.finetune.evaluation.predict import predict_cosines
 
 
 @pytest.fixture
@@ -292,3 +295,22 @@ def test_inductor_compiles_both_towers(images, tower):
     train(expected, images, infomax(images), config=config)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(classifier.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_that_the_processor_emulates_is_warned_of_once(images, monkeypatch, native):
+    monkeypatch.setattr(predict.platform, "machine", lambda: "x86_64")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
+    predict._warn_of_emulation.cache_clear()
+    classifier = make_classifier()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        forward.Forward(classifier, dataclasses.replace(CONFIG, precision="fp32"))
+        assert not caught
+        for _ in range(2):
+            forward.Forward(classifier, dataclasses.replace(CONFIG, precision="bf16"))
+            predict_cosines(classifier, images, precision="bf16")
+    found = [str(warning.message) for warning in caught]
+    assert len(found) == (0 if native else 1)
+    assert all("17 times slower" in text and "--precision fp32" in text for text in found)

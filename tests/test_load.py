@@ -347,7 +347,17 @@ def test_the_tiny_folder_is_complete(folder):
     assert activation_of(open_clip.create_model(f"local-dir:{folder}")) == "gelu"
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.",
+        "model._orig_mod.",
+    ],
+)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_checkpoints_of_wrapped_models_load(tmp_path, named, prefix, suffix):
     state = tiny_clip("bn", 3).state_dict()
@@ -399,4 +409,5 @@ def test_loading_touches_no_generator_of_a_gpu(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed", seeds)
     before = torch.get_rng_state()
     load_clip(str(folder))
+    tiny_clip("vit", 3)
     assert torch.equal(torch.get_rng_state(), before)

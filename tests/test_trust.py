@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 import types
@@ -170,6 +171,17 @@ def test_a_shared_run_opens_no_folder_that_it_names(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_the_name_of_a_model_does_not_steer_the_terminal(
+    place, tmp_path, command, elsewhere, untouched, capsys
+):
+    shared = renamed(place / "run", tmp_path / "run", "local-dir:/x\x1b[2J\x07\r é")
+    assert use(command, place, shared) != 0
+    error = capsys.readouterr().err
+    assert "/x\\x1b[2J\\x07\\r é" in error
+    assert all(c.isprintable() or c == "\n" for c in error)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_file_of_weights_that_a_shared_run_names_is_not_opened(
     place, tmp_path, command, elsewhere, untouched, capsys
 ):
@@ -233,6 +245,18 @@ def test_a_folder_that_is_gone_is_told_with_the_way_out(place, tmp_path, command
     error = capsys.readouterr().err
     assert f"the model's folder {model} does not exist" in error
     assert "say where: --model /where/it/is/now" in error
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_weights_that_were_replaced_are_refused(place, tmp_path, command, capsys):
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    load_clip(str(model))
+    run = renamed(place / "run", tmp_path / "run", f"local-dir:{model}")
+    save_tiny_clip(model, seed=4)
+    assert use(command, place, run) != 0
+    error = capsys.readouterr().err
+    assert "the base model is another one than recorded (fingerprint: recorded" in error
+    assert "its weights were replaced" in error
 
 
 def test_resume_before_the_model_was_recorded(place, tmp_path, elsewhere, capsys):
@@ -355,6 +379,17 @@ def test_every_config_of_open_clip_is_plain(tmp_path):
         path = tmp_path / trust.CONFIG
         path.write_text(json.dumps({"model_cfg": open_clip.get_model_config(name)}))
         trust.read_model_config(path)
+
+
+def test_the_tests_that_the_security_page_names_are_there():
+    root = Path(__file__).parent
+    page = (root.parent / "SECURITY.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in root.glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", page)
+    assert len(named) > 8
+    assert [name for name in named if f"def {name}(" not in sources] == []
+    files = re.findall(r"`(tests/\w+\.py)`", page)
+    assert [file for file in files if not (root.parent / file).is_file()] == []
 
 
 def test_files_that_are_no_configs_are_refused(tmp_path):

@@ -32,7 +32,12 @@ def named_as_flags() -> Iterator[None]:
 
 def option(name: str, value: str) -> str:
     """An option in the words of whoever asked: a Python argument or a flag."""
-    return f"--{name} {shlex.quote(value)}" if _AS_FLAGS.get() else f"{name}={value!r}"
+    return f"--{name} {shlex.quote(shown(value))}" if _AS_FLAGS.get() else f"{name}={value!r}"
+
+
+def shown(text: str) -> str:
+    """Text from a file of others, with what could steer a terminal spelled out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class BaseModel:
 
     def title(self) -> str:
         """``RN50 (openai)``, for messages."""
-        name = self.name or "a model without a name"
-        return f"{name} ({self.pretrained})" if self.pretrained else name
+        name = shown(self.name) or "a model without a name"
+        return f"{name} ({shown(self.pretrained)})" if self.pretrained else name
 
 
 def naming(base: BaseModel) -> str:

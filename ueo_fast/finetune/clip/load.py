@@ -31,6 +31,7 @@ from ueo_fast.finetune.clip.weights import (
     text_config,
     weights_error,
 )
+from ueo_fast.finetune.data.seeded import seeded_torch
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -226,17 +227,13 @@ def _create(source: Source, precision: str) -> Any:
         warnings.warn(
             f"{source.name} has random weights (pretrained='none'): it knows nothing about images, "
             "and serves to try things out",
-            stacklevel=3,
+            stacklevel=4,
         )
     options: dict[str, Any] = {}
     if source.quick_gelu is not None:
         options["quick_gelu"] = source.quick_gelu
-    # Random weights are the same ones in every process. Not torch.manual_seed, which would seed the
-    # generators of GPUs as well.
-    generator = torch.default_generator
-    before = generator.get_state()
-    with warnings.catch_warnings(), offline():
-        generator.manual_seed(0)
+    # Random weights are the same ones in every process.
+    with seeded_torch(0), warnings.catch_warnings(), offline():
         # Of a TorchScript archive torch says so, and that it is old; find_source has checked it.
         warnings.filterwarnings("ignore", message=".*TorchScript archive")
         warnings.filterwarnings("ignore", message=".*torch.jit.load")
@@ -257,8 +254,6 @@ def _create(source: Source, precision: str) -> Any:
                 )
         except Exception as error:  # open_clip raises whatever its parts raise
             raise weights_error(source, error) from error
-        finally:
-            generator.set_state(before)
 
 
 def _list(names: tuple[str, ...]) -> str:

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ueo_fast.finetune.clip.text_prefix import Packing, encode_packed, pack
-from ueo_fast.finetune.clip.text_tower import context_length, embed_tokens, useful_length
+from ueo_fast.finetune.clip.text_tower import (
+    context_length,
+    embed_tokens,
+    encode_replaced,
+    has_parts,
+    is_open_clips,
+    token_embedding,
+    useful_length,
+)
 
 
 class PromptLearner(nn.Module):
     """Text features of "<context> <class name><suffix>", with learnable context vectors.
 
     ``forward()`` returns the (C, E) float32 text features, L2-normalised. With the context as it
-    was initialised they equal ``encode_text`` of the prompts, normalised. The text tower runs on
-    no more positions than it needs (:func:`~ueo_fast.finetune.clip.text_tower.useful_length`), and
-    where it is causal on those of start token and context once for all classes
-    (:mod:`ueo_fast.finetune.clip.text_prefix`).
+    was initialised they equal ``encode_text`` of the prompts, normalised. open_clip's own text
+    transformers run on no more positions than they need
+    (:func:`~ueo_fast.finetune.clip.text_tower.useful_length`), and where they are causal on those
+    of start token and context once for all classes (:mod:`ueo_fast.finetune.clip.text_prefix`).
+    Any other text tower (HuggingFace's, one of your own) runs as it is, with the context put in
+    place of what its token embedding returns. Where that cannot be found the features are those of
+    the words, ``context`` is empty, and :meth:`check_trainable` says so.
 
     ``context`` (n_ctx, D) is the only parameter, a float32 master copy where the model is in half
     precision (context and features of a float64 model are float64), and the only entry of the
@@ -34,15 +46,16 @@ class PromptLearner(nn.Module):
     frozen, call it once under ``torch.no_grad()`` and keep the tensor.
 
     Args:
-        model: an open_clip model (CLIP, CustomTextCLIP, CoCa).
+        model: with ``encode_text``: open_clip's (CLIP, CustomTextCLIP, CoCa, any text tower).
         tokenizer: open_clip's tokenizer of that model, called as
             ``tokenizer(list of str, context_length=int)``; returns (C, context_length) int64.
+            Padding may be at the end, in front of a token at the end, or at the beginning.
         class_names: the known classes; underscores become spaces.
         context: the words from whose embeddings the context is initialised.
         suffix: follows the class name.
 
     Raises:
-        TypeError: ``class_names`` is one string, or the text tower cannot run from embeddings.
+        TypeError: ``class_names`` is one string.
         ValueError: no class names, a blank one, two that give the same prompt, an empty context,
             or a prompt that is too long for the text tower.
 
@@ -56,6 +69,7 @@ class PromptLearner(nn.Module):
     suffix: Tensor
     packed_rows: Tensor | None
     packed_places: Tensor | None
+    padded_places: Tensor | None
 
     def __init__(
         self,
@@ -74,22 +88,40 @@ class PromptLearner(nn.Module):
                 "word, e.g. context='a photo of a'"
             )
         prompts = [f"{context} {name}{suffix}" for name in self.class_names]
-        tokens = _tokenize(tokenizer, prompts, context_length(model))
+        known = is_open_clips(model)
+        length = _length(model, tokenizer)
+        layout = _layout(tokenizer, length)
+        tokens = _tokenize(tokenizer, prompts, length, layout)
         _check_distinct(tokens, prompts)
-        start, stop = _context_span(tokenizer, context, tokens)
-        tokens = tokens[:, : useful_length(model, tokens)]
-        with torch.no_grad():
-            embeddings = embed_tokens(model, tokens)
-        self._model = (model,)  # in a tuple, where nn.Module does not take it for a submodule
+        start, stop = _context_span(tokenizer, context, tokens, layout)
+        places = layout.places(tokens)
+        known = known and places is None
+        if known:
+            tokens = tokens[:, : useful_length(model, tokens)]
+            with torch.no_grad():
+                embeddings = embed_tokens(model, tokens)
+            self._embedding = None
+        else:
+            tokens = tokens.to(next(model.parameters()).device)
+            found = token_embedding(model, tokens)
+            self._embedding = (None if found is None else found[0],)
+            embeddings = tokens.new_zeros(0, 0, 0).float() if found is None else found[1]
+        aligned = embeddings
+        if places is not None and embeddings.numel():
+            aligned = _take(embeddings, places.argsort(dim=1).to(tokens.device))
+        # In tuples, where nn.Module does not take them for submodules.
+        self._model = (model,)
         self.context_words, self.suffix_text = context, suffix
-        self.context = nn.Parameter(
-            embeddings[0, start:stop].to(_at_least_float32(embeddings), copy=True)
-        )
-        device = embeddings.device
+        first = aligned[0] if aligned.numel() else aligned.flatten(0, 1)
+        self.context = nn.Parameter(first[start:stop].to(_at_least_float32(aligned), copy=True))
+        device = aligned.device
         self.register_buffer("tokens", tokens.to(device), persistent=False)
-        self.register_buffer("prefix", embeddings[0, :start].clone(), persistent=False)
-        self.register_buffer("suffix", embeddings[:, stop:].clone(), persistent=False)
-        packing = pack(model, tokens, stop)
+        self.register_buffer("prefix", first[:start].clone(), persistent=False)
+        self.register_buffer("suffix", aligned[:, stop:].clone(), persistent=False)
+        self.register_buffer(
+            "padded_places", None if places is None else places.to(device), persistent=False
+        )
+        packing = pack(model, tokens, stop) if known else None
         self._groups = None if packing is None else packing.groups
         for name, indices in (
             ("packed_rows", None if packing is None else packing.rows),
@@ -99,10 +131,37 @@ class PromptLearner(nn.Module):
 
     def forward(self) -> Tensor:
         """The text features: (C, E), float32, each row of norm 1."""
-        (model,) = self._model
+        model: Any = self._model[0]
         beginning = torch.cat([self.prefix, self.context])
-        features = encode_packed(model, beginning, self.suffix, self.tokens, self._packing())
+        if self._embedding is None:
+            features = encode_packed(model, beginning, self.suffix, self.tokens, self._packing())
+        elif (embedding := self._embedding[0]) is None:
+            features = model.encode_text(self.tokens)
+        else:
+            whole = torch.cat([beginning.expand(len(self.suffix), -1, -1), self.suffix], dim=1)
+            if self.padded_places is not None:
+                whole = _take(whole, self.padded_places)
+            features = encode_replaced(model, embedding, whole, self.tokens)
         return F.normalize(features.to(_at_least_float32(features)), dim=-1)
+
+    @property
+    def is_open_clips(self) -> bool:
+        """Whether the tower is one that runs from embeddings, without a hook."""
+        return self._embedding is None
+
+    def check_trainable(self) -> None:
+        """
+        Raises:
+            ValueError: the context cannot be trained with this text tower.
+        """
+        if self._embedding == (None,):
+            (model,) = self._model
+            tower = getattr(model, "text", model)
+            raise ValueError(
+                f"the prompt cannot be learnt: the text tower {type(tower).__name__} has no token "
+                "embedding that can be replaced, with layers after it. Train the image tower only: "
+                "--train affine, in Python prompt_lr=0"
+            )
 
     @property
     def template(self) -> str:
@@ -141,13 +200,64 @@ def _clean_names(class_names: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _tokenize(tokenizer: Callable[..., Tensor], prompts: list[str], length: int) -> Tensor:
+class _Layout(NamedTuple):
+    """Where a tokenizer puts its padding.
+
+    Attributes:
+        padding: the token.
+        tail: how many tokens come after it; CLIPS' has its class token there.
+        is_first: it is at the beginning of the row.
+    """
+
+    padding: int
+    tail: int
+    is_first: bool
+
+    def places(self, tokens: Tensor) -> Tensor | None:
+        """(C, L) where each position of rows with the padding at their beginning is found in the
+        same rows with the padding at their end; ``None`` if it is not at the beginning."""
+        if not self.is_first:
+            return None
+        count = (tokens == self.padding).int().cumprod(dim=1).sum(dim=1, keepdim=True)
+        return (torch.arange(tokens.shape[1], device=tokens.device) - count) % tokens.shape[1]
+
+    def aligned(self, tokens: Tensor) -> Tensor:
+        """The rows with the padding at their end."""
+        places = self.places(tokens)
+        return tokens if places is None else tokens.gather(1, places.argsort(dim=1))
+
+
+def _layout(tokenizer: Callable[..., Tensor], length: int) -> _Layout:
+    row = tokenizer([""], context_length=length + 16)[0]
+    is_padding = row == row.mode().values
+    tail = int((~is_padding).flip(0).int().cumprod(0).sum())
+    is_first = bool(is_padding[0]) and tail > 0
+    return _Layout(int(row.mode().values), 0 if is_first else tail, is_first)
+
+
+def _length(model: Any, tokenizer: Any) -> int:
+    """How many tokens the text tower takes; where it does not say, what its tokenizer fills."""
+    if has_parts(getattr(model, "text", model)):
+        return context_length(model)
+    length = getattr(tokenizer, "context_length", None)
+    return length if isinstance(length, int) and length > 0 else 77
+
+
+def _take(rows: Tensor, places: Tensor) -> Tensor:
+    """(C, L, D) with the positions of each row in the order of ``places`` (C, L)."""
+    return rows.take_along_dim(places[..., None], dim=1)
+
+
+def _tokenize(
+    tokenizer: Callable[..., Tensor], prompts: list[str], length: int, layout: _Layout
+) -> Tensor:
     """(C, length) int64; open_clip's tokenizers truncate silently, which is an error here."""
     tokens = tokenizer(prompts, context_length=length)
-    # One position more shows what was cut: another token at the end, or a token after it.
-    longer = tokenizer([*prompts, ""], context_length=length + 1)
-    padding = longer[-1, -1]
-    cut = (longer[:-1, :length] != tokens).any(dim=1) | (longer[:-1, -1] != padding)
+    # One position more is one padding more, where nothing was cut.
+    longer = tokenizer(prompts, context_length=length + 1)
+    end = 0 if layout.is_first else length - layout.tail
+    padding = torch.full_like(tokens[:, :1], layout.padding)
+    cut = (longer != torch.cat([tokens[:, :end], padding, tokens[:, end:]], dim=1)).any(dim=1)
     if cut.any():
         prompt = prompts[int(cut.int().argmax())]
         raise ValueError(
@@ -170,16 +280,16 @@ def _check_distinct(tokens: Tensor, prompts: list[str]) -> None:
 
 
 def _context_span(
-    tokenizer: Callable[..., Tensor], context: str, tokens: Tensor
+    tokenizer: Callable[..., Tensor], context: str, tokens: Tensor, layout: _Layout
 ) -> tuple[int, int]:
-    """Where the context's tokens lie in every prompt: [start, stop).
+    """Where the context's tokens lie in every prompt, padding aside: [start, stop).
 
     Found by comparison, because tokenizers differ: CLIP's and BERT's begin with a start token,
     SigLIP's does not.
     """
-    empty, alone = tokenizer(["", context], context_length=tokens.shape[1])
+    empty, alone = layout.aligned(tokenizer(["", context], context_length=tokens.shape[1]))
     start = _common_prefix(empty[None], alone)
-    stop = _common_prefix(tokens, alone)
+    stop = _common_prefix(layout.aligned(tokens), alone)
     if stop <= start:
         raise ValueError(
             f"context={context!r} has no token of its own in front of the class names with this "

@@ -1,4 +1,4 @@
-"""Run any open_clip text tower from token embeddings, on no more positions than its output needs.
+"""Run a text tower from token embeddings, on no more positions than its output needs.
 
 A prompt learner replaces some token embeddings by learnt vectors, and open_clip's ``encode_text``
 takes token ids only. ``encode_embeddings`` is ``encode_text`` from the embedding layer on, for
@@ -6,6 +6,9 @@ every transformer text tower of open_clip: CLIP (text parts on the model), Custo
 (under ``model.text``); causal or not; pooled at the end-of-text token, at the first or last
 position, or at CoCa's class token; projected by a matrix, by an ``nn.Linear``, or not at all.
 Towers are recognised by their parts, so open_clip itself is never imported here.
+
+Any other tower (HuggingFace's, one of your own) runs by its own ``encode_text``, with a hook that
+replaces what its token embedding returns: ``encode_replaced``.
 """
 
 from __future__ import annotations
@@ -16,6 +19,101 @@ import torch
 from torch import Tensor, nn
 
 _TOWER_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+
+
+def has_parts(tower: Any) -> bool:
+    """Whether it looks like a text transformer of open_clip."""
+    return all(hasattr(tower, part) for part in _TOWER_PARTS)
+
+
+def is_open_clips(model: Any) -> bool:
+    """Whether ``encode_embeddings`` is known to be the model's ``encode_text``: both the model's
+    method and its tower are open_clip's own."""
+    tower = getattr(model, "text", model)
+    return has_parts(tower) and all(
+        getattr(getattr(type(owner), name, None), "__module__", "").startswith("open_clip.")
+        and name not in vars(owner)
+        for owner, name in ((model, "encode_text"), (tower, "forward"))
+    )
+
+
+def token_embedding(model: Any, tokens: Tensor) -> tuple[nn.Module, Tensor] | None:
+    """The module that turns tokens into vectors, and its output for ``tokens``; found by running
+    ``model.encode_text`` once.
+
+    Args:
+        model: with ``encode_text``, whatever its text tower.
+        tokens: (C, L) int64 on the model's device.
+
+    Returns:
+        The module and (C, L, D); ``None`` where there is none, or where nothing comes after it (a
+        tower that only adds up the vectors of words: a context would be the same to every class).
+    """
+    found: list[tuple[nn.Module, Tensor]] = []
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if _is_lookup(arguments, output, tokens) and torch.equal(arguments[0], tokens):
+            found.append((module, output.detach()))
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model.encode_text(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        return None
+    own = {id(parameter) for parameter in found[0][0].parameters()}
+    tower: nn.Module = getattr(model, "text", model)
+    return found[0] if any(id(p) not in own for p in tower.parameters()) else None
+
+
+def _is_lookup(arguments: tuple[Any, ...], output: Any, tokens: Tensor) -> bool:
+    return (
+        len(arguments) > 0
+        and isinstance(arguments[0], Tensor)
+        and arguments[0].shape == tokens.shape
+        and arguments[0].dtype == tokens.dtype
+        and isinstance(output, Tensor)
+        and output.shape[:-1] == tokens.shape
+        and output.is_floating_point()
+    )
+
+
+def encode_replaced(model: Any, embedding: nn.Module, embeddings: Tensor, tokens: Tensor) -> Tensor:
+    """``model.encode_text(tokens)`` with other vectors than those of the tokens.
+
+    Args:
+        model: as for :func:`token_embedding`.
+        embedding: the module that it found.
+        embeddings: (C, L, D), what it is to return.
+        tokens: (C, L) int64 on the model's device: they say which positions are padding, and where
+            to pool.
+
+    Returns:
+        (C, E). Gradients flow to ``embeddings``.
+    """
+    replaced = False
+
+    def replace(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor | None:
+        nonlocal replaced
+        if replaced or not _is_lookup(arguments, output, tokens):
+            return None
+        replaced = True
+        return embeddings.to(output.dtype)
+
+    handle = embedding.register_forward_hook(replace)
+    try:
+        features: Tensor = model.encode_text(tokens)
+    finally:
+        handle.remove()
+    if not replaced:
+        raise RuntimeError(
+            f"{type(model).__name__}.encode_text did not use the token embedding that it used when "
+            "the prompt learner was built"
+        )
+    return features
 
 
 def text_tower(model: nn.Module) -> Any:
@@ -29,10 +127,8 @@ def text_tower(model: nn.Module) -> Any:
     if missing:
         raise TypeError(
             f"text tower {type(tower).__name__} of {type(model).__name__} has no "
-            f"{', '.join(missing)}, so it cannot run from token embeddings; supported are "
-            "open_clip's own text transformers (CLIP, CustomTextCLIP, CoCa). For a HuggingFace "
-            "tower compute the text features once with model.encode_text and train the affine "
-            "parameters only, or choose a model whose text_cfg has no hf_model_name."
+            f"{', '.join(missing)}, so it is not one of open_clip's own text transformers (CLIP, "
+            "CustomTextCLIP, CoCa); PromptLearner runs any tower"
         )
     return tower
 

@@ -21,7 +21,7 @@ from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 
-from ueo_fast.finetune.clip.base_model import BaseModel
+from ueo_fast.finetune.clip.base_model import BaseModel, shown
 from ueo_fast.finetune.files.atomic import atomic_file
 
 CONFIG = "open_clip_config.json"
@@ -90,7 +90,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 def _check_options(where: str, options: dict[str, Any], known: set[str]) -> None:
     for name, value in options.items():
-        full = f"{where}.{name}"
+        full = f"{where}.{shown(name)}"
         if name not in known:
             raise ValueError(
                 f"{full}={value!r} is not an option that a model's config may set, because a "

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -198,7 +198,7 @@ def _of_file(name: str, file: str, tags: list[str], quick: bool | None) -> Sourc
         warnings.warn(
             f"the tags of {name} differ in their preprocessing, and which one {file} needs is not "
             f"known: OpenAI's mean and std are taken. For a tag's own say '{tags[0]}={file}'",
-            stacklevel=4,
+            stacklevel=5,
         )
         preprocess = None
     return Source(name, name, file, file, own if quick is None else quick, preprocess)
@@ -451,9 +451,9 @@ _WRAPPERS = {"module", "_orig_mod"}
 def plain_checkpoint(source: Source) -> Iterator[Source]:
     """The source with weights as open_clip reads them, for as long as the block lasts.
 
-    A checkpoint of a wrapped model (``module.``, ``_orig_mod.``, both, anywhere in its names) is
-    written anew, without these names, into a temporary folder. NumPy scalars beside the weights
-    may be read. Nothing in a file is run.
+    A checkpoint of a wrapped model (``module.``, ``_orig_mod.``, both, anywhere in its names, or an
+    attribute that held the model in front of all of them) is written anew, without these names,
+    into a temporary folder. NumPy scalars beside the weights may be read. Nothing in a file is run.
     """
     safe = torch.serialization.safe_globals(_NUMPY)
     with tempfile.TemporaryDirectory() as folder, safe:
@@ -482,7 +482,7 @@ def _unwrapped(source: Source) -> dict[str, Tensor] | None:
     state: Any
     if file.endswith(".safetensors"):
         with safetensors.safe_open(file, framework="pt") as opened:
-            if not any(map(_is_wrapped, opened.keys())):
+            if not _is_wrapped(opened.keys()):
                 return None
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     else:
@@ -490,13 +490,12 @@ def _unwrapped(source: Source) -> dict[str, Tensor] | None:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         if isinstance(state, dict):
             state = state.get("state_dict", state)
-        if not isinstance(state, dict) or not any(
-            isinstance(name, str) and _is_wrapped(name) for name in state
-        ):
+        if not isinstance(state, dict) or not _is_wrapped(state):
             return None
+    outer = _outer(state)
     plain: dict[str, Tensor] = {}
     for name, value in state.items():
-        own = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        own = ".".join(part for part in name[len(outer) :].split(".") if part not in _WRAPPERS)
         if own in plain:
             raise ValueError(f"{file} has {own!r} twice, once as {name!r}: keep one of the two")
         if isinstance(value, Tensor):
@@ -504,5 +503,14 @@ def _unwrapped(source: Source) -> dict[str, Tensor] | None:
     return plain
 
 
-def _is_wrapped(name: str) -> bool:
-    return not _WRAPPERS.isdisjoint(name.split("."))
+def _is_wrapped(names: Iterable[str]) -> bool:
+    names = [name for name in names if isinstance(name, str)]
+    parts = {part for name in names for part in name.split(".")}
+    return bool(_outer(names)) or not _WRAPPERS.isdisjoint(parts)
+
+
+def _outer(names: Iterable[str]) -> str:
+    """What all names begin with: the name of an attribute that held the model, e.g. Lightning's."""
+    names = list(names)
+    held = [name.removesuffix("logit_scale") for name in names if name.endswith(".logit_scale")]
+    return held[0] if held and all(name.startswith(held[0]) for name in names) else ""

@@ -10,6 +10,8 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
+from ueo_fast.finetune.data.seeded import seeded_torch
+
 OnStep = Callable[[int, int, float], None]
 """Called after each step with (steps done, steps in all, loss)."""
 
@@ -51,8 +53,7 @@ def tiny_clip(tower: str, seed: int) -> CLIP:
     if tower not in TOWERS:
         raise ValueError(f"unknown tower {tower!r}: choose one of {', '.join(TOWERS)}")
     text = CLIPTextCfg(context_length=CONTEXT_LENGTH, width=64, heads=4, layers=2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_torch(seed):
         return CLIP(EMBED_DIM, TOWERS[tower], text)
 
 

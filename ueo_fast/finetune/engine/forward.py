@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.training_config import TrainerConfig
-from ueo_fast.finetune.evaluation.predict import PRECISIONS
+from ueo_fast.finetune.evaluation.predict import PRECISIONS, warn_of_slow
 
 
 class Forward:
@@ -34,6 +34,7 @@ class Forward:
                 f"precision={config.precision!r} does not run on {self.device}: this PyTorch or "
                 "this device lacks it; take precision='fp32'"
             )
+        warn_of_slow(self.device, self._dtype)
         if config.channels_last:
             classifier.model.visual.to(memory_format=torch.channels_last)
         self._encode_images: Callable[[Tensor], Tensor] = classifier.image_features
@@ -41,7 +42,8 @@ class Forward:
         if config.compile:
             # One graph each: with graph breaks allowed, parts would silently run uncompiled.
             self._encode_images = torch.compile(self._encode_images, fullgraph=True)
-            self._encode_text = torch.compile(self._encode_text, fullgraph=True)
+            if classifier.prompt.is_open_clips:  # the others run with a hook, which is no graph
+                self._encode_text = torch.compile(self._encode_text, fullgraph=True)
         self._text_is_fixed = config.prompt_lr == 0
         self._fixed_text: Tensor | None = None
 

@@ -23,12 +23,14 @@ class Optimizer:
         config: learning rates, momentum, weight decay, schedule, precision.
 
     Raises:
-        ValueError: nothing to train.
+        ValueError: nothing to train, or a prompt that cannot be.
     """
 
     def __init__(self, classifier: ClipClassifier, config: TrainerConfig) -> None:
         self._schedule = config.schedule
         self._rates = {"prompt": config.prompt_lr, "affine": config.affine_lr}
+        if config.prompt_lr > 0:
+            classifier.prompt.check_trainable()
         parameters = {
             "prompt": classifier.prompt_parameters(),
             "affine": classifier.affine_parameters(),

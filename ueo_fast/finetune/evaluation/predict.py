@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import platform
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -35,6 +38,29 @@ def cosine_error(precision: str, device: torch.device) -> float:
     if dtype is None and device.type == "cpu":
         return 16 * torch.finfo(torch.float32).eps
     return torch.finfo(dtype or torch.float16).eps / 16
+def warn_of_slow(device: torch.device, dtype: torch.dtype | None) -> None:
+    """Warn once in a process where bfloat16 is emulated."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and not _has_bfloat16():
+        _warn_of_emulation()
+
+
+def _has_bfloat16() -> bool:
+    """Whether the processor multiplies it; also where that is not known (not x86)."""
+    checks = [
+        getattr(torch.cpu, name, None)
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    ]
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not is_x86 or any(check is None or check() for check in checks)
+
+
+@functools.cache
+def _warn_of_emulation() -> None:
+    warnings.warn(
+        "precision='bf16': this processor has no instructions for bfloat16 and emulates it, up to "
+        "17 times slower than fp32; take precision='fp32' (--precision fp32)",
+        stacklevel=4,
+    )
 
 
 class Failure(NamedTuple):
@@ -218,7 +244,9 @@ def _start(
         raise ValueError(
             f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
         )
-    on_gpu = classifier.logit_scale.is_cuda
+    device = classifier.logit_scale.device
+    warn_of_slow(device, PRECISIONS[precision])
+    on_gpu = device.type == "cuda"
     loader = tolerant_loader(images, batch_size, num_workers=num_workers, pin_memory=on_gpu)
     return loader, PRECISIONS[precision]
 
