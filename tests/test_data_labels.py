@@ -115,7 +115,7 @@ def test_the_note_says_how_labels_were_read() -> None:
     assert notes("cat", "fox", "fox", "emu", known="cat,dog") == (
         "3 images with a label that is not on your list count as unknown: fox (2), emu (1)"
     )
-    assert notes("cat", *"abcdefghij", known="cat,dog").endswith("h (1) and 2 other labels")
+    assert notes("cat", *"abcdefghij", known="cat,dog").endswith("h (1) and 2 more")
     places = "numbers in the labels are taken as places in your list, counted from 0: "
     assert notes("0", "1", known="cat,dog") == f"{places}0 is 'cat', 1 is 'dog'"
     assert notes("1", "2", known="cat,dog") == (

@@ -65,9 +65,8 @@ def is_begun(folder: RunFolder) -> bool:
 def begin(config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, problem: Problem) -> Start:
     """Classify all images by the zero-shot model, leave out what cannot be read, and keep both."""
     classifier = _classifier(config, clip, problem.known)
-    for part in filter(None, (problem.train, problem.test)):
-        for remark in part.remarks():
-            print(f"note: {remark}")
+    for remark in dict.fromkeys(problem.train.remarks() + problem.tested.remarks()):
+        print(f"note: {remark}")
     train, target, skipped = _zero_shot(config, classifier, problem.train, "zero-shot")
     tested, test_cosines = train, target.zero_shot_cosines()
     if problem.test is not None:
