@@ -132,6 +132,18 @@ def test_the_note_says_how_labels_were_read() -> None:
     )
 
 
+def test_folders_that_contradict_the_numbers_are_noted() -> None:
+    names = ("p/Dog/1.png", "p/cat/2.png", "p/cat/3.png", "p/emu/4.png", "5.png")
+    images = ImageList(names, names, ("0", "1", "0", "1", "0"))
+    note = Labelled.of(images, ("cat", "dog")).note
+    assert note.endswith(
+        "1 is 'dog'; but 2 images lie in the folder of another class: Dog has the label 0, 'cat' "
+        "(is your list of classes in the order of the labels?)"
+    )
+    right = ImageList(names, names, ("1", "0", "0", "1", "0"))
+    assert "another class" not in Labelled.of(right, ("cat", "dog")).note
+
+
 _WORDS = st.sampled_from(
     [
         *("0", "1", "2", "3", "8", "01", "1.0", "-1", "12", "1-2", "unknown", "cat", "Cat"),

@@ -241,6 +241,7 @@ def match_labels(
         if not places:
             return None
         note = _note_on_places(class_names, places, numbers)
+        note += _note_on_folders(images.names, labels, class_names, places)
     missing = [name for name, label in zip(images.names, labels, strict=True) if label is None]
     if missing:
         raise ValueError(
@@ -327,6 +328,34 @@ def _note_on_places(
     return (
         f"{note} (no label is 0{last}: if they count from 1, every image is taken for one of the "
         "next class; then subtract 1, or write the names)"
+    )
+
+
+def _note_on_folders(
+    names: Sequence[str],
+    labels: Sequence[str | None],
+    class_names: Sequence[str],
+    places: dict[str, int],
+) -> str:
+    """Numbers in another order than the list's classes tell nobody, but folders may."""
+    folders = {clean_name(name): place for place, name in enumerate(class_names)}
+    pairs = Counter(
+        (os.path.basename(os.path.dirname(name)), label)
+        for name, label in zip(names, labels, strict=True)
+    )
+    wrong = [
+        (folder, label)
+        for folder, label in pairs
+        if label in places and folders.get(clean_name(folder), places[label]) != places[label]
+    ]
+    if not wrong:
+        return ""
+    count = sum(pairs[pair] for pair in wrong)
+    folder, label = wrong[0]
+    return (
+        f"; but {plural(count, 'image')} {'lies' if count == 1 else 'lie'} in the folder of "
+        f"another class: {shown(folder)} has the label {label}, {class_names[places[label]]!r} (is "
+        "your list of classes in the order of the labels?)"
     )
 
 
