@@ -256,7 +256,10 @@ def test_a_file_that_broke_stops_the_training(num_workers: int) -> None:
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"start_step": -1}, "start_step must be at least 0, got -1"),
-        ({"subset": torch.tensor([0, 5])}, "subset has positions from 0 to 5, but there are 5"),
+        (
+            {"subset": torch.tensor([0, 5])},
+            "subset has positions from 0 to 5, but images has 5 images",
+        ),
         ({"subset": torch.tensor([-1, 2])}, "subset has positions from -1 to 2"),
         ({"subset": torch.tensor([], dtype=torch.int64)}, "subset is empty"),
         ({"images": numbered(0)}, "images is empty"),

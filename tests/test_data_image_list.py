@@ -59,6 +59,13 @@ def test_what_is_no_image_is_counted(tmp_path: Path) -> None:
     assert text.startswith("files in the folder that are not read: 2 x .txt, 2 x hidden, 1 x .h5")
 
 
+def test_remarks_stay_short(tmp_path: Path) -> None:
+    images = read_images(touch(tmp_path, "x.jpg", *(f"data.\x1b{i:03}" for i in range(200))))
+    (text,) = images.remarks()
+    assert text.endswith("1 x .\\x1b007 and 192 more")
+    assert len(images.left_out) == 200
+
+
 def test_thumbnails_of_network_storage_are_left_out(tmp_path: Path) -> None:
     touch(tmp_path, "cat/1.jpg", "cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/cat/2.jpg")
     touch(tmp_path, "cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_XL.jpg", ".thumbnails/1.png")
@@ -101,7 +108,7 @@ def test_a_name_that_is_not_unicode_can_be_opened_and_shown(tmp_path: Path) -> N
 
 
 OUTSIDE = "link that leads out of the folder (--follow-links follows it)"
-TWICE = "further name of a file that is read (link)"
+TWICE = "second path to what is read already (link)"
 
 
 def test_links_out_of_the_folder_are_followed_when_asked(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_the_note_says_how_labels_were_read() -> None:
     assert notes("cat", "fox", "fox", "emu", known="cat,dog") == (
         "3 images with a label that is not on your list count as unknown: fox (2), emu (1)"
     )
-    assert notes("cat", *"abcdefghij", known="cat,dog").endswith("h (1) and 2 other labels")
+    assert notes("cat", *"abcdefghij", known="cat,dog").endswith("h (1) and 2 more")
     places = "numbers in the labels are taken as places in your list, counted from 0: "
     assert notes("0", "1", known="cat,dog") == f"{places}0 is 'cat', 1 is 'dog'"
     assert notes("1", "2", known="cat,dog") == (
@@ -130,6 +130,18 @@ def test_the_note_says_how_labels_were_read() -> None:
     assert "are not used, so there are no metrics: the labels 0, 1 can" in notes(
         "0", "1", known="1,2"
     )
+
+
+def test_folders_that_contradict_the_numbers_are_noted() -> None:
+    names = ("p/Dog/1.png", "p/cat/2.png", "p/cat/3.png", "p/emu/4.png", "5.png")
+    images = ImageList(names, names, ("0", "1", "0", "1", "0"))
+    note = Labelled.of(images, ("cat", "dog")).note
+    assert note.endswith(
+        "1 is 'dog'; but 2 images lie in the folder of another class: Dog has the label 0, 'cat' "
+        "(is your list of classes in the order of the labels?)"
+    )
+    right = ImageList(names, names, ("1", "0", "0", "1", "0"))
+    assert "another class" not in Labelled.of(right, ("cat", "dog")).note
 
 
 _WORDS = st.sampled_from(

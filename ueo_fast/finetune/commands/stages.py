@@ -66,9 +66,8 @@ def begin(config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, problem: 
     classifier = _classifier(config, clip, problem.known)
     for text in doubts(classes=classifier.prompt.class_names):  # before hours are spent
         print(f"warning: {text}")
-    for part in filter(None, (problem.train, problem.test)):
-        for remark in part.remarks():
-            print(f"note: {remark}")
+    for remark in dict.fromkeys(problem.train.remarks() + problem.tested.remarks()):
+        print(f"note: {remark}")
     train, target, skipped = _zero_shot(config, classifier, problem.train, "zero-shot")
     tested, test_cosines = train, target.zero_shot_cosines()
     if problem.test is not None:

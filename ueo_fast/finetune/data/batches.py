@@ -240,5 +240,5 @@ def _check(positions: Tensor, count: int) -> None:
     if int(positions.min()) < 0 or int(positions.max()) >= count:
         raise ValueError(
             f"subset has positions from {int(positions.min())} to {int(positions.max())}, but "
-            f"there are {count} images"
+            f"images has {plural(count, 'image')}"
         )

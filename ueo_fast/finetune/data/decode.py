@@ -7,15 +7,17 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ueo_fast.finetune.data.names import printable, shown
 
-Levels = npt.NDArray[np.float64]
+if TYPE_CHECKING:  # lists of images need this module, but no numpy
+    import numpy as np
+    import numpy.typing as npt
+
+    Levels = npt.NDArray[np.float64]
 
 # All that is ever opened, whatever a file is called: what Pillow decodes itself, and HEIF by
 # pillow-heif. Not EPS and WMF, which other programs draw, nor what hides a second file of any size
@@ -199,6 +201,8 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     """What makes RGB of each band."""
+    import numpy as np
+
     if image.mode.startswith("I;16"):
         return lambda band: _grey(np.asarray(band) / 257)
     if image.mode in ("I", "F"):
@@ -218,6 +222,8 @@ def _on_white(band: Image.Image) -> Image.Image:
 def _scaling(image: Image.Image, ranges: tuple[int, ...]) -> Callable[[Levels], Levels]:
     """Brings levels to [0, 255]: from 0 to the first of ``ranges`` that holds them all, else from
     their own minimum to their maximum."""
+    import numpy as np
+
     low, high = np.inf, -np.inf
     for _, band in _bands(image):
         levels = np.asarray(band)
@@ -234,6 +240,8 @@ def _scaling(image: Image.Image, ranges: tuple[int, ...]) -> Callable[[Levels], 
 
 
 def _grey(levels: Levels) -> Image.Image:
+    import numpy as np
+
     return Image.fromarray(np.rint(levels).astype(np.uint8)).convert("RGB")
 
 

@@ -31,7 +31,7 @@ _SERVICE_FOLDERS = {
     *("system volume information", "__macosx", "lost+found"),
 }
 _OUTSIDE = "link that leads out of the folder (--follow-links follows it)"
-_TWICE = "further name of a file that is read (link)"
+_TWICE = "second path to what is read already (link)"
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,21 @@ class ImageList:
 
     def remarks(self) -> list[str]:
         """What was left out of the folder, and which links were followed, a sentence each."""
-        kinds = ", ".join(f"{count} x {shown(kind)}" for kind, count in self.left_out)
-        links = ", ".join(map(shown, self.followed[:3]))
-        more = f" and {plural(len(self.followed) - 3, 'other')}" if len(self.followed) > 3 else ""
+        kinds = [f"{count} x {kind}" for kind, count in self.left_out]
         return [
-            *([f"files in the folder that are not read: {kinds}"] if kinds else []),
-            *([f"links that were followed: {links}{more}"] if links else []),
+            f"{title}: {_some(found, 8)}"
+            for title, found in (
+                ("files in the folder that are not read", kinds),
+                ("links that were followed", self.followed),
+            )
+            if found
         ]
 
 
 @cache
 def image_extensions() -> frozenset[str]:
-    """Extensions of image files, lower case with the dot. Those that cannot be read here (HEIC
-    without pillow-heif, RAW) are among them: such a file is told of when it is decoded."""
+    """Extensions of image files, lower case with the dot. This includes images that cannot be read
+    here (HEIC without pillow-heif, camera raw files), so that decoding reports them."""
     return readable_extensions() | UNREADABLE.keys()
 
 
@@ -106,7 +108,7 @@ def check_root(
     """Refuse a ``root`` that none of ``sources`` has a use for.
 
     Raises:
-        ValueError: all are folders or images.
+        ValueError: ``root`` is given, and all of ``sources`` are folders or images.
     """
     paths = [Path(source) for source in sources if source is not None]
     if root is not None and not any(_is_list(path) for path in paths):
@@ -193,7 +195,7 @@ def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
         if cleaned in first:
             raise ValueError(
                 f"{path}, line {number}: {name!r} is there already, in line {first[cleaned]} "
-                "(capitals, underscores and spaces tell no classes apart); list it once"
+                "(case, underscores and spaces do not distinguish classes); list it once"
             )
         first[cleaned] = number
         names.append(name)
@@ -251,6 +253,7 @@ def match_labels(
         if not places:
             return None
         note = _note_on_places(class_names, places, numbers)
+        note += _note_on_folders(images.names, labels, class_names, places)
     missing = [name for name, label in zip(images.names, labels, strict=True) if label is None]
     if missing:
         raise ValueError(
@@ -340,21 +343,49 @@ def _note_on_places(
     )
 
 
+def _note_on_folders(
+    names: Sequence[str],
+    labels: Sequence[str | None],
+    class_names: Sequence[str],
+    places: dict[str, int],
+) -> str:
+    """Numbers in another order than the list's classes tell nobody, but folders may."""
+    folders = {clean_name(name): place for place, name in enumerate(class_names)}
+    pairs = Counter(
+        (os.path.basename(os.path.dirname(name)), label)
+        for name, label in zip(names, labels, strict=True)
+    )
+    wrong = [
+        (folder, label)
+        for folder, label in pairs
+        if label in places and folders.get(clean_name(folder), places[label]) != places[label]
+    ]
+    if not wrong:
+        return ""
+    count = sum(pairs[pair] for pair in wrong)
+    folder, label = wrong[0]
+    return (
+        f"; but {plural(count, 'image')} {'lies' if count == 1 else 'lie'} in the folder of "
+        f"another class: {shown(folder)} has the label {label}, {class_names[places[label]]!r} (is "
+        "your list of classes in the order of the labels?)"
+    )
+
+
 def _note_on_unknown(unknown: Counter[str]) -> str:
     if not unknown:
         return ""
     total = sum(unknown.values())
     most = sorted(unknown, key=lambda label: (-unknown[label], label))
-    listed = ", ".join(f"{shown(label)} ({unknown[label]})" for label in most[:8])
-    more = f" and {plural(len(most) - 8, 'other label')}" if len(most) > 8 else ""
+    listed = _some([f"{label} ({unknown[label]})" for label in most], 8)
     return (
         f"{plural(total, 'image')} with a label that is not on your list "
-        f"{'counts' if total == 1 else 'count'} as unknown: {listed}{more}"
+        f"{'counts' if total == 1 else 'count'} as unknown: {listed}"
     )
 
 
-def _some(labels: Sequence[str]) -> str:
-    return f"{', '.join(map(shown, labels[:4]))}{', ...' if len(labels) > 4 else ''}"
+def _some(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(map(shown, names[:most]))}{more}"
 
 
 def _is_list(path: Path) -> bool:
@@ -450,7 +481,7 @@ class _Tree:
         inside = target == top or target.startswith(os.path.join(top, ""))
         kind = _extension(name)
         if not os.path.exists(path):
-            # A dead link is told of when it is decoded.
+            # Decoding reports a dead link.
             if kind in image_extensions():
                 self.names.append(name)
             else:
