@@ -163,8 +163,9 @@ def ueo_loss(
     github.com/tim-learn/UEO.
     """
     args = _check(logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
-    chosen = backends.choose(backend, logits)
+    chosen = backends.choose(backend, logits, confidence, marginal_weights)
     if chosen == "reference":
+        backends.check_memory("logits", logits)
         loss, stats = _reference(*args)
         return (loss, stats) if return_stats else loss
     if logits.requires_grad and torch.is_grad_enabled():
@@ -219,8 +220,9 @@ def ueo_loss_and_grad(
         dlogits (B, C) contiguous in the logits' dtype.
     """
     args = _check(logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
-    chosen = backends.choose(backend, logits)
+    chosen = backends.choose(backend, logits, confidence, marginal_weights)
     if chosen == "reference":
+        backends.check_memory("logits", logits)
         with torch.inference_mode(False), torch.enable_grad():
             leaf = args[0].detach().clone(memory_format=torch.contiguous_format).requires_grad_()
             loss, stats = _reference(leaf, *args[1:])
@@ -256,5 +258,6 @@ def mcm_score(cosines: Tensor, scale: float = 1.0) -> Tensor:
     needs_grad = cosines.requires_grad and torch.is_grad_enabled()
     chosen = "reference" if needs_grad else backends.choose("auto", cosines)
     if chosen == "reference":
+        backends.check_memory("cosines", cosines)
         return reference.max_softmax(cosines, factor)
     return op.max_softmax(chosen, cosines, factor)

@@ -24,11 +24,13 @@ def saves_nothing(x: Tensor, weight: Tensor | None = None) -> bool:
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return False  # nothing is saved anyway
+    backends.check_memory("input", x)
     if weight is not None:
         if weight.requires_grad:
             return False  # its gradient needs the input
         if type(weight) not in (Tensor, nn.Parameter):
             return False  # a quantised or distributed weight has operations of its own
+        backends.check_memory("weight", weight)
     return not (is_traced() or backends.is_transformed(x))
 
 
