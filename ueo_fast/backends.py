@@ -194,12 +194,13 @@ def choose(backend: str, tensor: Tensor, *others: Tensor | None, name: str = "lo
         ValueError: the name is unknown, or the backend does not serve the device.
         RuntimeError: an explicit backend cannot run; the message says why and what to install.
     """
-    if not isinstance(backend, str) or backend not in names():
-        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(names())}")
-    if backend == "reference":
-        return backend
-    if backend == "auto":
+    known = isinstance(backend, str)  # other objects may have no hash, or an == of their own
+    if known and backend == "auto":
         return _automatic(tensor, others)
+    if known and backend == "reference":
+        return backend
+    if not known or backend not in COMPILED:
+        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(names())}")
     error = _library_error(backend)
     if error is not None:
         raise RuntimeError(f"backend={backend!r} cannot run: {error}; or use backend='auto'")
