@@ -159,7 +159,7 @@ def check_memory(name: str, tensor: Tensor) -> None:
 
 def _owns_memory(tensor: Tensor) -> bool:
     """Whether it is a plain tensor: those of tracers and transforms stand for others."""
-    if torch._is_functional_tensor(tensor) or is_transformed(tensor):  # type: ignore[attr-defined]
+    if torch._is_functional_tensor(tensor) or is_transformed(tensor):
         return False
     return type(tensor) in (Tensor, nn.Parameter)
 
