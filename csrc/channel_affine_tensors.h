@@ -18,6 +18,7 @@ inline ChannelLayout channel_layout(const Tensor& x, int64_t dim, const char* na
                   ", from 0 to ", x.dim() - 1, ", got ", dim);
   STD_TORCH_CHECK(is_dense(x.sizes().data(), x.strides().data(), x.dim()), "ueo_fast: ", name,
                   " must be dense: make it so with .contiguous()");
+  check_memory(x, name);
   return channel_layout(x.sizes().data(), x.strides().data(), x.dim(), dim);
 }
 
@@ -29,6 +30,7 @@ inline void check_like(const Tensor& x, const Tensor& tensor, const char* name) 
            (x.size(d) <= 1 || x.numel() == 0 || tensor.stride(d) == x.stride(d));
   }
   STD_TORCH_CHECK(same, "ueo_fast: ", name, " must have the shape, dtype and strides of x");
+  check_memory(tensor, name);
 }
 
 // One value per channel, adjacent, in the compute dtype of x.
@@ -38,6 +40,7 @@ inline Tensor channel_values(const Tensor& x, const ChannelLayout& layout, const
                   " must have shape (", layout.channels, ",)");
   STD_TORCH_CHECK(values.scalar_type() == dtype_of(x), "ueo_fast: ", name,
                   " must have the compute dtype of x (float64 for float64, else float32)");
+  check_memory(values, name);
   return torch::stable::contiguous(values);
 }
 
@@ -46,6 +49,7 @@ inline void check_mask(const Tensor& bits, const ChannelLayout& layout) {
                       (bits.size(0) == 0 || bits.size(0) == mask_bytes(layout.elements())) &&
                       bits.is_contiguous(),
                   "ueo_fast: bits must be those of channel_affine_forward");
+  check_memory(bits, "bits");
 }
 
 }  // namespace ueo_fast

@@ -32,8 +32,8 @@ inline Storage storage_of(const Tensor& tensor, const char* name = "logits") {
 
 // Logits whose rows are not adjacent elements are copied once: gathering them in the loops, a
 // cache line per element, takes three times as long.
-inline Tensor with_adjacent_columns(const Tensor& logits) {
-  check_logits(logits);
+inline Tensor with_adjacent_columns(const Tensor& logits, const char* name = "logits") {
+  check_logits(logits, name);
   const bool adjacent = logits.stride(1) == 1 || logits.size(1) == 1;
   return adjacent ? logits : torch::stable::contiguous(logits);
 }
@@ -79,6 +79,8 @@ inline void check_saved(const Tensor& logits, const Tensor& grad_loss, const Ten
                       row_stats.is_contiguous() && summary.is_contiguous() &&
                       marginal.is_contiguous(),
                   "ueo_fast: row_stats, summary and marginal must be those of ueo_loss_forward");
+  check_memory(grad_loss, "grad_loss");
+  check_memory(row_stats, "row_stats");
 }
 
 }  // namespace ueo_fast

@@ -37,6 +37,13 @@ class LossBackend(str):
         return getattr(torch.ops, (backends.COMPILED | {"cuda_host": CUDA_HOST})[self].namespace)
 
 
+def shrink(tensor: Tensor, left: int = 0) -> Tensor:
+    """A copy whose storage then loses all but ``left`` bytes, as FSDP frees a parameter's."""
+    copy = tensor.detach().clone()
+    copy.untyped_storage().resize_(left)
+    return copy
+
+
 # ---- cuda_host -----------------------------------------------------------------------------------
 
 SMALL_GPU = {

@@ -6,8 +6,9 @@ import pytest
 import torch
 from affine_backends import BACKENDS, COMPILED
 from affine_truth import assert_exact, differentiate
+from loss_backends import shrink
 
-from ueo_fast import channel_affine, reference
+from ueo_fast import channel_affine, frozen_batch_norm, reference
 
 NAMES = ("x", "scale", "shift", "residual")
 
@@ -240,3 +241,52 @@ def test_half_parameters_get_half_gradients(backend):
     grad_out = torch.randn_like(leaves["x"])
     ours = differentiate(relu_of(backend), leaves, grad_out)
     assert_exact(ours, relu_of("reference"), leaves, grad_out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("left", [0, 3])
+@pytest.mark.parametrize("name", ["x", "scale", "shift", "residual"])
+@pytest.mark.parametrize("function", [channel_affine, frozen_batch_norm])
+def test_memory_that_was_freed(function, name, left, backend):
+    given = {name: value.detach() for name, value in make(backend).items()}
+    if function is frozen_batch_norm:
+        given["weight"], given["bias"] = given.pop("scale"), given.pop("shift")
+        given["running_mean"], given["running_var"] = given["bias"], given["weight"].square()
+        name = {"scale": "running_var", "shift": "running_mean"}.get(name, name)
+    given[name] = shrink(given[name], left)
+    with pytest.raises(
+        RuntimeError, match=rf"{name} needs \d+ .* its storage holds {left}: it was"
+    ):
+        function(**given, backend=backend)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_x_that_was_freed_before_backward(backend):
+    if backend == "cuda_host":
+        pytest.skip("numpy holds the memory, and does not let it be resized")
+    leaves = make(backend)
+    out = channel_affine(leaves["x"], leaves["scale"], leaves["shift"], backend=backend)
+    leaves["x"].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"x needs .* its storage holds 0"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_upstream_gradient_that_was_freed(transposed, backend):
+    leaves = make(backend)
+    out = channel_affine(leaves["x"], leaves["scale"], leaves["shift"], backend=backend)
+    upstream = torch.ones_like(out)
+    if transposed:
+        upstream = upstream.transpose(2, 3).contiguous().transpose(2, 3)
+    upstream = shrink(upstream)
+    with pytest.raises(RuntimeError, match=r"grad_out needs .* its storage holds 0"):
+        torch.autograd.grad(out, leaves["x"], upstream)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_ops_refuse_meta_tensors_among_others(backend):
+    x, scale, shift, residual = (value.detach() for value in make(backend).values())
+    for given in ((x, scale.to("meta"), shift, residual), (x, scale, shift, residual.to("meta"))):
+        with pytest.raises(RuntimeError, match=r"needs all tensors on one device, got .*meta"):
+            backend.ops.channel_affine_forward(*given, 1, True)

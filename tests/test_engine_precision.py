@@ -23,12 +23,12 @@ from engine_problem import (
 from saved_activations import saved_bytes
 
 from ueo_fast.finetune.engine import forward
-from ueo_fast.finetune.engine.gradient_cache import backward_features, cached_features
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Objective
 from ueo_fast.finetune.engine.trainer import NonFiniteLossError, train
 from ueo_fast.finetune.evaluation import predict
 from ueo_fast.finetune.evaluation.predict import predict_cosines
+from ueo_fast.gradient_cache import GradCache
 
 
 @pytest.fixture
@@ -81,8 +81,9 @@ def test_micro_batches_hold_the_activations_of_one():
     encode = classifier.image_features
 
     def cached(micro):
-        features = cached_features(encode, images, micro)
-        backward_features(encode, images, torch.ones_like(features), micro)
+        cache = GradCache(encode, images.split(micro))
+        cache.features.sum().backward()
+        cache.backward()
 
     # Saved and freed one after the other; what is alive at a time is that of one micro-batch.
     alive, most = 0, 0
@@ -108,7 +109,7 @@ def test_micro_batches_hold_the_activations_of_one():
     whole = count(lambda: encode(images).sum().backward())
     alive, most = 0, 0
     parts = count(lambda: cached(2))
-    assert saved_bytes(classifier, lambda: cached_features(encode, images, 2)) == 0
+    assert saved_bytes(classifier, lambda: GradCache(encode, images.split(2)).features) == 0
     assert parts < whole / 3
 
 

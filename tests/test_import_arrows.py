@@ -17,7 +17,7 @@ LAYERS = [
     {"cli"},
     {"info", "finetune"},
     {"patch"},
-    {"modules"},
+    {"modules", "gradient_cache"},
     {"functional", "normalization"},
     {"arguments", "ops"},
     {"backends"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from pathlib import Path
@@ -40,8 +41,9 @@ def feature_map() -> torch.Tensor:
     return torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
-def classes(model: nn.Module) -> list[type]:
-    return [type(module) for module in model.modules()]
+def classes(model: nn.Module) -> list[str]:
+    """Names: a patched class equals its original."""
+    return [f"{type(module).__module__}.{type(module).__name__}" for module in model.modules()]
 
 
 def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -52,14 +54,14 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 def test_parameters_names_and_types_stay():
     model = small()
-    before = classes(model)
+    before, types = classes(model), [type(module) for module in model.modules()]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     keys = list(model.state_dict())
     handle = patch_all(model)
     assert list(model.state_dict()) == keys
     after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert all(after[name] is tensor for name, tensor in tensors.items())
-    for module, original in zip(model.modules(), before, strict=True):
+    for module, original in zip(model.modules(), types, strict=True):
         assert isinstance(module, original)
     assert classes(model) != before
     handle.undo()
@@ -242,6 +244,153 @@ def test_traced_modules_are_made_of_ordinary_operations():
     torch.testing.assert_close(traced(feature_map()), model(feature_map()), rtol=1e-4, atol=1e-5)
     assert "Function" not in str(traced.inlined_graph)
     assert "ueo_fast::" not in str(traced.inlined_graph)
+
+
+def resnet() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    from patch_models import perturbed
+
+    torch.manual_seed(0)
+    return freeze(perturbed(torchvision.models.resnet18(weights=None)))
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    freeze_all_but_affine(model)
+    return model
+
+
+def photographs() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_torch_fx_records_the_originals():
+    model = resnet()
+    patched = copy.deepcopy(model)
+    patch_all(patched)
+    graph, expected = torch.fx.symbolic_trace(patched), torch.fx.symbolic_trace(model)
+    assert [(n.op, str(n.target)) for n in graph.graph.nodes] == [
+        (n.op, str(n.target)) for n in expected.graph.nodes
+    ]
+    x = photographs()
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-5)
+    unpatch(graph)
+    assert torch.equal(graph(x), model(x))
+
+
+class NoLeaves(torch.fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("name", ["timm", "one of each"])
+def test_torch_fx_without_leaves(name):
+    """``nn.BatchNorm2d`` itself cannot be traced so."""
+    x = photographs()
+    if name == "timm":
+        layers = pytest.importorskip("timm.layers")
+        model = freeze(nn.Sequential(layers.BatchNormAct2d(3), nn.Conv2d(3, 4, 3)).eval())
+    else:
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding="same"),
+            nn.Conv2d(8, 8, 2, padding=1, padding_mode="reflect"),
+            nn.AvgPool2d(2),
+            nn.Conv2d(8, 32, 1, bias=False),
+            nn.AdaptiveAvgPool2d((3, 3)),
+            nn.Flatten(2),
+            nn.LayerNorm(9),
+        ).eval()
+        freeze(model)
+    expected = model(x)
+    patch_all(model)
+    graph = torch.fx.GraphModule(model, NoLeaves().trace(model))
+    torch.testing.assert_close(graph(x), expected, rtol=1e-4, atol=1e-5)
+    assert not any("ueo_fast" in str(node.target) for node in graph.graph.nodes)
+
+
+def test_feature_extraction_of_torchvision():
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model, x = resnet(), photographs()
+    names = {"layer1.0.relu": "a", "layer2.0.downsample": "b", "layer3": "c"}
+    expected = extraction.create_feature_extractor(copy.deepcopy(model), names)(x)
+    patch_all(model)
+    extractor = extraction.create_feature_extractor(model, names)
+    assert_close(extractor(x), expected)
+    extractor(x.requires_grad_())["c"].sum().backward()
+    assert all(p.grad is not None for n, p in extractor.named_parameters() if "layer3.0.bn1" in n)
+
+
+def test_feature_extraction_of_timm():
+    timm = pytest.importorskip("timm")
+    options = {"features_only": True, "pretrained": False}
+    for name, more in (
+        ("resnet18", {"feature_cls": "fx"}),
+        ("resnet18", {}),
+        ("convnext_atto", {}),
+    ):
+        torch.manual_seed(0)
+        model = freeze(timm.create_model(name, **options, **more).eval())
+        x = photographs()
+        expected = model(x)
+        patch_all(model)
+        for ours, true in zip(model(x), expected, strict=True):
+            torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-4)
+    extract = timm.models.create_feature_extractor  # of a model that is patched already
+    torch.manual_seed(0)
+    model = freeze(timm.create_model("resnet18", pretrained=False).eval())
+    expected = extract(copy.deepcopy(model), ["layer2"])(x)["layer2"]
+    patch_all(model)
+    torch.testing.assert_close(extract(model, ["layer2"])(x)["layer2"], expected)
+
+
+def quantised(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
+
+    prepared = quantize_fx.prepare_fx(model, get_default_qconfig_mapping(), (x,))
+    prepared(x)
+    return quantize_fx.convert_fx(prepared)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_fusion_and_quantisation_find_patched_layers():
+    quantization = pytest.importorskip("torch.ao.quantization")
+    quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    model, x = resnet(), photographs()
+    patched = copy.deepcopy(model)
+    patch_all(patched)
+
+    def in_place(network):
+        names = [["conv1", "bn1", "relu"], ["layer1.0.conv1", "layer1.0.bn1"]]
+        return quantization.fuse_modules(network, names)
+
+    for change in (
+        in_place,
+        quantize_fx.fuse_fx,
+        functools.partial(quantised, x=x),
+    ):
+        found, expected = change(copy.deepcopy(patched)), change(copy.deepcopy(model))
+        torch.testing.assert_close(found(x), expected(x), rtol=1e-5, atol=1e-5)
+        kinds = [name.replace("Patched", "") for name in classes(found)]
+        assert kinds == classes(expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_scripting_fails_while_patched_and_works_after_undo():
+    model, x = resnet(), photographs()
+    expected = torch.jit.script(copy.deepcopy(model))(x)
+    handle = patch_all(model)
+    with pytest.raises(Exception, match=r"(?i)script|compil|support|type|closed over|unknown"):
+        torch.jit.script(model)
+    handle.undo()
+    assert torch.equal(torch.jit.script(model)(x), expected)
+
+
+def test_a_patched_class_equals_its_original_and_no_other():
+    first, second = nn.BatchNorm2d(2), nn.BatchNorm1d(2)
+    model = nn.Sequential(first, second)
+    patch_all(model)
+    assert {nn.BatchNorm2d: "2d", nn.BatchNorm1d: "1d"}[type(first)] == "2d"
+    assert len({type(first), nn.BatchNorm2d, type(second), nn.BatchNorm1d}) == 2
+    assert type(first) is not nn.BatchNorm2d
 
 
 def test_a_parametrised_module_stays_patched_and_undo_says_so():

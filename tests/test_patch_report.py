@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ueo_fast import patch_visual
+from ueo_fast.patch import apply
 from ueo_fast.patch.sites import is_norm
 
 open_clip = pytest.importorskip("open_clip")
@@ -141,6 +142,114 @@ def test_a_forward_of_the_instance_is_respected():
         False,
         "its forward was replaced on this instance",
     )
+
+
+def with_call(base: type[nn.Module], method: str = "__call__") -> type[nn.Module]:
+    """A subclass whose call does more than its forward."""
+
+    def call(self, *args):
+        return 1 + getattr(base, method)(self, *args)
+
+    return type(f"Called{base.__name__}", (base,), {method: call})
+
+
+@pytest.mark.parametrize("method", ["__call__", "_call_impl", "_wrapped_call_impl"])
+@pytest.mark.parametrize(
+    ("base", "arguments"),
+    [(nn.BatchNorm2d, (4,)), (nn.Conv2d, (4, 4, 1)), (nn.AvgPool2d, (1,)), (nn.LayerNorm, (8,))],
+)
+def test_a_call_of_its_own_is_respected(base, arguments, method):
+    module = with_call(base, method)(*arguments)
+    model = nn.Sequential(module, nn.ReLU()).eval().requires_grad_(False)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = model(x)
+    patched, said = reasons(model)["0"]
+    assert not patched
+    assert said == f"Called{base.__name__} has a {method} of its own"
+    patch_visual(model, min_elements=0)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("method", ["forward", "_conv_forward", "_call_impl"])
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_methods_of_the_instance_are_respected(patched_first, method):
+    conv, norm = nn.Conv2d(4, 16, 1, bias=False), nn.BatchNorm2d(16)
+    model = nn.Sequential(conv, norm, nn.ReLU()).eval()
+    conv.requires_grad_(False)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def replace() -> None:
+        original = getattr(conv, method)
+        setattr(conv, method, lambda *arguments: 2 * original(*arguments))
+
+    if patched_first:
+        patch_visual(model, min_elements=0)
+        replace()
+    else:
+        replace()
+        handle = patch_visual(model, min_elements=0)
+        assert handle.report.sites[0].reason == f"its {method} was replaced on this instance"
+        assert type(conv) is nn.Conv2d
+    wide = 2 * nn.functional.conv2d(x, conv.weight)
+    expected = (wide / (1 + norm.eps) ** 0.5).relu()
+    torch.testing.assert_close(model(x), expected)
+
+
+class Final(nn.BatchNorm2d):
+    def __init_subclass__(cls, **options):
+        raise TypeError("Final is final")
+
+
+class FinalSequence(nn.Sequential):
+    def __init_subclass__(cls, **options):
+        raise RuntimeError("no subclass of a sequence")
+
+
+class Registered(type):
+    def __new__(cls, name, bases, body):
+        if name.startswith("Patched"):
+            raise ValueError("not in the registry")
+        return super().__new__(cls, name, bases, body)
+
+
+class InRegistry(nn.Conv2d, metaclass=Registered):
+    pass
+
+
+class Locked(nn.AvgPool2d):
+    def __setattr__(self, name, value):
+        if name == "__class__":
+            raise AttributeError("locked")
+        super().__setattr__(name, value)
+
+
+def test_a_class_that_refuses_subclasses_is_left_alone():
+    model = FinalSequence(
+        nn.Conv2d(3, 4, 3), Final(4), nn.ReLU(), InRegistry(4, 4, 1), Locked(2), nn.BatchNorm2d(4)
+    ).eval()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = model(x)
+    before = [type(module) for module in model.modules()]
+    handle = patch_visual(model, min_elements=0)
+    assert [(site.patched, site.reason) for site in handle.report.sites] == [
+        (True, "holds no input while its weight is frozen"),
+        (False, "Final allows no subclass in its place (TypeError: Final is final)"),
+        (False, "InRegistry allows no subclass in its place (ValueError: not in the registry)"),
+        (False, "Locked allows no subclass in its place (AttributeError: locked)"),
+        (True, "fused, no ReLU known to follow"),
+    ]
+    torch.testing.assert_close(model(x), expected)
+    handle.undo()
+    assert all(type(m) is cls for m, cls in zip(model.modules(), before, strict=True))
+
+
+def test_an_error_on_the_way_leaves_nothing_patched(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    before = [type(module) for module in model.modules()]
+    monkeypatch.setattr(apply, "block_of", lambda module: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        patch_visual(model)
+    assert all(type(m) is cls for m, cls in zip(model.modules(), before, strict=True))
 
 
 def test_batch_norm_act_says_what_is_fused():

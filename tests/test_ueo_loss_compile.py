@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_backends import COMPILED
+from loss_backends import COMPILED, shrink
 
 from ueo_fast import ueo_loss
 
@@ -91,3 +91,44 @@ def test_ops_refuse_what_would_read_foreign_memory(backend):
         ops.ueo_loss_backward(loss, logits, summary, marginal, row_stats[1:], 1.0, 0.0)
     with pytest.raises(RuntimeError, match="grad_loss must be 0-d"):
         ops.ueo_loss_backward(loss[None], logits, summary, marginal, row_stats, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_ops_refuse_tensors_without_their_memory(backend):
+    ops = backend.ops
+    logits = make_logits(backend).detach()
+    weights = torch.rand(60, device=backend.device) + 0.1
+    saved = ops.ueo_loss_forward(logits, None, None, 1.0, 1.0, 0.0)
+    calls = {
+        ("logits", "confidence", "marginal_weights"): (
+            ops.ueo_loss_forward,
+            (logits, weights, weights),
+            (1.0, 1.0, 0.0),
+        ),
+        ("grad_loss", "logits", "summary", "marginal", "row_stats"): (
+            ops.ueo_loss_backward,
+            (saved[0], logits, *saved[1:]),
+            (1.0, 0.0),
+        ),
+        ("logits|cosines",): (ops.max_softmax, (logits,), (1.0,)),
+    }
+    for names, (call, tensors, options) in calls.items():
+        for position, name in enumerate(names):
+            for left in (0, tensors[position].nbytes - 1):
+                given = list(tensors)
+                given[position] = shrink(tensors[position], left)
+                message = rf"({name}) needs \d+ bytes of memory, but its storage holds {left}"
+                with pytest.raises(RuntimeError, match=message):
+                    call(*given, *options)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_ops_refuse_meta_tensors_among_others(position, backend):
+    tensors = [make_logits(backend).detach(), torch.ones(60), torch.ones(60)]
+    tensors = [tensor.to(backend.device) for tensor in tensors]
+    meta = [tensor.to("meta") for tensor in tensors]
+    assert backend.ops.ueo_loss_forward(*meta, 1.0, 1.0, 0.0)[0].is_meta
+    tensors[position] = meta[position]
+    with pytest.raises(RuntimeError, match=r"needs all tensors on one device, got .*meta"):
+        backend.ops.ueo_loss_forward(*tensors, 1.0, 1.0, 0.0)

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from loss_backends import BACKENDS, shrink
 
 from ueo_fast import UEOLoss, mcm_score, ueo_loss, ueo_loss_and_grad
 
@@ -26,6 +27,7 @@ BAD_LOGITS = [
     (LOGITS.to_sparse(), TypeError, "dense tensor, got torch.sparse_coo: convert with logits.to_dense()"),
     (LOGITS.as_subclass(DTensor), TypeError, "logits is a DTensor, whose rows live in several processes: pass the rows of this process with logits.to_local()"),
     (torch.nested.nested_tensor([LOGITS[0], LOGITS[1, :2]]), TypeError, "logits is a nested tensor: pass a dense one, e.g. logits.to_padded_tensor(float('-inf'))"),
+    (torch.masked.masked_tensor(LOGITS, LOGITS > 0), TypeError, "logits is a masked tensor: pass a dense one, e.g. logits.to_tensor(float('-inf'))"),
     (LOGITS[0], ValueError, "logits must have shape (B, C), got (4,)"),
     (LOGITS[None], ValueError, "got (1, 6, 4): flatten leading dimensions with logits.flatten(0, -2)"),
     (torch.tensor(1.0), ValueError, "got (): "),
@@ -44,8 +46,12 @@ def test_logits(logits, error, message, function):
 
 
 BAD_WEIGHTS = [
-    ([1.0] * 6, TypeError, "{} must be a torch.Tensor or None, got list"),
-    (torch.ones(6, dtype=torch.long), TypeError, "{} must be floating point, got torch.int64: convert with {}.float()"),
+    ([1.0] * 6, TypeError, "{} must be a torch.Tensor, got list"),
+    (torch.ones(6, dtype=torch.long), TypeError, "{} must be float64, float32, float16 or bfloat16, got torch.int64: convert with {}.float()"),
+    (torch.ones(6).to_sparse(), TypeError, "{} must be a dense tensor, got torch.sparse_coo: convert with {}.to_dense()"),
+    (torch.ones(6).as_subclass(DTensor), TypeError, "{} is a DTensor, whose rows live in several processes: pass the rows of this process with {}.to_local()"),
+    (torch.masked.masked_tensor(torch.ones(6), torch.ones(6).bool()), TypeError, "{} is a masked tensor: pass a dense one, e.g. {}.to_tensor(1.0)"),
+    (torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), TypeError, "{} is a nested tensor: pass a dense one, e.g. {}.to_padded_tensor(1.0)"),
     (torch.ones(5), ValueError, "{} must have shape (B,) = (6,) to match logits (6, 4), got (5,)"),
     (torch.ones(6, 1), ValueError, "got (6, 1)"),
     (torch.ones(6, device="meta"), ValueError, "{} is on meta but logits are on cpu: move it with {}.to(logits.device)"),
@@ -124,10 +130,11 @@ def test_a_bad_number_is_an_error_while_compiling_too(options):
         compiled(LOGITS)
 
 
-def test_unknown_backend():
-    message = "backend='tpu' is unknown: choose one of auto, cpp, cuda, triton, reference"
+@pytest.mark.parametrize("backend", ["tpu", 3, None, [], {}, np.array(["cpp", "auto"])], ids=str)
+def test_unknown_backend(backend):
+    message = f"backend={backend!r} is unknown: choose one of auto, cpp, cuda, triton, reference"
     with pytest.raises(ValueError, match=re.escape(message)):
-        ueo_loss(LOGITS, backend="tpu")
+        ueo_loss(LOGITS, backend=backend)
 
 
 def test_backend_that_does_not_serve_the_device():
@@ -143,3 +150,68 @@ def test_mcm_score_names_its_own_arguments():
         mcm_score(LOGITS[0])
     with pytest.raises(ValueError, match=re.escape("scale must be from 1e-30 to 1e+30, got -1.0")):
         mcm_score(LOGITS, -1.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("left", [0, 7])
+@pytest.mark.parametrize("name", ["logits", "confidence", "marginal_weights"])
+@pytest.mark.parametrize("function", [ueo_loss, ueo_loss_and_grad])
+def test_memory_that_was_freed(function, name, left, dtype, backend):
+    given = {
+        "logits": LOGITS.to(backend.device, dtype),
+        "confidence": torch.ones(6, device=backend.device, dtype=dtype),
+        "marginal_weights": torch.ones(6, device=backend.device, dtype=dtype),
+    }
+    given[name] = shrink(given[name], left)
+    message = rf"{name} needs \d+ bytes of memory, but its storage holds {left}: it was freed"
+    with pytest.raises(RuntimeError, match=message):
+        function(**given, backend=backend)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x[:, ::2], lambda x: x.t()])
+def test_the_score_of_memory_that_was_freed(view, needs_grad):
+    cosines = torch.rand(40, 40)
+    score = view(cosines)
+    cosines.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"cosines needs .* its storage holds 0"):
+        mcm_score(score.requires_grad_(needs_grad))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_that_were_freed_before_backward(backend):
+    if backend == "reference":
+        pytest.skip("PyTorch's own backward, which keeps the probabilities")
+    if backend == "cuda_host":
+        pytest.skip("numpy holds the memory, and does not let it be resized")
+    logits = LOGITS.to(backend.device).clone().requires_grad_()
+    loss = ueo_loss(logits, backend=backend)
+    logits.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="logits needs 96 bytes of memory, but its storage hol"):
+        loss.backward()
+
+
+def test_a_view_of_memory_that_is_there_is_used():
+    whole = torch.rand(3, 40)
+    whole[0, 0] = float("nan")
+    part = whole[1:, 7:]
+    assert torch.equal(ueo_loss(part, whole[2, 1:3]), ueo_loss(part.clone(), whole[2, 1:3].clone()))
+    spread = torch.rand(1, 1).expand(6, 4)  # four bytes for 24 elements
+    assert float(ueo_loss(spread, torch.rand(1).expand(6))) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_vmap_over_the_weights_alone():
+    logits = LOGITS.clone().requires_grad_()
+    weights = torch.rand(3, 6) + 0.1
+    for name in ("confidence", "marginal_weights"):
+        one = [ueo_loss(logits, **{name: row}) for row in weights]
+        batched = torch.func.vmap(lambda row, name=name: ueo_loss(logits, **{name: row}))(weights)
+        torch.testing.assert_close(batched, torch.stack(one))
+        (grad,) = torch.autograd.grad(batched.sum(), logits)
+        (true,) = torch.autograd.grad(sum(one), logits)
+        torch.testing.assert_close(grad, true)
+        with pytest.raises(RuntimeError, match=r"has no rules for torch.func transforms"):
+            torch.func.vmap(lambda row, name=name: ueo_loss(logits, **{name: row}, backend="cpp"))(
+                weights
+            )

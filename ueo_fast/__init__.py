@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ueo_fast.functional import UEOStats, mcm_score, ueo_loss, ueo_loss_and_grad
+    from ueo_fast.gradient_cache import GradCache
     from ueo_fast.modules import UEOLoss
     from ueo_fast.normalization import channel_affine, frozen_batch_norm, layer_norm
     from ueo_fast.patch import patch_visual
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "GradCache",
     "UEOLoss",
     "UEOStats",
     "affine_parameters",
@@ -33,7 +35,7 @@ __all__ = [
     "ueo_loss_and_grad",
 ]
 
-_ROOMS = ("functional", "modules", "normalization", "patch")
+_ROOMS = ("functional", "gradient_cache", "modules", "normalization", "patch")
 _MODULES = (*_ROOMS, "reference", "backends")  # ueo_fast.reference.ueo_loss needs no import
 
 

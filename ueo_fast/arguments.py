@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ueo_fast import backends
 from ueo_fast.ranges import check_number as check_number
 from ueo_fast.reference import compute_dtype
 
@@ -14,13 +15,18 @@ _FLOATING = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float
 
 
 def check_dense(name: str, value: Tensor, *, padded: str = "(0.0)") -> None:
-    """A strided floating tensor, in this process; ``padded`` goes with a nested one."""
+    """A strided floating tensor, in this process; ``padded`` goes with a nested or masked one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if type(value).__name__ == "DTensor":
+    kind = type(value).__name__
+    if kind == "DTensor":
         raise TypeError(
             f"{name} is a DTensor, whose rows live in several processes: "
             f"pass the rows of this process with {name}.to_local()"
+        )
+    if kind == "MaskedTensor":
+        raise TypeError(
+            f"{name} is a masked tensor: pass a dense one, e.g. {name}.to_tensor{padded}"
         )
     if value.is_nested:
         raise TypeError(
@@ -71,12 +77,14 @@ def check_values(
         raise ValueError(
             f"{name} requires grad, but the statistics are frozen: pass {name}.detach()"
         )
-    return value.to(compute_dtype(x.dtype)) if convert else value
+    backends.check_memory(name, value)
+    dtype = compute_dtype(x.dtype)
+    return value.to(dtype) if convert and value.dtype != dtype else value
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """One of a few words."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}")
 
 
@@ -86,12 +94,7 @@ def check_weights(
     """Constant weights of the rows in the compute dtype; ``positive`` forbids zeros."""
     if value is None:
         return None
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(value).__name__}")
-    if value.dtype not in _FLOATING:
-        raise TypeError(
-            f"{name} must be floating point, got {value.dtype}: convert with {name}.float()"
-        )
+    check_dense(name, value, padded="(1.0)")
     if value.shape != logits.shape[:1]:
         raise ValueError(
             f"{name} must have shape (B,) = ({logits.shape[0]},) to match logits "
@@ -106,7 +109,10 @@ def check_weights(
         raise ValueError(
             f"{name} requires grad, but it is a constant of the method: pass {name}.detach()"
         )
-    value = value.to(compute_dtype(logits.dtype))
+    backends.check_memory(name, value)
+    dtype = compute_dtype(logits.dtype)
+    if value.dtype != dtype:
+        value = value.to(dtype)
     # Values are looked at only where that needs no device sync and nothing is being traced.
     if value.device.type == "cpu" and value.shape[0] > 0 and not torch.compiler.is_compiling():
         _check_range(name, value, positive)

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ueo_fast import _extension
@@ -128,6 +128,42 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and is_wrapped(tensor) for tensor in tensors)
 
 
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor whose storage ends before its elements do, as ``csrc/checks.h`` does.
+
+    For what PyTorch's own operations are to read: many of them crash on such a tensor.
+
+    Raises:
+        RuntimeError: the storage was freed or shrunk.
+    """
+    if torch.compiler.is_compiling():
+        return
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):  # it wraps others, or is sparse
+        return
+    extent = tensor.numel()
+    if not tensor.is_contiguous():
+        extent = 1 + sum(
+            (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+    needed = (tensor.storage_offset() + extent) * tensor.element_size()
+    if needed <= held or tensor.numel() == 0 or not _owns_memory(tensor):
+        return
+    raise RuntimeError(
+        f"{name} needs {needed} bytes of memory, but its storage holds {held}: it was freed or "
+        "shrunk (untyped_storage().resize_, as FSDP does between uses); make the call while the "
+        "tensor has its memory"
+    )
+
+
+def _owns_memory(tensor: Tensor) -> bool:
+    """Whether it is a plain tensor: those of tracers and transforms stand for others."""
+    if torch._is_functional_tensor(tensor) or is_transformed(tensor):
+        return False
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
 def _error(backend: str, device: torch.device) -> str | None:
     """Why ``backend``, which serves the device's type, cannot run there; None if it can."""
     error = _library_error(backend)
@@ -158,11 +194,12 @@ def choose(backend: str, tensor: Tensor, *others: Tensor | None, name: str = "lo
         ValueError: the name is unknown, or the backend does not serve the device.
         RuntimeError: an explicit backend cannot run; the message says why and what to install.
     """
-    if backend == "reference":
-        return backend
-    if backend == "auto":
+    known = isinstance(backend, str)  # other objects may have no hash, or an == of their own
+    if known and backend == "auto":
         return _automatic(tensor, others)
-    if backend not in COMPILED:
+    if known and backend == "reference":
+        return backend
+    if not known or backend not in COMPILED:
         raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(names())}")
     error = _library_error(backend)
     if error is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ueo_fast import backends, reference
 from ueo_fast.arguments import check_matrix, check_weights
@@ -29,6 +30,31 @@ class UEOStats(NamedTuple):
     marginal: Tensor
 
 
+_ranks_were_named = False
+
+
+def _name_ranks() -> None:
+    """Warn, once, where several processes might each pass their part of a batch."""
+    global _ranks_were_named
+    if _ranks_were_named or not (distributed.is_available() and distributed.is_initialized()):
+        return
+    if distributed.get_world_size() == 1:
+        return
+    _ranks_were_named = True
+    warnings.warn(
+        f"ueo_loss sees the logits of this process alone, one of {distributed.get_world_size()}: "
+        "averaging the gradients of ranks, as DistributedDataParallel does, minimises another loss "
+        "than that of the whole batch, because the confidences are normalised and the marginal is "
+        "taken over the rows of one call. Pass all rows on one rank (docs/guide.md, "
+        '"Large batches, several processes")',
+        stacklevel=4,
+    )
+
+
+# As torch.compiler.assume_constant_result: runs, and warns, while a graph is traced.
+_name_ranks._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 _Arguments = tuple[Tensor, Tensor | None, Tensor | None, float, float, float]
 """Checked logits, confidence, marginal_weights, trade_off, confidence_scale, eps."""
 
@@ -41,6 +67,7 @@ def _check(
     confidence_scale: float,
     eps: float,
 ) -> _Arguments:
+    _name_ranks()
     check_matrix("logits", logits)
     scale = check_number("confidence_scale", confidence_scale, sign="positive")
     if confidence is not None and scale != 1:
@@ -133,6 +160,11 @@ def ueo_loss(
     weights. Confident samples have their entropy lowered; the batch's mean prediction, in which
     doubtful samples count more, has its entropy raised (docs/math.md).
 
+    The loss couples the rows of a call: it is not the mean over parts of the batch. Adding up the
+    gradients of micro-batches, or averaging those of ranks (DistributedDataParallel), minimises
+    another loss. :class:`ueo_fast.GradCache` accumulates exactly, and a call in a process group of
+    several ranks warns once.
+
     Args:
         logits: (B, C) float64, float32, float16 or bfloat16; any strides. Arithmetic is float32
             (float64 for float64). ``-inf`` masks a class: probability and gradient are 0. NaN or
@@ -164,8 +196,9 @@ def ueo_loss(
     github.com/tim-learn/UEO.
     """
     args = _check(logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
-    chosen = backends.choose(backend, logits)
+    chosen = backends.choose(backend, logits, confidence, marginal_weights)
     if chosen == "reference":
+        backends.check_memory("logits", logits)
         loss, stats = _reference(*args)
         return (loss, stats) if return_stats else loss
     if logits.requires_grad and torch.is_grad_enabled():
@@ -220,8 +253,9 @@ def ueo_loss_and_grad(
         dlogits (B, C) contiguous in the logits' dtype.
     """
     args = _check(logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
-    chosen = backends.choose(backend, logits)
+    chosen = backends.choose(backend, logits, confidence, marginal_weights)
     if chosen == "reference":
+        backends.check_memory("logits", logits)
         with torch.inference_mode(False), torch.enable_grad():
             leaf = args[0].detach().clone(memory_format=torch.contiguous_format).requires_grad_()
             loss, stats = _reference(leaf, *args[1:])
@@ -257,5 +291,6 @@ def mcm_score(cosines: Tensor, scale: float = 1.0) -> Tensor:
     needs_grad = cosines.requires_grad and torch.is_grad_enabled()
     chosen = "reference" if needs_grad else backends.choose("auto", cosines)
     if chosen == "reference":
+        backends.check_memory("cosines", cosines)
         return reference.max_softmax(cosines, factor)
     return op.max_softmax(chosen, cosines, factor)

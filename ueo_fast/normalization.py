@@ -34,6 +34,7 @@ def _check_residual(residual: Tensor | None, x: Tensor) -> None:
             f"residual is on {residual.device} but x is on {x.device}: "
             "move it with residual.to(x.device)"
         )
+    backends.check_memory("residual", residual)
 
 
 def _dimension(dim: int, x: Tensor) -> int:
@@ -103,6 +104,7 @@ def channel_affine(
         RuntimeError: an explicit backend cannot run on this machine.
     """
     check_dense("x", x)
+    backends.check_memory("x", x)
     dim = _dimension(dim, x)
     check_choice("activation", activation, ACTIVATIONS)
     _check_residual(residual, x)
@@ -157,6 +159,7 @@ def frozen_batch_norm(
     Source: Ioffe and Szegedy, *Batch Normalization*, ICML 2015, algorithm 2.
     """
     check_dense("x", x)
+    backends.check_memory("x", x)
     if x.dim() < 2:
         raise ValueError(
             f"x must have shape (N, C) or (N, C, ...), got {tuple(x.shape)}: "
@@ -218,6 +221,7 @@ def layer_norm(
     Source: Ba, Kiros and Hinton, *Layer Normalization*, arXiv 1607.06450.
     """
     check_dense("x", x)
+    backends.check_memory("x", x)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(
             f"x must have shape (..., C) with C > 0, got {tuple(x.shape)}: there is nothing to "

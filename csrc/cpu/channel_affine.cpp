@@ -68,7 +68,10 @@ std::tuple<Tensor, Tensor, Tensor> channel_affine_backward(
   const Tensor centers = channel_values(grad_out, layout, center, "center");
   check_mask(bits, layout);
   const bool has_bits = bits.size(0) > 0;
-  if (x) check_like(*x, grad_out, "grad_out");
+  if (x) {
+    check_like(*x, grad_out, "grad_out");
+    check_memory(*x, "x");
+  }
   const ScalarType dtype = grad_out.scalar_type();
   Tensor grad_x = needs_x ? empty_as(grad_out) : empty<1>(grad_out, {0}, dtype);
   Tensor grad_residual = needs_residual ? empty_as(grad_out) : empty<1>(grad_out, {0}, dtype);

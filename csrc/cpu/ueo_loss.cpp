@@ -105,8 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ueo_loss_and_grad(
   return {std::get<0>(forward), std::get<1>(forward), std::get<2>(forward), grad};
 }
 
-Tensor max_softmax_cpu(const Tensor& any_logits, double scale) {
-  const Tensor logits = with_adjacent_columns(any_logits);
+Tensor max_softmax_cpu(const Tensor& cosines, double scale) {
+  const Tensor logits = with_adjacent_columns(cosines, "cosines");
   const LogitsView view = view_of(logits);
   return with_compute_type(view.storage, [&](auto type) {
     using A = decltype(type);

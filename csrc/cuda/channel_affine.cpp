@@ -75,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const std::o
   if (x) {
     check_on_gpu_of(grad_out, *x, "x");
     check_like(*x, grad_out, "grad_out");
+    check_memory(*x, "x");
   }
   const ScalarType dtype = grad_out.scalar_type();
   Tensor grad_x = needs_x ? empty_as(grad_out) : empty<1>(grad_out, {0}, dtype);

@@ -23,6 +23,7 @@ Tensor checked_rows(const Tensor& x, const char* name) {
                   x.dim(), " dimensions");
   STD_TORCH_CHECK(x.size(1) <= std::numeric_limits<int>::max() / 2,
                   "ueo_fast: the CUDA kernels take up to 2^30 columns, got ", x.size(1));
+  check_memory(x, name);
   return x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x);
 }
 
@@ -37,6 +38,7 @@ Tensor checked_numbers(const Tensor& x, const Tensor& numbers, int64_t count, co
                   " must have shape (", count, ",)");
   STD_TORCH_CHECK(numbers.scalar_type() == dtype_of(x), "ueo_fast: ", name,
                   " must have the compute dtype of x (float64 for float64, else float32)");
+  check_memory(numbers, name);
   return torch::stable::contiguous(numbers);
 }
 

@@ -17,8 +17,8 @@
 namespace ueo_fast::cuda {
 namespace {
 
-Tensor checked(const Tensor& any_logits) {
-  const Tensor logits = with_adjacent_columns(any_logits);
+Tensor checked(const Tensor& any_logits, const char* name = "logits") {
+  const Tensor logits = with_adjacent_columns(any_logits, name);
   STD_TORCH_CHECK(logits.size(1) <= std::numeric_limits<int>::max() / 2,
                   "ueo_fast: the CUDA kernels take up to 2^30 - 1 classes, got ", logits.size(1));
   return logits;
@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_grad(
           gradient(gpu, logits, nullptr, summary, marginal, row_stats, trade_off, eps)};
 }
 
-Tensor max_softmax_cuda(const Tensor& any_logits, double scale) {
-  const Tensor logits = checked(any_logits);
+Tensor max_softmax_cuda(const Tensor& cosines, double scale) {
+  const Tensor logits = checked(cosines, "cosines");
   const OnGpuOf gpu(logits);
   const LogitsView view = view_of(logits);
   Tensor out = empty<1>(logits, {view.rows}, dtype_of(logits));

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ueo_fast import backends
 from ueo_fast.ops import registry
 
 
@@ -57,7 +58,7 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
-def _like(tensor: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+def _like(name: str, tensor: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
     """``tensor`` with the given strides (where a size of 1 does not void them), else a copy."""
     same = all(
         size <= 1 or ours == wanted
@@ -65,6 +66,7 @@ def _like(tensor: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor
     )
     if same:
         return tensor
+    backends.check_memory(name, tensor)
     copy = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
     return copy.copy_(tensor)
 
@@ -80,7 +82,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Without autograd: the result in the layout of the dense ``x``, and the mask's bits."""
     if residual is not None:
-        residual = _like(residual, x.shape, x.stride())
+        residual = _like("residual", residual, x.shape, x.stride())
     return registry.of(backend).channel_affine_forward(x, scale, shift, residual, dim, relu)
 
 
@@ -100,7 +102,7 @@ def backward(
     needs_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by x and the residual and the sums (2, channels): see csrc/library.cpp."""
-    grad_out = _like(grad_out, grad_out.shape, strides)
+    grad_out = _like("grad_out", grad_out, grad_out.shape, strides)
     return registry.of(backend).channel_affine_backward(
         grad_out, x, scale, shift, center, bits, dim, relu, needs_x, needs_sums, needs_residual
     )

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from ueo_fast import backends
 
 
-def is_traced() -> bool:
-    """Whether torch.jit.trace records what is run; it knows PyTorch's own operations only."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+def is_traced(x: object) -> bool:
+    """Whether a tracer records what is done to ``x``: it is to see PyTorch's own operations.
+
+    torch.jit.trace does, and torch.fx, whose proxies are no tensors. Whatever else is no tensor is
+    left to PyTorch's operations as well, for their errors.
+    """
+    return not isinstance(x, Tensor) or bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def saves_nothing(x: Tensor, weight: Tensor | None = None) -> bool:
@@ -22,14 +26,18 @@ def saves_nothing(x: Tensor, weight: Tensor | None = None) -> bool:
         x: the input.
         weight: of the operation, if it has one.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if is_traced(x) or not (torch.is_grad_enabled() and x.requires_grad):
         return False  # nothing is saved anyway
+    if not x.is_floating_point():
+        return False  # a complex convolution is several real ones
+    backends.check_memory("input", x)
     if weight is not None:
         if weight.requires_grad:
             return False  # its gradient needs the input
         if type(weight) not in (Tensor, nn.Parameter):
             return False  # a quantised or distributed weight has operations of its own
-    return not (is_traced() or backends.is_transformed(x))
+        backends.check_memory("weight", weight)
+    return not backends.is_transformed(x)
 
 
 def dense_strides(x: Tensor) -> tuple[int, ...]:

@@ -24,6 +24,11 @@ def _tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:
     return values * length if len(values) == 1 else values
 
 
+def _keeps_size(padding: str, stride: int | Sequence[int]) -> bool:
+    """Whether it is ``"same"`` where PyTorch takes it."""
+    return padding == "same" and all(step == 1 for step in _tuple(stride, 1))
+
+
 def autocast(x: Tensor) -> tuple[Tensor, bool]:
     """``x`` as autocast hands it to a convolution, and whether the weight is to follow."""
     device = x.device.type
@@ -42,26 +47,23 @@ class FrozenConvolutionFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
+        stride: int | Sequence[int],
+        padding: int | Sequence[int],
+        dilation: int | Sequence[int],
         groups: int,
         casts: bool,
     ) -> Tensor:
+        # The ordinary function checks all arguments, and casts under autocast.
+        y = _ORDINARY[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
+        spatial = weight.dim() - 2
         ctx.layout = x.shape, dense_strides(x), x.dtype
-        ctx.geometry = stride, padding, dilation, groups
+        ctx.geometry = (*(_tuple(value, spatial) for value in (stride, padding, dilation)), groups)
         ctx.casts = casts
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         # The parameter itself, also where a cast of it is used: casting again in backward costs
         # less than holding the copies of all layers until then.
         ctx.save_for_backward(weight)
-        if casts:
-            weight = weight.to(x.dtype)
-            bias = None if bias is None else bias.to(x.dtype)
-        nothing = (0,) * len(stride)
-        return torch.ops.aten.convolution(
-            x, weight, bias, stride, padding, dilation, False, nothing, groups
-        )
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,30 +110,27 @@ def frozen_convolution(
         x: (N, C, ...) or (C, ...); the rest as ``F.conv2d``, ``padding`` ``"same"`` and
             ``"valid"`` included.
     """
-    if not saves_nothing(x, weight):
-        return _ORDINARY[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
-    spatial = weight.dim() - 2
-    stride, dilation = _tuple(stride, spatial), _tuple(dilation, spatial)
+    ordinary = _ORDINARY[weight.dim()]
+    known = not isinstance(padding, str) or padding == "valid" or _keeps_size(padding, stride)
+    if not (known and saves_nothing(x, weight)):
+        return ordinary(x, weight, bias, stride, padding, dilation, groups)
     x, casts = autocast(x)
     if padding == "valid":
         padding = 0
     elif padding == "same":
-        if any(step != 1 for step in stride):
-            raise RuntimeError("padding='same' is not supported for strided convolutions")
-        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        steps = _tuple(dilation, weight.dim() - 2)
+        total = [d * (k - 1) for d, k in zip(steps, weight.shape[2:], strict=True)]
         padding = [pixels // 2 for pixels in total]
         odd = [pixels % 2 for pixels in total]
         if any(odd):  # one more behind; F.pad counts from the last dimension
             x = F.pad(x, [side for extra in reversed(odd) for side in (0, extra)])
-    elif isinstance(padding, str):
-        raise ValueError(f"padding={padding!r} is unknown: choose 'same', 'valid' or numbers")
     single = x.dim() == weight.dim() - 1
     y: Tensor = FrozenConvolutionFunction.apply(
         x.unsqueeze(0) if single else x,
         weight,
         bias,
         stride,
-        _tuple(padding, spatial),
+        padding,
         dilation,
         groups,
         casts,

@@ -24,16 +24,19 @@ class AveragePoolFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        kernel_size: Numbers,
-        stride: Numbers,
-        padding: Numbers,
+        kernel_size: Any,
+        stride: Any,
+        padding: Any,
         ceil_mode: bool,
         count_include_pad: bool,
         divisor_override: int | None,
     ) -> Tensor:
+        rest = ceil_mode, count_include_pad, divisor_override
+        y = F.avg_pool2d(x, kernel_size, stride, padding, *rest)  # checks them all
         ctx.layout = x.shape, frozen.dense_strides(x), x.dtype, x.device
-        ctx.options = kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-        return torch.ops.aten.avg_pool2d(x, *ctx.options)
+        kernel = _pair(kernel_size)
+        ctx.options = kernel, _pair(stride) if stride else kernel, _pair(padding), *rest
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -47,9 +50,10 @@ class AdaptiveAveragePoolFunction(torch.autograd.Function):
     """``adaptive_avg_pool2d``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, output_size: Numbers) -> Tensor:
+    def forward(ctx: Any, x: Tensor, output_size: Any) -> Tensor:
+        y = F.adaptive_avg_pool2d(x, output_size)
         ctx.layout = x.shape, frozen.dense_strides(x), x.dtype, x.device
-        return torch.ops.aten._adaptive_avg_pool2d(x, output_size)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,14 +75,12 @@ def frozen_avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """``F.avg_pool2d`` without holding ``x``: same arguments, values, gradients and layouts.
+    """``F.avg_pool2d`` without holding ``x``: same arguments, values, gradients, layouts, errors.
 
     Differentiable twice. Where ``x`` needs no gradient, and under torch.func, forward-mode
     differentiation and tracing it *is* ``F.avg_pool2d``.
     """
-    kernel_size, padding = _pair(kernel_size), _pair(padding)
-    stride = _pair(stride) if stride else kernel_size
-    options = kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    options: Any = kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
     if not frozen.saves_nothing(x):
         return F.avg_pool2d(x, *options)
     y: Tensor = AveragePoolFunction.apply(x, *options)
@@ -87,14 +89,17 @@ def frozen_avg_pool2d(
 
 def frozen_adaptive_avg_pool2d(x: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
     """``F.adaptive_avg_pool2d`` without holding ``x``; see :func:`frozen_avg_pool2d`."""
-    wanted = (output_size, output_size) if isinstance(output_size, int) else output_size
-    wanted = (None, None) if wanted is None else tuple(wanted)
-    height, width = (
-        size if new is None else new for new, size in zip(wanted, x.shape[-2:], strict=True)
-    )
-    sizes = height, width
     # To one pixel it is a mean, which saves the shape.
-    if sizes == (1, 1) or not frozen.saves_nothing(x):
-        return F.adaptive_avg_pool2d(x, sizes)
-    y: Tensor = AdaptiveAveragePoolFunction.apply(x, sizes)
+    if not frozen.saves_nothing(x) or _is_one_pixel(x, output_size):
+        return F.adaptive_avg_pool2d(x, output_size)  # type: ignore[arg-type]
+    y: Tensor = AdaptiveAveragePoolFunction.apply(x, output_size)
     return y
+
+
+def _is_one_pixel(x: Tensor, output_size: int | Sequence[int | None] | None) -> bool:
+    if not isinstance(output_size, Sequence):
+        return output_size == 1
+    return all(
+        new == 1 or (new is None and size == 1)
+        for new, size in zip(output_size, x.shape[-2:], strict=False)
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +29,7 @@ class Ops:
         self.fakes = fakes
         if _extension.cpu_error is None:
             for name, fake in fakes.items():
-                torch.library.register_fake(f"ueo_fast::{name}", fake)
+                torch.library.register_fake(f"ueo_fast::{name}", _on_one_device(name, fake))
 
         def kernel(name: str) -> Callable[..., Any]:
             # Imports triton: only once an op of it runs.
@@ -46,7 +48,15 @@ class Ops:
         """
 
         def kernel(name: str) -> Callable[..., Any]:
-            return lambda *arguments: kernels(name)(*arguments)
+            def run(*arguments: Any) -> Any:
+                for parameter, value in zip(signatures[name].parameters, arguments, strict=True):
+                    if isinstance(value, torch.Tensor):
+                        backends.check_memory(parameter, value)
+                return kernels(name)(*arguments)
+
+            return run
+
+        signatures = {name: inspect.signature(fake) for name, fake in self.fakes.items()}
 
         library = torch.library.Library(namespace, "FRAGMENT")
         _libraries.append(library)
@@ -54,7 +64,25 @@ class Ops:
             library.define(name + torch.library.infer_schema(fake, mutates_args=()))
             library.impl(name, kernel(name), "CUDA")
             library.impl(name, kernel(name), "CPU")
-            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+            torch.library.register_fake(
+                f"{namespace}::{name}", _on_one_device(name, fake), lib=library
+            )
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake``, which also runs where one argument is a meta tensor: refuse others beside it."""
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any) -> Any:
+        devices = {value.device for value in arguments if isinstance(value, torch.Tensor)}
+        if len(devices) > 1:
+            found = ", ".join(sorted(map(str, devices)))
+            raise RuntimeError(
+                f"ueo_fast::{name} needs all tensors on one device, got {found}: move them to one"
+            )
+        return fake(*arguments)
+
+    return checked
 
 
 def of(backend: str) -> Any:

@@ -99,8 +99,20 @@ def patch_visual(model: nn.Module, *, min_elements: int | None = None) -> PatchH
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     _check_min_elements(min_elements)
     tower, prefix = visual_tower(model)
-    rows: list[tuple[nn.Module, Site]] = []
     swapped: list[nn.Module] = []
+    try:
+        report = _patch(tower, prefix, min_elements, swapped)
+    except BaseException:
+        _restore_all(swapped)
+        raise
+    return PatchHandle(report, swapped)
+
+
+def _patch(
+    tower: nn.Module, prefix: str, min_elements: int | None, swapped: list[nn.Module]
+) -> PatchReport:
+    """Patch what can be; ``swapped`` grows by each module whose class has changed."""
+    rows: list[tuple[nn.Module, Site]] = []
     for name, module in tower.named_modules():
         kind = kind_of(module)
         if kind is None:
@@ -109,9 +121,11 @@ def patch_visual(model: nn.Module, *, min_elements: int | None = None) -> PatchH
             patched, reason = True, "already patched"
         else:
             patch, reason = decide(module)
-            patched = patch is not None
-            if patch is not None:
-                swap(module, patch)
+            refused = swap(module, patch) if patch is not None else None
+            patched = patch is not None and refused is None
+            if refused is not None:
+                reason = refused
+            elif patch is not None:
                 swapped.append(module)
                 if min_elements is not None and issubclass(patch, _BATCH_NORMS):
                     set_min_elements(module, min_elements)
@@ -123,17 +137,16 @@ def patch_visual(model: nn.Module, *, min_elements: int | None = None) -> PatchH
         if isinstance(module, Patched) or (block := block_of(module)) is None:
             continue
         patch, chains = block
-        swap(module, patch)
-        swapped.append(module)
-        fused.update(_fused(chains))
-    report = PatchReport(
+        if swap(module, patch) is None:
+            swapped.append(module)
+            fused.update(_fused(chains))
+    return PatchReport(
         tuple(
             dataclasses.replace(site, reason=fused[module]) if module in fused else site
             for module, site in rows
         ),
         _notes(tower, swapped, MIN_ELEMENTS if min_elements is None else min_elements),
     )
-    return PatchHandle(report, swapped)
 
 
 def _check_min_elements(value: object) -> None:

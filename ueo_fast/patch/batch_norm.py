@@ -32,7 +32,6 @@ class PatchedBatchNorm(Patched):
         norm: Any = self
         if not runs_fused(norm, input):
             return super().forward(input)  # type: ignore[misc]
-        norm._check_input_dim(input)
         return normalize(norm, input)
 
 
@@ -43,7 +42,7 @@ class PatchedBatchNormAct(Patched):
 
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self
-        if x.dim() != 4 or not runs_fused(norm, x):
+        if not runs_fused(norm, x) or x.dim() != 4:
             return super().forward(x)  # type: ignore[misc]
         drops = type(norm.drop) is not nn.Identity or is_observed(norm.drop)
         if not drops and is_plain_relu(norm.act):
@@ -62,24 +61,46 @@ def set_min_elements(norm: nn.Module, elements: int) -> None:
     vars(norm)[_OWN] = elements
 
 
-def runs_fused(norm: Any, x: Tensor, elements: int | None = None) -> bool:
+def runs_fused(
+    norm: Any, x: Tensor, elements: int | None = None, channels: int | None = None
+) -> bool:
     """Whether a batch norm uses its running statistics and a compiled kernel is to run on ``x``.
 
     Without a kernel (an unknown device, torch.func, tracing) the original is faster and holds less
-    than our reference.
+    than our reference. It also runs on what it might refuse, for its errors.
 
     Args:
         norm: the module.
         x: its input, or what its input is made of.
         elements: of its input, where that is not ``x``.
+        channels: of its input, where that is not ``x``.
     """
     if norm.training or norm.running_mean is None or norm.running_var is None:
         return False
-    if is_traced() or not x.is_floating_point():
+    if is_traced(x) or not x.is_floating_point() or x.dim() < 2:
         return False
     if _is_small(norm, x, x.numel() if elements is None else elements):
         return False
+    values = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    plain = are_plain(x, x.shape[1] if channels is None else channels, *values)
+    if not plain or not is_plain_eps(norm.eps) or norm.running_mean.requires_grad:
+        return False
     return backends.choose("auto", x, norm.weight, norm.bias) != "reference"
+
+
+def are_plain(x: Tensor, channels: int, *values: Tensor | None) -> bool:
+    """Whether PyTorch's norms take ``values``, one per channel, together with ``x``."""
+    given = [value for value in values if value is not None]
+    dtypes = {value.dtype for value in given} or {x.dtype}
+    widened = x.dtype in (torch.float16, torch.bfloat16) and dtypes == {torch.float32}
+    if channels == 0 or not (widened or dtypes == {x.dtype}):
+        return False
+    return all(value.shape == (channels,) and value.device == x.device for value in given)
+
+
+def is_plain_eps(eps: object) -> bool:
+    """Whether ours takes an eps, as PyTorch's does with any number."""
+    return isinstance(eps, float) and (eps == 0 or 1e-30 <= eps <= 1e30)
 
 
 def _is_small(norm: Any, x: Tensor, elements: int) -> bool:
@@ -93,6 +114,7 @@ def normalize(
     norm: Any, x: Tensor, *, activation: str = "none", residual: Tensor | None = None
 ) -> Tensor:
     """:func:`ueo_fast.frozen_batch_norm` with a module's parameters and statistics."""
+    norm._check_input_dim(x)
     return frozen_batch_norm(
         x,
         norm.weight,
@@ -127,6 +149,8 @@ def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
 
 def can_add(norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor) -> bool:
     """Whether ``relu(norm(x) + residual)`` may become one call."""
+    if not can_fuse(norm, relu, x):
+        return False
     # Otherwise the sum broadcasts or promotes, which is left to PyTorch.
     same = residual.shape == x.shape and residual.dtype == x.dtype
-    return same and can_fuse(norm, relu, x)
+    return same and residual.device == x.device

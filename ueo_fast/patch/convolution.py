@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ueo_fast.ops.frozen import saves_nothing
 from ueo_fast.ops.frozen_convolution import frozen_convolution
 from ueo_fast.patch.patched import Patched
 
@@ -19,6 +20,8 @@ class PatchedConvolution(Patched):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         conv: Any = self
+        if not saves_nothing(input, weight) or weight.dim() != len(conv.kernel_size) + 2:
+            return super()._conv_forward(input, weight, bias)  # type: ignore[misc]
         padding = conv.padding
         if conv.padding_mode != "zeros":
             sides = conv._reversed_padding_repeated_twice

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ueo_fast import backends
@@ -28,6 +29,8 @@ def widens(conv: Any, norm: Any) -> bool:
 def _is_wide(conv: Any) -> bool:
     return (
         all(size == 1 for size in conv.kernel_size)
+        and len(conv.stride) == len(conv.dilation) == len(conv.kernel_size)
+        and all(step > 0 for step in (*conv.stride, *conv.dilation))
         and 2 * conv.in_channels * math.prod(conv.stride) <= conv.out_channels
         and conv.padding in ("valid", "same", (0,) * len(conv.stride))
         and conv.bias is None
@@ -42,10 +45,12 @@ def can_join(conv: Any, norm: Any, x: Tensor) -> bool:
         # Otherwise the norm holds nothing.
         and norm.weight is not None
         and norm.weight.requires_grad
-        and x.dim() == conv.weight.dim()
+        and x.dim() == conv.weight.dim() == len(conv.kernel_size) + 2
+        and x.shape[1] == conv.weight.shape[1] * conv.groups
+        and (x.dtype == conv.weight.dtype or torch.is_autocast_enabled(x.device.type))
         and not is_observed(conv)
         and not is_observed(norm)
-        and runs_fused(norm, x, _elements_of_output(conv, x))
+        and runs_fused(norm, x, _elements_of_output(conv, x), conv.out_channels)
     )
 
 
@@ -56,6 +61,7 @@ def _elements_of_output(conv: Any, x: Tensor) -> int:
 
 def join(conv: Any, norm: Any, x: Tensor, relu: nn.Module | None = None) -> Tensor:
     """``norm(conv(x))``, with the ReLU after it if there is one."""
+    norm._check_input_dim(x)  # a convolution of one pixel changes no number of dimensions
     fuses_relu = relu is not None and is_plain_relu(relu)
     y = frozen_convolution_norm(
         backends.choose("auto", x),

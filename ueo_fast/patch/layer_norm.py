@@ -10,6 +10,7 @@ from torch import Tensor
 from ueo_fast import backends
 from ueo_fast.normalization import layer_norm
 from ueo_fast.ops.frozen import is_traced
+from ueo_fast.patch.batch_norm import are_plain, is_plain_eps
 from ueo_fast.patch.patched import Patched, defines
 
 
@@ -60,6 +61,17 @@ class PatchedLayerNorm(Patched):
 
 def runs_fused(norm: Any, x: Tensor) -> bool:
     """Whether a kernel is to run on ``x``: not on the CPU, nor where there is none."""
-    if x.device.type == "cpu" or is_traced() or not x.is_floating_point():
+    if is_traced(x) or x.device.type == "cpu" or not x.is_floating_point():
+        return False
+    channels_first = RULES[defines(type(norm)._ueo_original, "forward")].channels_first
+    if x.dim() < 1 or (channels_first and x.dim() != 4):
+        return False
+    channels = norm.normalized_shape[0]
+    if x.shape[1 if channels_first else -1] != channels or not is_plain_eps(norm.eps):
+        return False
+    # Under autocast F.layer_norm widens them all.
+    if torch.is_autocast_enabled(x.device.type):
+        return backends.choose("auto", x, norm.weight, norm.bias) != "reference"
+    if not are_plain(x, channels, norm.weight, norm.bias):
         return False
     return backends.choose("auto", x, norm.weight, norm.bias) != "reference"

@@ -32,6 +32,21 @@ class Patched:
         return (new_instance, (cls._ueo_patch, cls._ueo_original), *reduced[2:])
 
 
+class _EqualsOriginal(type):
+    """Of patched classes: ``==`` to the original, and found in its place as a key.
+
+    torch.ao looks layers up by their class, to fuse and to quantise them, and would silently leave
+    patched ones as they are.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (other is not None and vars(cls).get("_ueo_original") is other)
+
+    def __hash__(cls) -> int:
+        original = vars(cls).get("_ueo_original")
+        return type.__hash__(cls) if original is None else hash(original)
+
+
 _classes: dict[tuple[type[Patched], type[nn.Module]], type[nn.Module]] = {}
 
 
@@ -51,7 +66,10 @@ def _make_class(patch: type[Patched], original: type[nn.Module]) -> type[nn.Modu
         "_ueo_patch": patch,
         "_ueo_original": original,
     }
-    return type(f"Patched{original.__name__}", (patch, original), body)
+    # A metaclass of the original's stays the only one.
+    meta: Any = _EqualsOriginal if type(original) is type else type(original)
+    cls: type[nn.Module] = meta(f"Patched{original.__name__}", (patch, original), body)
+    return cls
 
 
 def new_instance(patch: type[Patched], original: type[nn.Module]) -> nn.Module:
@@ -60,9 +78,15 @@ def new_instance(patch: type[Patched], original: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def swap(module: nn.Module, patch: type[Patched]) -> None:
-    """Gives ``module`` the methods of ``patch``."""
-    module.__class__ = patched_class(patch, type(module))
+def swap(module: nn.Module, patch: type[Patched]) -> str | None:
+    """Give ``module`` the methods of ``patch``; why its class does not allow it, else None."""
+    original = type(module)
+    try:
+        module.__class__ = patched_class(patch, original)
+    except Exception as error:  # of its metaclass, __init_subclass__, __setattr__, ...
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return f"{original.__name__} allows no subclass in its place ({said})"
+    return None
 
 
 def restore(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ueo_fast.ops.frozen import saves_nothing
 from ueo_fast.ops.frozen_pooling import frozen_adaptive_avg_pool2d, frozen_avg_pool2d
 from ueo_fast.patch.patched import Patched
 
@@ -15,6 +16,8 @@ class PatchedAvgPool2d(Patched):
 
     def forward(self, input: Tensor) -> Tensor:
         pool: Any = self
+        if not saves_nothing(input):
+            return super().forward(input)  # type: ignore[misc]
         return frozen_avg_pool2d(
             input,
             pool.kernel_size,
@@ -31,4 +34,6 @@ class PatchedAdaptiveAvgPool2d(Patched):
 
     def forward(self, input: Tensor) -> Tensor:
         pool: Any = self
+        if not saves_nothing(input):
+            return super().forward(input)  # type: ignore[misc]
         return frozen_adaptive_avg_pool2d(input, pool.output_size)

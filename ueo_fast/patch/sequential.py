@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ueo_fast.ops.frozen import is_traced
 from ueo_fast.patch.batch_norm import norm_relu
 from ueo_fast.patch.blocks import Block, Chain
 from ueo_fast.patch.convolution_norm import can_join, join, widens
@@ -19,6 +20,8 @@ class PatchedSequential(Patched):
 
     def forward(self, input: Any) -> Any:
         sequence: Any = self
+        if is_traced(input):
+            return super().forward(input)  # type: ignore[misc]
         modules = list(sequence)
         while modules:
             module, *modules = modules

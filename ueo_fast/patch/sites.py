@@ -18,6 +18,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ueo_fast.patch.batch_norm import PatchedBatchNorm, PatchedBatchNormAct
 from ueo_fast.patch.blocks import Chain
 from ueo_fast.patch.convolution import PatchedConvolution
+from ueo_fast.patch.hooks import replaced_method
 from ueo_fast.patch.layer_norm import RULES, PatchedLayerNorm
 from ueo_fast.patch.open_clip import BLOCKS as BLOCKS_OF_OPEN_CLIP
 from ueo_fast.patch.patched import Patched, defines, original_class
@@ -98,8 +99,12 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def decide(module: nn.Module) -> Decision:
     """What becomes of a site."""
-    if "forward" in vars(module):
-        return Decision(None, "its forward was replaced on this instance")
+    if replaced := replaced_method(module):
+        return Decision(None, f"its {replaced} was replaced on this instance")
+    cls = original_class(module)
+    for method in ("__call__", "_call_impl", "_wrapped_call_impl"):
+        if defines(cls, method) != "torch.nn.modules.module.Module":
+            return Decision(None, f"{cls.__name__} has a {method} of its own")
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return Decision(None, "it is not initialised: run the model once, then patch")
     kind = kind_of(module)
@@ -167,9 +172,13 @@ def _pool(module: nn.Module) -> Decision:
 
 def block_of(module: nn.Module) -> tuple[type[Patched], list[Chain]] | None:
     """What a block can become whose forward says which ReLU follows which batch norm."""
-    if "forward" in vars(module):
+    if replaced_method(module):
         return None
     for (owner, method), block in _BLOCKS.items():
-        if defines(type(module), method) == owner and (chains := block.chains(module)):
+        if (
+            method not in vars(module)
+            and defines(type(module), method) == owner
+            and (chains := block.chains(module))
+        ):
             return block.patch, chains
     return None

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ueo_fast.ops.frozen import is_traced
 from ueo_fast.patch.batch_norm import can_add, norm_relu, normalize
 from ueo_fast.patch.blocks import Block, of_children
 from ueo_fast.patch.patched import Patched
@@ -26,6 +27,8 @@ class PatchedBasicBlock(Patched):
 
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
+        if is_traced(x):
+            return super().forward(x)  # type: ignore[misc]
         out = norm_relu(block.bn1, block.relu, block.conv1(x))
         return _end(block, block.bn2, x, block.conv2(out))
 
@@ -35,6 +38,8 @@ class PatchedBottleneck(Patched):
 
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
+        if is_traced(x):
+            return super().forward(x)  # type: ignore[misc]
         out = norm_relu(block.bn1, block.relu, block.conv1(x))
         out = norm_relu(block.bn2, block.relu, block.conv2(out))
         return _end(block, block.bn3, x, block.conv3(out))

@@ -14,7 +14,6 @@ from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.batches import IndexedImages, steps_per_epoch, training_batches
 from ueo_fast.finetune.engine.early_stop import EarlyStop
 from ueo_fast.finetune.engine.forward import Forward
-from ueo_fast.finetune.engine.gradient_cache import backward_features, cached_features
 from ueo_fast.finetune.engine.history import History, NonFiniteLossError
 from ueo_fast.finetune.engine.hooks import Hooks, StartRecord, StepRecord
 from ueo_fast.finetune.engine.modes import RunningStatistics, check_independent, evaluation_mode
@@ -24,6 +23,7 @@ from ueo_fast.finetune.engine.optimizer import Optimizer
 from ueo_fast.finetune.engine.step_statistics import StepStatistics, Totals, measure
 from ueo_fast.finetune.engine.training_config import TrainerConfig
 from ueo_fast.finetune.engine.training_state import TrainingState, fingerprint
+from ueo_fast.gradient_cache import GradCache
 
 __all__ = ["History", "NonFiniteLossError", "TrainerConfig", "train"]
 
@@ -181,19 +181,16 @@ class _Run:
         self.statistics.keep()
         batch = forward.to_device(batch)
         text = forward.text_features()
-        split = micro is not None and micro < len(batch)
-        if split:
-            assert micro is not None
-            image = cached_features(forward.image_features, batch, micro)
-        else:
-            image = forward.image_features(batch)
+        cache = None
+        if micro is not None and micro < len(batch):
+            cache = GradCache(forward.image_features, batch.split(micro))
+        image = forward.image_features(batch) if cache is None else cache.features
         cosines, logits = self.classifier.compare(image, text)
         step = Step(cosines, logits, image, text, positions.to(forward.device))
         loss = self._loss(step)
         optimizer.scaled(loss).backward()
-        if split and self.config.affine_lr > 0 and image.grad is not None:
-            assert micro is not None
-            backward_features(forward.image_features, batch, image.grad, micro)
+        if cache is not None and self.config.affine_lr > 0 and image.grad is not None:
+            cache.backward()
         # The one wait for the device, and the way to stop before a NaN reaches the weights.
         statistics = measure(loss, logits, optimizer.gradients())
         self._check_finite(statistics)
