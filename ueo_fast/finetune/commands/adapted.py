@@ -57,7 +57,7 @@ def open_run(path: str, device: str | None) -> AdaptedRun:
             f"{folder.path} has no {DELTA} yet: the run was stopped before its end; finish it with "
             f"ueo-fast finetune --resume --out {shlex.quote(str(folder.path))}"
         )
-    config = FinetuneConfig(**folder.read_json("config.json"))
+    config = FinetuneConfig.read(folder)
     base = read_delta(folder.path / DELTA).base
     clip = load_base(base, device=chosen_device(device))
     return AdaptedRun(folder, config, clip)

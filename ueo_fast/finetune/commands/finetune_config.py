@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ueo_fast.finetune.clip.template import split_template
 from ueo_fast.finetune.engine.trainer import TrainerConfig
+from ueo_fast.finetune.files.records import as_record
 from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.methods.registry import METHODS, make_method, options_of
+
+if TYPE_CHECKING:
+    from ueo_fast.finetune.files.run_folder import RunFolder
 
 MethodName = Literal[
     "zeroshot", "ueo", "infomax", "entmin", "adabn", "tent", "upl", "pouf", "dance", "oracle"
@@ -334,6 +338,17 @@ class FinetuneConfig:
         values = asdict(self)
         del values["out"], values["resume"]
         return values
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> FinetuneConfig:
+        """The inverse of :meth:`as_dict`: a run's own options, from its ``config.json``.
+
+        Raises:
+            BrokenFileError: an option is missing, unknown (of another version), or has a value that
+                it cannot have; the message names the file and the option.
+        """
+        names = [item.name for item in fields(cls) if item.name not in ("out", "resume")]
+        return folder.read_json("config.json", as_record(cls, all_of=names))
 
     def command(self) -> str:
         """The shortest command that gives the same run; without ``--out``."""

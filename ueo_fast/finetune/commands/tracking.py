@@ -13,8 +13,14 @@ from tqdm import tqdm
 from ueo_fast.finetune.commands.evaluation import brief
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.recorder import Recorder
-from ueo_fast.finetune.engine.checkpoint import SafetensorsCheckpoints
-from ueo_fast.finetune.engine.hooks import EpochRecord, Hooks, StartRecord, StepRecord, combine
+from ueo_fast.finetune.engine.hooks import (
+    CheckpointStore,
+    EpochRecord,
+    Hooks,
+    StartRecord,
+    StepRecord,
+    combine,
+)
 from ueo_fast.finetune.engine.tracking import (
     JsonLinesTracker,
     TensorBoardTracker,
@@ -38,7 +44,7 @@ def check_trackers(config: FinetuneConfig) -> None:
 
 @contextmanager
 def training_hooks(
-    config: FinetuneConfig, folder: RunFolder, recorder: Recorder
+    config: FinetuneConfig, folder: RunFolder, recorder: Recorder, store: CheckpointStore
 ) -> Iterator[Hooks]:
     """Hooks for a run, and its checkpoints; what they opened is closed at the end."""
     with ExitStack() as stack:
@@ -54,7 +60,7 @@ def training_hooks(
         yield combine(
             *(tracker.hooks() for tracker in trackers),
             _terminal(bar, recorder),
-            Hooks(checkpoints=SafetensorsCheckpoints(folder)),
+            Hooks(checkpoints=store),
         )
 
 
