@@ -142,7 +142,7 @@ class _Run:
         store, state = self.hooks.checkpoints, self.state
         checkpoint = None if store is None else store.load()
         if checkpoint is not None:
-            state.check(checkpoint)
+            state.check(checkpoint, self.total)
             state.load_classifier(checkpoint)
             self.step = checkpoint.step
         self.objective.prepare(self.classifier)
