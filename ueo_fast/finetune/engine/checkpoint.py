@@ -48,10 +48,13 @@ class SafetensorsCheckpoints:
                 raise ValueError(
                     f"{self.path} is damaged or was edited: its checksum does not fit its content"
                 )
-            step, values = int(metadata["step"]), json.loads(metadata["values"])
-            if not isinstance(values, dict):
-                raise ValueError(f"{self.path} has values that are not a table")
-        except (ValueError, KeyError, RecursionError) as error:
+            try:
+                step, values = int(metadata["step"]), json.loads(metadata["values"])
+                if not isinstance(values, dict):
+                    raise TypeError("its values are not a table")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f"{self.path} has no step or no values ({error!r})") from error
+        except ValueError as error:
             raise ValueError(
                 f"{error}; so the run cannot go on from it: delete it to start this run anew"
             ) from error

@@ -13,6 +13,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "constant")
 
+MOST_WORKERS = 256
+"""Processes of some hundred MB each; a shared config may ask for any number."""
+
 # What may differ between a run and its resumption without changing the result.
 _FREE = ("num_workers", "checkpoint_every")
 
@@ -79,6 +82,8 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.num_workers > MOST_WORKERS:
+            raise ValueError(f"num_workers must be at most {MOST_WORKERS}, got {self.num_workers}")
         for name in ("prompt_lr", "affine_lr", "weight_decay"):
             value = getattr(self, name)
             if value < 0:

@@ -109,11 +109,17 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give folders of runs of ueo-fast finetune")
     try:
-        return read_object(path / "config.json", _checked_config)
+        config = read_object(path / "config.json", dict)
     except (FileNotFoundError, NotADirectoryError):
         inside = sorted(each.parent.name for each in path.glob("*/config.json"))
         hint = f"; but {', '.join(inside[:3])} in it may be: give {path}/*" if inside else ""
         raise ValueError(f"{path} is no run of ueo-fast finetune: no config.json{hint}") from None
+    if not {"method", "model", "seed"} <= set(config):
+        raise ValueError(
+            f"{path} is no run of ueo-fast finetune: its config.json has no method, model and seed"
+        )
+    read_object(path / "config.json", as_record(_Config))  # they are of the right types
+    return config
 
 
 @dataclass(frozen=True)
@@ -152,17 +158,6 @@ class _MetricsLine:
     aupr: float | None
     fpr95: float | None
     hm: float | None
-    known_images: int
-    unknown_images: int
-
-
-def _checked_config(config: dict[str, Any]) -> dict[str, Any]:
-    if not {"method", "model", "seed"} <= set(config):
-        raise ValueError(
-            "it has no method, model and seed, so the folder is not a run of ueo-fast finetune"
-        )
-    as_record(_Config)(config)
-    return config
 
 
 def checked_metrics(record: dict[str, Any]) -> dict[str, Any]:
