@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ueo_fast.finetune.files import atomic, run_folder
 from ueo_fast.finetune.files.atomic import atomic_file
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.files.tensor_file import TensorFileError, read_tensors, write_tensors
@@ -166,7 +168,87 @@ def test_a_read_only_file_system_is_told(small_disk):
         with pytest.raises(OSError, match="Read-only file system") as caught:
             write()
         assert caught.value.errno == errno.EROFS
-    assert folder.read_json("config.json") == {"a": 1}
+    assert folder.read_json("config.json", dict) == {"a": 1}
+
+
+@pytest.mark.parametrize("call", ["write", "flush", "fsync", "replace", "close"])
+@pytest.mark.parametrize("size", [10, 10**6])
+def test_a_disk_that_is_full_at_any_moment_is_told_with_the_name(tmp_path, monkeypatch, call, size):
+    """The system's own error names no file: the buffer is written wherever it is flushed."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    failed = []
+
+    class Raw(io.FileIO):
+        def write(self, data):
+            if call in ("write", "flush"):
+                failed.append(call)
+                raise full
+            return super().write(data)
+
+        def close(self):
+            was_open = not self.closed
+            super().close()
+            if call == "close" and was_open:
+                failed.append(call)
+                raise full
+
+    def fail(*_):
+        failed.append(call)
+        raise full
+
+    def buffered(path, mode, opener):
+        return io.BufferedWriter(Raw(path, mode, opener=opener))
+
+    folder = RunFolder(tmp_path)
+    path = folder.write_text("a", "old")
+    with monkeypatch.context() as patched:
+        patched.setattr(atomic, "open", buffered, raising=False)
+        if call in ("fsync", "replace"):
+            patched.setattr(os, call, fail)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            folder.write_text("a", "x" * size)
+    assert failed
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(path)
+    assert path.read_text() == ("x" * size if call == "close" else "old")
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_line_that_is_written_in_pieces_is_whole(tmp_path, monkeypatch):
+    """As at the last bytes of a disk, of which somebody frees more at that moment."""
+
+    class Raw(io.FileIO):
+        def write(self, data):
+            return super().write(bytes(data)[:7])
+
+    monkeypatch.setattr(
+        run_folder,
+        "open",
+        lambda path, mode, opener, **_: Raw(path, mode, opener=opener),
+        raising=False,
+    )
+    folder = RunFolder(tmp_path)
+    for step in (1, 2):
+        folder.append_json_line("train.jsonl", {"step": step, "text": "x" * 50})
+    monkeypatch.undo()
+    assert [record["step"] for record in folder.read_json_lines("train.jsonl")] == [1, 2]
+
+
+def test_a_link_in_the_place_of_a_file_leads_nowhere(tmp_path):
+    """A run folder may come from somebody else, and what it links to be ours."""
+    mine, run = tmp_path / "mine.txt", tmp_path / "run"
+    mine.write_text("mine")
+    run.mkdir()
+    for name in ("config.json", ".config.json.partial", "train.jsonl"):
+        (run / name).symlink_to(mine)
+    folder = RunFolder(run)
+    folder.write_json("config.json", {"a": 1})
+    assert folder.read_json("config.json", dict) == {"a": 1}
+    with pytest.raises(OSError, match=r"it is a link to another file: remove it.*train.jsonl"):
+        folder.append_json_line("train.jsonl", {"step": 1})
+    with RunFolder.resume(run):
+        pass
+    assert mine.read_text() == "mine"
 
 
 def test_permission_is_told_as_such(tmp_path, monkeypatch):
@@ -196,10 +278,10 @@ def test_a_killed_writer_leaves_the_old_file_and_no_trap(tmp_path):
     assert done.returncode == -signal.SIGKILL
     assert path.read_text() == "{}"
     assert names(tmp_path) == [".config.json.partial", "config.json"]
-    folder = RunFolder.resume(tmp_path)
-    assert names(tmp_path) == ["config.json"]
-    folder.write_json("config.json", {"a": 1})
-    assert folder.read_json("config.json") == {"a": 1}
+    with RunFolder.resume(tmp_path) as folder:
+        assert names(tmp_path) == ["config.json"]
+        folder.write_json("config.json", {"a": 1})
+    assert folder.read_json("config.json", dict) == {"a": 1}
 
 
 def test_tensors_of_any_layout_come_back(tmp_path):

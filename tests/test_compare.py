@@ -249,6 +249,9 @@ def test_undefined_metrics_are_a_dash(tmp_path):
     assert "office31 dslr, CSDA: 90 test images; 2 known classes and 0 unknown" in text
 
 
+DAMAGED = "the file was changed or damaged: restore it"
+
+
 def test_runs_without_numbers_are_named_with_the_reason(tmp_path):
     good = make_run(tmp_path / "good")
     unlabelled = make_run(tmp_path / "unlabelled", problem={"labelled": False})
@@ -265,8 +268,8 @@ def test_runs_without_numbers_are_named_with_the_reason(tmp_path):
         "unfinished": "it is not finished: there are no metrics from its end; go on with "
         f"ueo-fast finetune --resume --out {unfinished}",
         "early": "it is not finished: there is no problem.json",
-        "damaged": "its files are damaged (KeyError: 'stage')",
-        "partial": "its files are damaged (KeyError: 'split')",
+        "damaged": f"{damaged}/metrics.jsonl, line 1: 'title' is missing; {DAMAGED}",
+        "partial": f"{partial}/metrics.jsonl, line 4: 'title' is missing; {DAMAGED}",
     }
     text = comparison.text()
     assert f"left out: {unlabelled}: its images have no labels" in text
@@ -288,7 +291,7 @@ def test_errors_name_the_folder(tmp_path):
     with pytest.raises(ValueError, match=r"demo is no run .* has no method, model and seed"):
         compare_runs([tmp_path / "demo"])
     (tmp_path / "demo" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"demo/config\.json, line 1: Expecting property name"):
         compare_runs([tmp_path / "demo"])
     with pytest.raises(ValueError, match="runs is empty: give at least one run folder"):
         compare_runs([])
@@ -297,13 +300,29 @@ def test_errors_name_the_folder(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [
-        ("problem.json", {"known": 3}, "problem.json has known that are no names"),
-        ("problem.json", {"unknown": [["emu"]]}, "problem.json has unknown that are no names"),
-        ("metrics.jsonl", {"split": "val"}, "has split 'val' and title 'zero-shot'"),
-        ("metrics.jsonl", {"title": None}, "has split 'test' and title None"),
-        ("metrics.jsonl", {"hm": float("nan")}, "has hm nan, no fraction"),
-        ("metrics.jsonl", {"auroc": 61.4}, "has auroc 61.4, no fraction"),
-        ("metrics.jsonl", None, "metrics.jsonl cannot be read"),
+        ("problem.json", {"known": 3}, "problem.json: known is 3, of the wrong type"),
+        (
+            "problem.json",
+            {"unknown": [["emu"]]},
+            "problem.json: unknown is ['emu'], of the wrong type",
+        ),
+        (
+            "metrics.jsonl",
+            {"split": "val"},
+            "metrics.jsonl, line 1: split is 'val', expected one of test",
+        ),
+        (
+            "metrics.jsonl",
+            {"title": None},
+            "metrics.jsonl, line 1: title is None, of the wrong type",
+        ),
+        ("metrics.jsonl", {"hm": float("nan")}, "metrics.jsonl, line 1: NaN is not a JSON number"),
+        (
+            "metrics.jsonl",
+            {"auroc": 61.4},
+            "metrics.jsonl, line 1: auroc is 61.4, expected a fraction in 0..1",
+        ),
+        ("metrics.jsonl", None, "metrics.jsonl: it is a folder, expected a file"),
     ],
 )
 def test_a_damaged_run_costs_no_other_its_table(tmp_path, name, change, reason):

@@ -169,7 +169,7 @@ def test_a_checkpoint_of_other_classes_images_or_models_is_refused():
     with pytest.raises(ValueError, match=r"objective='Remembering', .* objective='_Information'"):
         train(make_classifier(), images, infomax(images), config=FULL, hooks=hooks)
     before = make_classifier("bn")
-    with pytest.raises(ValueError, match="adapted state"):
+    with pytest.raises(ValueError, match="does not fit this run: its state lacks"):
         run("bn", FULL, start)
     assert_same_state(before, state_of(make_classifier("bn")))
     with pytest.raises(ValueError, match="does not fit this run"):
@@ -177,6 +177,64 @@ def test_a_checkpoint_of_other_classes_images_or_models_is_refused():
     strange = dataclasses.replace(start, values={})
     with pytest.raises(ValueError, match="delete it to start anew"):
         run("vit", FULL, strange)
+
+
+FORGED = {
+    "a step of 10^30": ({"step": 10**30}, {}, {}, r"step is 1000\d+, and this run has 9"),
+    "a step before the first": ({"step": -1}, {}, {}, "step is -1, and this run has 9"),
+    "a step too many": ({"step": 5}, {}, {}, r"'history' has \(3, 4\) .*, expected \(3, 5\)"),
+    "a history with NaN": (
+        *({}, {"history": lambda t: t.fill_(float("nan"))}, {}),
+        "'history' has NaN or infinite values",
+    ),
+    "weights with infinity": (
+        *({}, {"adapted/prompt.context": lambda t: t.fill_(float("inf"))}, {}),
+        "'adapted/prompt.context' has NaN or infinite values",
+    ),
+    "no momentum of that shape": (
+        *({}, {"momentum/0": lambda t: t[:1]}, {}),
+        "'momentum/0' has .* expected ",
+    ),
+    "weights of another type": (
+        *({}, {"adapted/prompt.context": lambda t: t.double()}, {}),
+        r"'adapted/prompt.context' has .* torch.float64, expected .* torch.float32",
+    ),
+    "images less than none": (
+        *({}, {"epoch/histogram": lambda t: t - 100}, {}),
+        "'epoch/histogram' has negative values",
+    ),
+    "a tensor too many": (
+        *({}, {"best/other": lambda t: torch.ones(1)}, {}),
+        r"its state has 'best/other' \(1 differ\)",
+    ),
+    "a tensor too few": ({}, {"best/prompt.context": None}, {}, "lacks 'best/prompt.context'"),
+    "an epoch of 10^9": ({}, {}, {"best": {"information": 0.1, "best_epoch": 10**9}}, "of 3"),
+    "no best epoch": ({}, {}, {"best": {"information": 0.1}}, "'best_epoch' is missing"),
+    "a reason that is no text": ({}, {}, {"stopped": ["x"]}, "stopped is .* of the wrong type"),
+    "warnings of no kind": ({}, {}, {"monitor": {"warned": ["x"]}}, "expected one of entropy"),
+    "values that are gone": ({}, {}, {"optimizer": None}, "optimizer is None, of the wrong type"),
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensors", "values", "message"), FORGED.values(), ids=list(FORGED)
+)
+def test_a_checkpoint_with_values_that_no_run_has(tmp_path, fields, tensors, values, message):
+    """Its checksum fits: somebody wrote it so."""
+    start = run("vit", FULL)[3].saved[3]
+    changed = dict(start.tensors)
+    for name, change in tensors.items():
+        if change is None:
+            del changed[name]
+        else:
+            changed[name] = change(changed.get(name, torch.zeros(1)).clone())
+    forged = dataclasses.replace(
+        start, tensors=changed, values={**start.values, **values}, **fields
+    )
+    store = SafetensorsCheckpoints(tmp_path)
+    store.save(forged)
+    with pytest.raises(ValueError, match=f"{store.path} does not fit this run: .*{message}"):
+        run("vit", FULL, store.load())
 
 
 def test_statistics_of_batch_norm_that_follow_a_stream_are_resumed():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
 import warnings
+from typing import Literal
 
 import pytest
 import torch
@@ -19,25 +22,39 @@ from ueo_fast.finetune.demo.plots import (
     plot_samples,
 )
 from ueo_fast.finetune.evaluation.results_table import ResultsTable, Spread
+from ueo_fast.finetune.files.records import BrokenFileError, as_record
 from ueo_fast.finetune.files.run_folder import RunFolder
 
 
 def test_default_folders_are_numbered_within_a_second(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda pattern: pattern.split("-")[0] + "-now")
-    names = [RunFolder.create(None, prefix="demo").path.as_posix() for _ in range(3)]
+    names = []
+    for _ in range(3):
+        with RunFolder.create(None, prefix="demo") as folder:
+            folder.write_text("note.txt", "used")
+            names.append(folder.path.as_posix())
     assert names == ["runs/demo-now", "runs/demo-now-2", "runs/demo-now-3"]
+
+
+def create(out):
+    with RunFolder.create(out, prefix="demo") as folder:
+        return folder.path
 
 
 def test_a_folder_with_content_is_never_used(tmp_path):
     fresh = tmp_path / "a" / "b"
-    assert RunFolder.create(fresh, prefix="demo").path == fresh
-    assert RunFolder.create(fresh, prefix="demo").path == fresh  # still empty
+    assert create(fresh) == fresh
+    assert not fresh.exists()  # nothing was written
+    fresh.mkdir()
+    (fresh / ".config.json.partial").write_text("{")  # of a process that was killed
+    assert create(fresh) == fresh
+    fresh.mkdir()
     (fresh / "metrics.jsonl").write_text("mine")
     with pytest.raises(FileExistsError, match="is not empty, and nothing is overwritten: choose"):
-        RunFolder.create(fresh, prefix="demo")
+        create(fresh)
     with pytest.raises(FileExistsError, match="is a file; --out names a folder"):
-        RunFolder.create(fresh / "metrics.jsonl", prefix="demo")
+        create(fresh / "metrics.jsonl")
     assert (fresh / "metrics.jsonl").read_text() == "mine"
 
 
@@ -68,14 +85,19 @@ def test_json_lines_survive_a_torn_last_line(tmp_path):
 
 def test_a_damaged_file_is_named(tmp_path):
     folder = RunFolder(tmp_path)
-    (tmp_path / "config.json").write_text('{"a": 1')
-    with pytest.raises(ValueError, match=r"config.json is not JSON"):
-        folder.read_json("config.json")
-    (tmp_path / "config.json").write_bytes(b'"\xff"')
-    with pytest.raises(ValueError, match=r"config.json is not JSON"):
-        folder.read_json("config.json")
+    for data, message in (
+        (b'{"a": 1', "config.json, line 1: Expecting ',' delimiter; the file was changed or dam"),
+        (b'"\xff"', "config.json: 'utf-8' codec can't decode byte 0xff"),
+        (b"[" * 10**6, "config.json: lists or objects are nested too deep"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "config.json: Exceeds the limit .* for integer string"),
+        (b'{"a": Infinity}', "config.json: Infinity is not a JSON number"),
+        (b"3", "config.json: holds a int, expected an object"),
+    ):
+        (tmp_path / "config.json").write_bytes(data)
+        with pytest.raises(BrokenFileError, match=message):
+            folder.read_json("config.json", dict)
     (tmp_path / "train.jsonl").write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
-    with pytest.raises(ValueError, match=r"train.jsonl, line 2 is not JSON"):
+    with pytest.raises(ValueError, match=r"train.jsonl, line 2: Expecting value"):
         folder.read_json_lines("train.jsonl")
     with pytest.raises(FileNotFoundError, match=r"metrics.jsonl"):
         folder.read_json_lines("metrics.jsonl")
@@ -90,10 +112,13 @@ def test_only_the_folder_of_a_run_is_opened(tmp_path):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"0.jpg, 1.jpg, 2.jpg, .* and 2 more\)"):
         RunFolder.open(tmp_path)
-    with pytest.raises(NotADirectoryError, match=r"0.jpg is a file; give the folder of a run"):
-        RunFolder.resume(tmp_path / "0.jpg")
+    with (
+        pytest.raises(NotADirectoryError, match=r"0.jpg is a file; give the folder of a run"),
+        RunFolder.resume(tmp_path / "0.jpg"),
+    ):
+        pass
     RunFolder(tmp_path).write_json("config.json", {"a": [1, None, "é"]})
-    assert RunFolder.open(str(tmp_path)).read_json("config.json") == {"a": [1, None, "é"]}
+    assert RunFolder.open(str(tmp_path)).read_json("config.json", dict) == {"a": [1, None, "é"]}
 
 
 def test_a_resumed_run_goes_on_with_whole_lines(tmp_path):
@@ -105,23 +130,84 @@ def test_a_resumed_run_goes_on_with_whole_lines(tmp_path):
     (tmp_path / ".config.json.partial").write_text("{")
     with open(tmp_path / "train.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
-    resumed = RunFolder.resume(tmp_path)
-    assert not (tmp_path / ".config.json.partial").exists()
-    assert (tmp_path / "warnings.jsonl").read_text() == ""
-    resumed.keep_json_lines("train.jsonl", lambda record: record["step"] <= 3)
-    resumed.keep_json_lines("epochs.jsonl", lambda record: False)
-    resumed.append_json_line("train.jsonl", {"step": 4, "again": True})
+    with RunFolder.resume(tmp_path) as resumed:
+        assert not (tmp_path / ".config.json.partial").exists()
+        assert (tmp_path / "warnings.jsonl").read_text() == ""
+        resumed.drop_json_lines("train.jsonl", "step", 3)
+        resumed.append_json_line("train.jsonl", {"step": 4, "again": True})
     steps = [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
     assert resumed.read_json_lines("train.jsonl") == steps
-    assert not (tmp_path / "epochs.jsonl").exists()
+
+
+@dataclasses.dataclass
+class Inner:
+    name: str
+    numbers: tuple[float, ...]
+
+
+@dataclasses.dataclass
+class Outer:
+    whole: int
+    flag: bool
+    one: Inner | None
+    kind: Literal["a", "b"]
+    many: dict[str, int | None]
+    text: str = "absent"
+
+
+SOUND = {
+    "whole": 3,
+    "flag": True,
+    "one": {"name": "é", "numbers": [1, 2.5]},
+    "kind": "b",
+    "many": {"x": None, "y": 7},
+    "of another version": [1],
+}
+
+
+def test_an_object_becomes_a_dataclass():
+    found = as_record(Outer)(SOUND)
+    assert found == Outer(3, True, Inner("é", (1.0, 2.5)), "b", {"x": None, "y": 7})
+    assert as_record(Outer)({**SOUND, "one": None, "text": "t"}).text == "t"
+    exact = as_record(Inner, all_of=["name", "numbers"])
+    assert exact({"name": "a", "numbers": []}) == Inner("a", ())
+    with pytest.raises(ValueError, match="'later' is no option of this version of ueo_fast"):
+        exact({"name": "a", "numbers": [], "later": 1})
+    with pytest.raises(KeyError, match="numbers"):
+        exact({"name": "a"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"whole": 3.0}, "whole is 3.0, of the wrong type"),
+        ({"whole": True}, "whole is True, of the wrong type"),
+        ({"whole": 10**30}, "whole is 1000000000000000000000000000000, which is out of range"),
+        ({"flag": 1}, "flag is 1, of the wrong type"),
+        ({"one": []}, r"one is \[\], of the wrong type"),
+        ({"one": {"name": "x"}}, "one.numbers"),
+        ({"one": {"name": "x", "numbers": [1, "2"]}}, "one.numbers is '2', of the wrong type"),
+        ({"one": {"name": "x", "numbers": 3}}, "one.numbers is 3, of the wrong type"),
+        ({"one": {"name": "x", "numbers": [1e999]}}, "one.numbers is inf, not a finite number"),
+        ({"one": {"name": "x", "numbers": [10**400]}}, "one.numbers is 1000.*not a finite number"),
+        ({"kind": "c"}, "kind is 'c', expected one of a, b"),
+        ({"kind": ["a"]}, r"kind is \['a'\], expected one of a, b"),
+        ({"many": {"x": "7"}}, "many is '7', of the wrong type"),
+        ({"many": [["x", 7]]}, "many is .* of the wrong type"),
+        ({"text": None}, "text is None, of the wrong type"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(change, message):
+    with pytest.raises((KeyError, TypeError, ValueError), match=message):
+        as_record(Outer)({**SOUND, **change})
 
 
 def test_one_process_writes_to_a_run(tmp_path):
     code = f"""
-from pathlib import Path
+from ueo_fast.finetune.files.records import BrokenFileError, as_record
 from ueo_fast.finetune.files.run_folder import RunFolder
 try:
-    with RunFolder(Path({str(tmp_path)!r})).lock():
+    with RunFolder.create({str(tmp_path / "run")!r}, prefix="x"):
         print("mine")
 except BlockingIOError as error:
     print(error)
@@ -136,8 +222,9 @@ except BlockingIOError as error:
             check=True,
         ).stdout
 
-    with RunFolder(tmp_path).lock():
+    with RunFolder.create(tmp_path / "run", prefix="x") as folder:
         said = other()
+        assert folder.path.exists()  # though there was nothing in it
     assert "another process is writing to this run" in said
     assert str(tmp_path) in said
     assert other() == "mine\n"
@@ -145,12 +232,16 @@ except BlockingIOError as error:
 
 
 def test_a_folder_with_something_in_it_is_never_removed(tmp_path):
-    used, unused = (RunFolder.create(tmp_path / name, prefix="x") for name in ("used", "unused"))
-    used.write_text("note.txt", "mine")
-    for folder in (used, unused):
-        folder.remove_if_unused()
+    for name in ("used", "unused"):
+        with (
+            contextlib.suppress(RuntimeError),
+            RunFolder.create(tmp_path / name, prefix="x") as folder,
+        ):
+            if name == "used":
+                folder.write_text("note.txt", "mine")
+            raise RuntimeError("the model broke")
     assert os.listdir(tmp_path) == ["used"]
-    assert (used.path / "note.txt").read_text() == "mine"
+    assert (tmp_path / "used" / "note.txt").read_text() == "mine"
 
 
 def test_a_table_is_written_as_csv(tmp_path):

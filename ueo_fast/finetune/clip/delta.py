@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,12 @@ from ueo_fast.finetune.clip.load import load_tokenizer
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.clip.trust import is_known
-from ueo_fast.finetune.files.tensor_file import TensorFileError, read_tensors, write_tensors
+from ueo_fast.finetune.files.tensor_file import (
+    TensorFileError,
+    checksum,
+    read_tensors,
+    write_tensors,
+)
 from ueo_fast.patch.affine_parameters import SCOPES
 from ueo_fast.ranges import check_number
 
@@ -130,7 +134,7 @@ def save_delta(
     values = {
         key: value.encode(errors="backslashreplace").decode() for key, value in values.items()
     }
-    return write_tensors(path, tensors, {**values, "checksum": _checksum(values, tensors)})
+    return write_tensors(path, tensors, values, checked=True)
 
 
 def read_delta(path: str | os.PathLike[str]) -> Delta:
@@ -152,7 +156,7 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
     except TensorFileError as error:
         raise DeltaError(f"this is no delta: {error}") from error
     _check_format(path, values)
-    if values.get("checksum") != _checksum(values, tensors):
+    if values.get("checksum") != checksum(values, tensors):
         raise DeltaError(f"{path} is damaged or was edited: its checksum does not fit its content")
     try:
         return _parse(values, tensors)
@@ -316,17 +320,6 @@ def _tokenizer(recorded: BaseModel, given: BaseModel | None) -> Callable[..., Te
     except (ValueError, OSError) as error:
         reason = str(error)
     raise ValueError(f"its tokenizer is not known ({reason}); give tokenizer=")
-
-
-def _checksum(values: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of everything in the file but itself: finds damage, proves no origin."""
-    kept = {key: value for key, value in values.items() if key != "checksum"}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _version(package: str) -> str:

@@ -69,7 +69,7 @@ def open_run(
             f"{folder.path} has no {DELTA} yet: the run was stopped before its end; finish it with "
             f"ueo-fast finetune --resume --out {shlex.quote(str(folder.path))}"
         )
-    config = FinetuneConfig(**folder.read_json("config.json"))
+    config = FinetuneConfig.read(folder)
     base = read_delta(folder.path / DELTA).base
     with named_as_flags():
         clip = load_base(base, model=model, pretrained=pretrained, device=chosen_device(device))

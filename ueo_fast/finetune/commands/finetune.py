@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,15 +35,20 @@ from ueo_fast.finetune.commands.problem import Problem, read_problem
 from ueo_fast.finetune.commands.recorder import Recorder
 from ueo_fast.finetune.commands.stages import Start, begin, continued, is_begun
 from ueo_fast.finetune.commands.tracking import check_trackers, training_hooks
-from ueo_fast.finetune.data.loader import loading_errors
+from ueo_fast.finetune.data.loader import STOPPING, loading_errors
+from ueo_fast.finetune.engine.checkpoint import SafetensorsCheckpoints
 from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError
 from ueo_fast.finetune.evaluation.results_table import KnownCounts
+from ueo_fast.finetune.files.records import as_record
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.report import write_report, write_thumbnails
 
 FINISHED = "finished.json"
 DELTA = "delta.safetensors"
 BASE = "base_model.json"
+REPORT = "report.html"
+PREDICTIONS = "predictions.csv"
+_RESULTS = (PREDICTIONS, DELTA, FINISHED, REPORT)
 
 
 def run(config: FinetuneConfig) -> Path:
@@ -58,26 +65,28 @@ def run(config: FinetuneConfig) -> Path:
         FileExistsError: ``config.out`` exists and is not empty.
         NonFiniteLossError: the loss became NaN or infinite; what was learnt before is in the
             folder.
+        SystemExit: Ctrl-C, SIGTERM or SIGHUP, with 128 plus the signal's number.
     """
-    if config.resume:
+    with _terminable():
+        if not config.resume:
+            config.make_method().check(config.trainer())  # before anything is read or written
+            problem = read_problem(config)
+            with RunFolder.create(config.out, prefix="finetune") as folder:
+                return _run(config, folder, problem, config)
         assert config.out is not None
-        with RunFolder.open(config.out).lock():
-            folder = RunFolder.resume(config.out)
+        with RunFolder.resume(config.out) as folder:
             given, config = config, _saved_config(folder, config)
-            if (folder.path / FINISHED).exists():
+            missing = [name for name in _RESULTS if not (folder.path / name).exists()]
+            if missing in ([], [REPORT]):
+                folder.read_json(FINISHED, dict)
                 print(f"{folder.path} is finished: there is nothing to resume")
+                if missing:
+                    _report(folder)
                 return folder.path
+            if not (folder.path / SafetensorsCheckpoints.name).exists():
+                print("no step was saved: the training begins again")
             problem = None if is_begun(folder) else read_problem(config)
             return _run(config, folder, problem, given)
-    config.make_method().check(config.trainer())  # before anything is read or written
-    problem = read_problem(config)
-    folder = RunFolder.create(config.out, prefix="finetune")
-    try:
-        with folder.lock():
-            return _run(config, folder, problem, config)
-    except BaseException:
-        folder.remove_if_unused()
-        raise
 
 
 def _run(
@@ -85,9 +94,11 @@ def _run(
 ) -> Path:
     started = time.perf_counter()
     check_trackers(config)
+    store = SafetensorsCheckpoints(folder)
+    clip: LoadedClip | None = None
     with _threads(config.threads) as threads:
-        clip = _load(config, folder, given)
         try:
+            clip = _load(config, folder, given)
             if not (folder.path / "config.json").exists():
                 folder.write_json("config.json", config.as_dict())
             if not (folder.path / BASE).exists():
@@ -98,30 +109,39 @@ def _run(
             start = (
                 begin(config, folder, clip, problem) if problem else continued(folder, clip, config)
             )
-            history, recorder = _train(config, folder, clip, start)
+            history, recorder = _train(config, folder, clip, start, store)
             counts = _finish(config, folder, clip, start, history, recorder)
-        except KeyboardInterrupt:
-            print(f"\nstopped; to go on: {_resume(folder)}")
-            raise
+            folder.write_json(
+                FINISHED,
+                {
+                    "stopped": history.stopped,
+                    "seconds": time.perf_counter() - started,
+                    "threshold": {"rule": counts.rule, "value": counts.threshold},
+                },
+            )
+            print(f"adapted: {folder.path / DELTA}")
+            _report(folder)
+        except KeyboardInterrupt as ended:
+            with contextlib.suppress(OSError):  # of a terminal that was closed
+                print(f"\nstopped: {_what_is_kept(folder, store)}", file=sys.stderr)
+            number = ended.number if isinstance(ended, _Stop) else signal.SIGINT
+            raise SystemExit(128 + number) from None
         except OSError as error:
             unread = isinstance(error, BrokenPipeError)  # of what is printed: nobody's fault
             if unread or not (folder.path / "config.json").exists():
                 raise
-            raise OSError(f"{error}\nMend that, then go on: {_resume(folder)}") from error
+            raise OSError(f"{error}\nFix this, then go on: {_resume(folder)}") from error
         except ValueError as error:
+            if clip is None or not (folder.path / "config.json").exists():
+                raise
             raise ValueError(
-                f"{error}\n{folder.path} is kept. With the same options, once that is mended: "
+                f"{error}\n{folder.path} is kept. With the same options, once this is fixed: "
                 f"{_resume(folder)}; with others choose another --out"
             ) from error
-        folder.write_json(
-            FINISHED,
-            {
-                "stopped": history.stopped,
-                "seconds": time.perf_counter() - started,
-                "threshold": {"rule": counts.rule, "value": counts.threshold},
-            },
-        )
-    print(f"adapted: {folder.path / DELTA}")
+    return folder.path
+
+
+def _report(folder: RunFolder) -> None:
     try:
         print(f"report:  {write_report(folder.path)}")
     except OSError as error:  # a full disk, hours after the start: say what there is all the same
@@ -129,11 +149,48 @@ def _run(
             f"{error}\nThe run is finished, but for its page; to write that: ueo-fast report "
             f"{shlex.quote(str(folder.path))}"
         ) from error
-    return folder.path
+
+
+def _what_is_kept(folder: RunFolder, store: SafetensorsCheckpoints) -> str:
+    """What a run that is stopped leaves, and how it goes on."""
+    if not (folder.path / "config.json").exists():
+        return "nothing was done yet"
+    if store.step is not None:
+        kept = f"step {store.step} is saved"
+    elif store.path.exists():
+        kept = "the last checkpoint is kept"
+    else:
+        kept = "no step is saved yet, so it begins again"
+    return f"{kept}; to go on: {_resume(folder)}"
 
 
 def _resume(folder: RunFolder) -> str:
     return f"ueo-fast finetune --resume --out {shlex.quote(str(folder.path))}"
+
+
+class _Stop(KeyboardInterrupt):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """What would kill the process without a word becomes an exception, as Ctrl-C is one."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Stop(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in STOPPING if main and signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    except _Stop as ended:  # before there was a folder
+        raise SystemExit(128 + ended.number) from None
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _load(config: FinetuneConfig, folder: RunFolder, given: FinetuneConfig) -> LoadedClip:
@@ -175,27 +232,23 @@ def _recorded_base(folder: RunFolder) -> BaseModel | None:
     """The model that the run began with; None before that is known."""
     if not (folder.path / BASE).exists():
         return None
-    values = folder.read_json(BASE)
-    names = {item.name for item in dataclasses.fields(BaseModel)}
-    if not isinstance(values, dict) or values.keys() != names:
-        raise ValueError(f"{folder.path / BASE} must have {', '.join(sorted(names))}")
-    for name, value in values.items():
-        kinds: Any = {"pretrained": (str, type(None)), "embed_dim": int}.get(name, str)
-        if not isinstance(value, kinds):
-            raise ValueError(f"{folder.path / BASE}: {name} is {value!r}")
-    return BaseModel(**values)
+    return folder.read_json(BASE, as_record(BaseModel))
 
 
 @loading_errors()
 def _train(
-    config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, start: Start
+    config: FinetuneConfig,
+    folder: RunFolder,
+    clip: LoadedClip,
+    start: Start,
+    store: SafetensorsCheckpoints,
 ) -> tuple[History, Recorder]:
     method = config.make_method()
     recorder = Recorder(config, folder, start)
     before = recorder.before()
     if before is not None:
         print(f"zero-shot: {brief(before)}")
-    with training_hooks(config, folder, recorder) as hooks:
+    with training_hooks(config, folder, recorder, store) as hooks:
         try:
             history = method.adapt(
                 start.classifier, start.target, config=config.trainer(), hooks=hooks
@@ -236,7 +289,7 @@ def _finish(
     adapted = recorder.after(history)
     counts = known_counts(adapted, scale)
     rows = prediction_rows(start.tested, start.known, before, adapted, scale, counts.threshold)
-    folder.write_csv("predictions.csv", PREDICTION_COLUMNS, rows)
+    folder.write_csv(PREDICTIONS, PREDICTION_COLUMNS, rows)
     write_thumbnails(folder, start.tested.images.paths, start.known)
     _save(config, folder, clip, start.classifier)
     records = recorder.first_and_last()
@@ -250,8 +303,7 @@ def _finish(
 
 def _saved_config(folder: RunFolder, given: FinetuneConfig) -> FinetuneConfig:
     """The run's own options; others that are given beside ``--resume`` must agree with them."""
-    values: dict[str, Any] = folder.read_json("config.json")
-    saved = FinetuneConfig(**values, out=given.out)
+    saved = dataclasses.replace(FinetuneConfig.read(folder), out=given.out)
     default = FinetuneConfig(resume=True, out=given.out)
     for item in dataclasses.fields(FinetuneConfig):
         value, kept = getattr(given, item.name), getattr(saved, item.name)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ueo_fast.finetune.clip.template import split_template
 from ueo_fast.finetune.engine.training_config import TrainerConfig
+from ueo_fast.finetune.files.records import as_record
 from ueo_fast.ranges import (
     LARGEST_FACTOR,
     MOST_THREADS,
@@ -19,6 +20,7 @@ from ueo_fast.ranges import (
 )
 
 if TYPE_CHECKING:
+    from ueo_fast.finetune.files.run_folder import RunFolder
     from ueo_fast.finetune.methods.base import Method
 
 MethodName = Literal[
@@ -431,6 +433,17 @@ class FinetuneConfig:
         values = asdict(self)
         del values["out"], values["resume"]
         return values
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> FinetuneConfig:
+        """The inverse of :meth:`as_dict`: a run's own options, from its ``config.json``.
+
+        Raises:
+            BrokenFileError: an option is missing, unknown (of another version), or has a value that
+                it cannot have; the message names the file and the option.
+        """
+        names = [item.name for item in fields(cls) if item.name not in ("out", "resume")]
+        return folder.read_json("config.json", as_record(cls, all_of=names))
 
     def command(self) -> str:
         """The shortest command that gives the same run; without ``--out``."""

@@ -19,6 +19,7 @@ from ueo_fast.finetune.data.image_list import (
     read_images,
 )
 from ueo_fast.finetune.data.names import counted
+from ueo_fast.finetune.files.records import as_record
 from ueo_fast.finetune.files.run_folder import RunFolder
 
 IMAGES = "images.json"
@@ -155,11 +156,48 @@ def write_problem(folder: RunFolder, problem: Problem) -> None:
 
 def reread_problem(folder: RunFolder) -> Problem:
     """What :func:`write_problem` kept."""
-    values = folder.read_json(IMAGES)
-    train, test = values["train"], values["test"]
-    return Problem(
-        tuple(values["known"]), _from_json(train), None if test is None else _from_json(test)
-    )
+    return folder.read_json(IMAGES, lambda value: as_record(_Lists)(value).problem())
+
+
+@dataclass(frozen=True)
+class _List:
+    """One list of images in the file, as :func:`_to_json` writes it."""
+
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    labels: tuple[str | int | None, ...] | None
+    positions: tuple[int, ...] | None
+    note: str
+
+    def labelled(self, classes: int) -> Labelled:
+        images = ImageList(self.paths, self.names, self.labels)
+        if not images.paths:
+            raise ValueError("a list has no images")
+        if self.positions is None:
+            return Labelled(images, None, self.note)
+        if len(self.positions) != len(images):
+            raise ValueError(f"{len(self.positions)} positions are of {len(images)} images")
+        if not all(-1 <= position < classes for position in self.positions):
+            raise ValueError(f"a position is not in -1..{classes - 1}")
+        return Labelled(
+            images, torch.tensor(self.positions, dtype=torch.int64, device="cpu"), self.note
+        )
+
+
+@dataclass(frozen=True)
+class _Lists:
+    known: tuple[str, ...]
+    train: _List
+    test: _List | None
+
+    def problem(self) -> Problem:
+        if not self.known:
+            raise ValueError("known has no class")
+        train, test = self.train, self.test
+        classes = len(self.known)
+        return Problem(
+            self.known, train.labelled(classes), None if test is None else test.labelled(classes)
+        )
 
 
 def _to_json(part: Labelled) -> dict[str, Any]:
@@ -170,15 +208,3 @@ def _to_json(part: Labelled) -> dict[str, Any]:
         "positions": None if part.labels is None else part.labels.tolist(),
         "note": part.note,
     }
-
-
-def _from_json(values: dict[str, Any]) -> Labelled:
-    labels, positions = values["labels"], values["positions"]
-    images = ImageList(
-        tuple(values["paths"]), tuple(values["names"]), None if labels is None else tuple(labels)
-    )
-    return Labelled(
-        images,
-        None if positions is None else torch.tensor(positions, dtype=torch.int64, device="cpu"),
-        values["note"],
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -13,6 +14,7 @@ from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.stages import Start
 from ueo_fast.finetune.data.names import printable, shown
 from ueo_fast.finetune.engine.trainer import History
+from ueo_fast.finetune.evaluation.finished_run import checked_metrics
 from ueo_fast.finetune.evaluation.predict import collect, predict_batches, watched
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.methods.registry import METHODS
@@ -39,8 +41,8 @@ class Recorder:
         self._method = METHODS[config.method]
         self._epoch = 0
         self._records: dict[tuple[Any, ...], Record] = {}
-        if (folder.path / METRICS).exists():
-            for record in folder.read_json_lines(METRICS):
+        with contextlib.suppress(FileNotFoundError):
+            for record in folder.read_json_lines(METRICS, checked_metrics):
                 self._records[_key(record)] = record
 
     def before(self) -> Record | None:

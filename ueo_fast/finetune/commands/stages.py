@@ -21,6 +21,7 @@ from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.evaluation.predict import watched
 from ueo_fast.finetune.evaluation.results_table import doubts
+from ueo_fast.finetune.files.records import BrokenFileError
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.target import Target
 
@@ -106,13 +107,29 @@ def begin(config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, problem: 
 def continued(folder: RunFolder, clip: LoadedClip, config: FinetuneConfig) -> Start:
     """As :func:`begin` left it, without looking at the images again."""
     problem = reread_problem(folder)
-    tensors, _ = folder.read_tensors(ZERO_SHOT)
+    tensors = _kept_cosines(folder, problem)
     classifier = _classifier(config, clip, problem.known)
     views = views_of(problem.train.images, classifier.model, problem.train.labels)
     target = Target(views.plain, views.augmented, tensors["train"], views.labels)
     cosines = tensors["train" if problem.test is None else "test"]
     separate = problem.test is not None
     return Start(classifier, target, problem.train, problem.tested, cosines, separate)
+
+
+def _kept_cosines(folder: RunFolder, problem: Problem) -> dict[str, Tensor]:
+    tensors, _ = folder.read_tensors(ZERO_SHOT)
+    for name, part in (("train", problem.train), ("test", problem.test)):
+        if part is None:
+            continue
+        shape, found = (len(part.images), len(problem.known)), tensors.get(name)
+        if found is None or found.shape != shape or not found.is_floating_point():
+            what = None if found is None else f"{tuple(found.shape)} {found.dtype}"
+            raise BrokenFileError(
+                folder.path / ZERO_SHOT, f"{name} is {what}, expected {shape} of floating point"
+            )
+        if not (found.abs() <= 1.1).all():  # NaN neither
+            raise BrokenFileError(folder.path / ZERO_SHOT, f"{name} has values that are no cosines")
+    return tensors
 
 
 def _classifier(config: FinetuneConfig, clip: LoadedClip, known: tuple[str, ...]) -> ClipClassifier:

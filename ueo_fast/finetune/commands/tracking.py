@@ -11,8 +11,8 @@ from typing import Any
 from ueo_fast.finetune.commands.evaluation import brief
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.recorder import Recorder
-from ueo_fast.finetune.engine.checkpoint import SafetensorsCheckpoints
 from ueo_fast.finetune.engine.hooks import (
+    CheckpointStore,
     EpochRecord,
     Hooks,
     StartRecord,
@@ -43,7 +43,7 @@ def check_trackers(config: FinetuneConfig) -> None:
 
 @contextmanager
 def training_hooks(
-    config: FinetuneConfig, folder: RunFolder, recorder: Recorder
+    config: FinetuneConfig, folder: RunFolder, recorder: Recorder, store: CheckpointStore
 ) -> Iterator[Hooks]:
     """Hooks for a run, and its checkpoints; what they opened is closed at the end."""
     with ExitStack() as stack:
@@ -59,7 +59,7 @@ def training_hooks(
             *(tracker.hooks() for tracker in trackers),
             bar_hooks(bar),
             _terminal(bar, recorder),
-            Hooks(checkpoints=SafetensorsCheckpoints(folder)),
+            Hooks(checkpoints=store),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
@@ -13,6 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ueo_fast.finetune.data.decode import UnreadableImageError
+
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+"""Ctrl-C; what ``kill``, batch systems and shutdowns send; a terminal that is closed."""
 
 
 class TolerantBatch(NamedTuple):
@@ -75,6 +81,7 @@ def data_loader(
             num_workers=started_workers(num_workers),
             collate_fn=_collate,
             pin_memory=pin_memory,
+            worker_init_fn=_outlive_signals,
             # Else the loader would draw the workers' seeds from the global generator.
             generator=torch.Generator("cpu").manual_seed(0),
         )
@@ -139,6 +146,17 @@ _LESS = (
     "Take fewer processes (--workers 1, or 0; in Python num_workers) or a smaller batch, or scale "
     "large images down"
 )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Signals that end a run mostly reach its workers too, which it needs to finish its step."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _ignore_once)  # a second one is torch's, to a worker that hangs
+
+
+def _ignore_once(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)
 
 
 def _collate(items: list[Item]) -> TolerantBatch:

@@ -55,8 +55,13 @@ def run_demo(config: DemoConfig) -> Path:
         FileExistsError: ``config.out`` exists and is not empty.
         NonFiniteLossError: a method diverged; the results before it are in the folder.
     """
+    with RunFolder.create(config.out, prefix="demo") as folder:
+        _run(config, folder)
+    return folder.path
+
+
+def _run(config: DemoConfig, folder: RunFolder) -> None:
     started = time.perf_counter()
-    folder = RunFolder.create(config.out, prefix="demo")
     folder.write_json("config.json", config.as_dict())
     folder.write_environment(command=config.command(), seeds=config.seeds, threads=config.threads)
     threads_before = torch.get_num_threads()
@@ -80,7 +85,6 @@ def run_demo(config: DemoConfig) -> Path:
         print(write_report(folder, config, problems, results, seconds=seconds))
     finally:
         torch.set_num_threads(threads_before)
-    return folder.path
 
 
 def run_seed(config: DemoConfig, problem: Problem, bar: tqdm[Any]) -> Iterator[MethodResult]:

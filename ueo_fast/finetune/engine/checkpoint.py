@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ueo_fast.finetune.engine.hooks import Checkpoint
 from ueo_fast.finetune.files.run_folder import RunFolder
-from ueo_fast.finetune.files.tensor_file import TensorFileError, read_tensors, write_tensors
+from ueo_fast.finetune.files.tensor_file import checksum, read_tensors, write_tensors
 
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 class SafetensorsCheckpoints:
@@ -21,33 +21,45 @@ class SafetensorsCheckpoints:
 
     Args:
         folder: of the run; it must exist.
+
+    Attributes:
+        step: of the checkpoint that was loaded or saved last; ``None``: there was none yet.
     """
 
     name = "checkpoint.safetensors"
 
     def __init__(self, folder: RunFolder | str | os.PathLike[str]) -> None:
         self.path = (folder.path if isinstance(folder, RunFolder) else Path(folder)) / self.name
+        self.step: int | None = None
 
     def load(self) -> Checkpoint | None:
         """The last one that was saved whole, or ``None``.
 
         Raises:
-            ValueError: the file is damaged, or is no checkpoint.
+            ValueError: the file is damaged, or is not a checkpoint.
         """
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return None
         try:
             tensors, metadata = read_tensors(self.path)
             if metadata.get("ueo_fast_checkpoint") != _FORMAT:
-                raise ValueError(f"{self.path} is no checkpoint of this version of ueo_fast")
-            step, values = int(metadata["step"]), json.loads(metadata["values"])
-            if not isinstance(values, dict):
-                raise ValueError(f"{self.path} has values that are no table")
-        except (TensorFileError, ValueError, KeyError, RecursionError) as error:
+                raise ValueError(f"{self.path} is not a checkpoint of this version of ueo_fast")
+            if metadata.get("checksum") != checksum(metadata, tensors):
+                raise ValueError(
+                    f"{self.path} is damaged or was edited: its checksum does not fit its content"
+                )
+            try:
+                step, values = int(metadata["step"]), json.loads(metadata["values"])
+                if not isinstance(values, dict):
+                    raise TypeError("its values are not a table")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f"{self.path} has no step or no values ({error!r})") from error
+        except ValueError as error:
             raise ValueError(
                 f"{error}; so the run cannot go on from it: delete it to start this run anew"
             ) from error
-        return Checkpoint(step, tensors, values)
+        self.step = step
+        return Checkpoint(step, tensors, values, str(self.path))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace it, atomically.
@@ -61,4 +73,5 @@ class SafetensorsCheckpoints:
             "step": str(checkpoint.step),
             "values": json.dumps(checkpoint.values, allow_nan=False),
         }
-        write_tensors(self.path, checkpoint.tensors, metadata)
+        write_tensors(self.path, checkpoint.tensors, metadata, checked=True)
+        self.step = checkpoint.step

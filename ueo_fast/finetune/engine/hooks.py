@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -85,11 +85,13 @@ class Checkpoint:
         step: steps done.
         tensors: by name, on the CPU.
         values: numbers and lists that JSON can hold.
+        source: what messages call it; the file, where it is from one.
     """
 
     step: int
     tensors: dict[str, Tensor]
     values: dict[str, object]
+    source: str = field(default="the checkpoint", compare=False)
 
 
 class CheckpointStore(Protocol):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from ueo_fast.finetune.engine.hooks import EpochRecord, Hooks, StartRecord, StepRecord
-from ueo_fast.finetune.engine.json_lines import truncate_json_lines
+from ueo_fast.finetune.files.records import fitting
 from ueo_fast.finetune.files.run_folder import RunFolder
 
 WandbMode = Literal["online", "offline", "disabled"]
@@ -53,9 +52,9 @@ class JsonLinesTracker:
 
     def _on_start(self, record: StartRecord) -> None:
         self._step = record.step
-        truncate_json_lines(self._folder.path / self.steps, "step", record.step)
-        truncate_json_lines(self._folder.path / self.epochs, "epoch", record.epoch)
-        truncate_json_lines(self._folder.path / self.warnings, "step", record.step)
+        self._folder.drop_json_lines(self.steps, "step", record.step)
+        self._folder.drop_json_lines(self.epochs, "epoch", record.epoch)
+        self._folder.drop_json_lines(self.warnings, "step", record.step)
 
     def _on_step(self, record: StepRecord) -> None:
         self._step = record.step
@@ -240,11 +239,11 @@ def _epoch_values(record: EpochRecord) -> dict[str, float]:
 
 
 def _wandb_id(folder: RunFolder) -> str:
-    path: Path = folder.path / "wandb.json"
-    if path.exists():
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    name = "wandb.json"
+    with suppress(FileNotFoundError):
+        return folder.read_json(name, lambda value: str(fitting(str, value["id"], "id")))
     identity = secrets.token_hex(8)
-    folder.write_json(path.name, {"id": identity})
+    folder.write_json(name, {"id": identity})
     return identity
 
 

@@ -21,6 +21,7 @@ from ueo_fast.finetune.engine.monitor import CollapseMonitor, totals_of
 from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.engine.optimizer import Optimizer
 from ueo_fast.finetune.engine.step_statistics import StepStatistics, Totals, measure
+from ueo_fast.finetune.engine.stopping import HeldSignals
 from ueo_fast.finetune.engine.training_config import TrainerConfig
 from ueo_fast.finetune.engine.training_state import TrainingState, fingerprint
 from ueo_fast.gradient_cache import GradCache
@@ -30,6 +31,8 @@ __all__ = ["History", "NonFiniteLossError", "TrainerConfig", "train"]
 # Of a gradient, and of what a step adds to a weight: finite, but float32 ends at 3.4e38, and norms
 # and attention take squares of what such weights give.
 _LARGEST_CHANGE = 1e15
+# Between checkpoints at most, where steps take long: what a crash or a power cut may cost.
+_SECONDS_UNSAVED = 300.0
 # fp16 starts at a loss scale of 2^16 and halves it at each overflow; after so many in a row the
 # scale cannot be what is wrong.
 _MOST_OVERFLOWS = 32
@@ -53,7 +56,10 @@ def train(
 
     With ``hooks.checkpoints`` the run goes on from the checkpoint there, if there is one, and ends
     as it would have ended uninterrupted (bit for bit on a CPU with the same number of threads; the
-    history has all steps).
+    history has all steps). One is saved every ``config.checkpoint_every`` steps, five minutes after
+    the last one, and, in the main thread, when Ctrl-C or SIGTERM asks to stop: the step is
+    finished, the checkpoint saved, and only then does the signal do what it does otherwise (Ctrl-C
+    raises ``KeyboardInterrupt``). A second one does so at once.
 
     Args:
         classifier: what is trained: its prompt context and affine parameters. To resume, the
@@ -74,6 +80,7 @@ def train(
         NonFiniteLossError: loss or gradient is NaN or infinite. The classifier has the state after
             the last good step, and so has the last checkpoint.
         OSError: a checkpoint could not be saved; the one before is kept.
+        KeyboardInterrupt: Ctrl-C; with ``hooks.checkpoints`` the steps that were done are saved.
 
     Source: authors' ``demo.py``, ``train_clip``.
     """
@@ -119,12 +126,14 @@ class _Run:
             fingerprint(config, classifier, objective, found),
         )
         self.step = 0
+        self.saved = 0.0
         self.overflows = 0
 
     def go(self) -> History:
         self._begin()
         if self.state.history.stopped is None:
-            self._steps()
+            with HeldSignals(self.hooks.checkpoints is not None) as held:
+                self._steps(held)
         self.optimizer.clear()
         return self.state.history
 
@@ -133,7 +142,7 @@ class _Run:
         store, state = self.hooks.checkpoints, self.state
         checkpoint = None if store is None else store.load()
         if checkpoint is not None:
-            state.check(checkpoint)
+            state.check(checkpoint, self.total)
             state.load_classifier(checkpoint)
             self.step = checkpoint.step
         self.objective.prepare(self.classifier)
@@ -145,8 +154,8 @@ class _Run:
             check_independent(visual, self.config.micro_batch_size)
         self.hooks.on_start(StartRecord(self.step, self.total, self.step // self.epoch_steps))
 
-    def _steps(self) -> None:
-        started = time.perf_counter()
+    def _steps(self, held: HeldSignals) -> None:
+        started = self.saved = time.perf_counter()
         batches = training_batches(
             self.images,
             self.config.batch_size,
@@ -168,7 +177,7 @@ class _Run:
             if ends:
                 reasons += self._end_epoch(epoch)
             self._maybe_stop(reasons)
-            self._maybe_save(ends)
+            self._maybe_save(ends, held)
             if self.state.history.stopped is not None:
                 return
             started = time.perf_counter()
@@ -290,11 +299,14 @@ class _Run:
         if reasons and self.step < self.total:
             history.stopped = f"after step {self.step} of {self.total}: {reasons[0]}"
 
-    def _maybe_save(self, epoch_ends: bool) -> None:
+    def _maybe_save(self, epoch_ends: bool, held: HeldSignals) -> None:
         if self.hooks.checkpoints is None:
             return
         every = self.config.checkpoint_every
         due = self.step % every == 0 if every else epoch_ends
+        due = due or time.perf_counter() - self.saved > _SECONDS_UNSAVED
         last = self.step == self.total or self.state.history.stopped is not None
-        if due or last:
+        if due or last or held.pending is not None:
             self.hooks.checkpoints.save(self.state.checkpoint(self.step))
+            self.saved = time.perf_counter()
+            held.deliver()

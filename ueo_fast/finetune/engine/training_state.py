@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ueo_fast.finetune.engine.objective import Objective
 from ueo_fast.finetune.engine.optimizer import Optimizer
 from ueo_fast.finetune.engine.step_statistics import Totals
 from ueo_fast.finetune.engine.training_config import TrainerConfig
+from ueo_fast.finetune.files.records import fitting
 
 
 def fingerprint(
@@ -93,64 +94,106 @@ class TrainingState:
         }
         return Checkpoint(step, tensors, values)
 
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Whether it is of this run.
+    def check(self, checkpoint: Checkpoint, steps: int) -> None:
+        """Whether it is of this run, and every value in it is one that this run can have.
+
+        Args:
+            checkpoint: from a file that anybody may have changed.
+            steps: of the whole run.
 
         Raises:
-            ValueError: it is not; the message names the first choice that differs.
+            ValueError: it is not; the message names its file, and the first choice or value that
+                is not this run's.
         """
-        theirs = checkpoint.values.get("run")
+        source, theirs = checkpoint.source, checkpoint.values.get("run")
         if not isinstance(theirs, dict) or theirs.keys() != self.fingerprint.keys():
             raise ValueError(
-                "the checkpoint is not one of a training run of this version of ueo_fast: delete "
-                "it to start anew"
+                f"{source} is not a checkpoint of this version of ueo_fast: delete it to start anew"
             )
         for name, mine in self.fingerprint.items():
             if theirs[name] != mine:
                 raise ValueError(
-                    f"the checkpoint is of a run with {name}={_brief(theirs[name])}, and this one "
+                    f"{source} is of a run with {name}={_brief(theirs[name])}, and this one "
                     f"has {name}={_brief(mine)}: resume with the options of that run, or start "
                     "anew in another folder"
                 )
+        try:
+            self._check_values(checkpoint.values, checkpoint.step, steps)
+            self._check_tensors(checkpoint.tensors, checkpoint.step)
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(
+                f"{source} does not fit this run: {what}; delete it to start anew"
+            ) from error
+
+    def _check_values(self, values: Mapping[str, object], step: int, steps: int) -> None:
+        if not 0 <= step <= steps:
+            raise ValueError(f"step is {_brief(step)}, and this run has {steps}")
+        fitting(str | None, values["stopped"], "stopped")
+        epochs = [fitting(int | None, values["kept_epoch"], "kept_epoch")]
+        fitting(dict[str, float], values["optimizer"], "optimizer")
+        monitor = fitting(dict[str, Any], values["monitor"], "monitor")
+        fitting(list[Literal["entropy", "others"]], monitor["warned"], "monitor.warned")
+        best = fitting(dict[str, Any], values["best"], "best")
+        if self.early_stop is not None:
+            fitting(float | None, best["information"], "best.information")
+            epochs.append(fitting(int, best["best_epoch"], "best.best_epoch"))
+        for epoch in epochs:
+            if epoch is not None and not 0 <= epoch <= self.fingerprint["epochs"]:
+                raise ValueError(f"an epoch is {epoch}, of {self.fingerprint['epochs']}")
+
+    def _check_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Names, shapes and types are those of this run, and what it counts with is finite."""
+        expected = {name: (t.shape, t.dtype) for name, t in self.checkpoint(0).tensors.items()}
+        expected["history"] = (torch.Size((len(SERIES), step)), torch.float64)
+        for index, parameter in enumerate(self.optimizer.parameters):
+            if f"momentum/{index}" in tensors:
+                expected[f"momentum/{index}"] = (parameter.shape, parameter.dtype)
+        if any(name.startswith("monitor/start/") for name in tensors):
+            for name in ("scalars", "probabilities", "histogram"):
+                expected[f"monitor/start/{name}"] = expected[f"epoch/{name}"]
+        if expected.keys() != tensors.keys():
+            different = sorted(expected.keys() ^ tensors.keys())
+            what = "lacks" if different[0] in expected else "has"
+            raise ValueError(f"its state {what} {different[0]!r} ({len(different)} differ)")
+        for name, tensor in tensors.items():
+            shape, dtype = expected[name]
+            if (tensor.shape, tensor.dtype) != (shape, dtype):
+                raise ValueError(
+                    f"{name!r} has {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(shape)} "
+                    f"{dtype}"
+                )
+            # A method's own memory may have NaN where it has seen nothing yet.
+            if not name.startswith("objective/") and not tensor.isfinite().all():
+                raise ValueError(f"{name!r} has NaN or infinite values")
+            if name.endswith(("/histogram", "/probabilities")) and (tensor < 0).any():
+                raise ValueError(f"{name!r} has negative values")
+        if "monitor/start/histogram" in tensors and not tensors["monitor/start/histogram"].any():
+            raise ValueError("'monitor/start/histogram' counts no image")
+        subset = self.objective.subset
+        if subset is not None and not torch.equal(subset.cpu(), tensors["objective/subset"]):
+            raise ValueError("it was trained on other images")
 
     def load_classifier(self, checkpoint: Checkpoint) -> None:
         """Put the classifier's part back."""
         load_adapted_state(self.classifier, _room(checkpoint.tensors, "adapted"))
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Put the rest back.
-
-        Raises:
-            ValueError: tensors that do not fit this run.
-        """
-        tensors, values = checkpoint.tensors, checkpoint.values
-        try:
-            self.objective.load_state_dict(_room(tensors, "objective"))
-            self.optimizer.load(_room(tensors, "momentum"), _table(values, "optimizer"))
-            self.totals = Totals.of_tensors(_room(tensors, "epoch"))
-            self.monitor.load(_room(tensors, "monitor"), _table(values, "monitor"))
-            if self.early_stop:
-                self.early_stop.load(_room(tensors, "best"), _table(values, "best"))
-            stopped, kept = values["stopped"], values["kept_epoch"]
-            assert stopped is None or isinstance(stopped, str)
-            assert kept is None or isinstance(kept, int)
-            series = dict(zip(SERIES, tensors["history"].tolist(), strict=True))
-            self.history = History(**series, stopped=stopped, kept_epoch=kept)
-        except (AssertionError, KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"the checkpoint does not fit this run ({error}): delete it to start anew"
-            ) from error
+        """Put the rest back."""
+        tensors, values = checkpoint.tensors, cast(Any, checkpoint.values)
+        self.objective.load_state_dict(_room(tensors, "objective"))
+        self.optimizer.load(_room(tensors, "momentum"), values["optimizer"])
+        self.totals = Totals.of_tensors(_room(tensors, "epoch"))
+        self.monitor.load(_room(tensors, "monitor"), values["monitor"])
+        if self.early_stop:
+            self.early_stop.load(_room(tensors, "best"), values["best"])
+        series = dict(zip(SERIES, tensors["history"].tolist(), strict=True))
+        self.history = History(**series, stopped=values["stopped"], kept_epoch=values["kept_epoch"])
 
 
 def _room(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     prefix = f"{name}/"
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _table(values: Mapping[str, object], name: str) -> dict[str, Any]:
-    table = values[name]
-    assert isinstance(table, dict), name
-    return table
 
 
 def _brief(value: object) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ueo_fast.finetune.files.run_folder import RunFolder
+from ueo_fast.finetune.files.records import BrokenFileError, as_record, read_lines, read_object
 
 # Results under different values of these answer different questions.
 _QUESTION = (
@@ -30,7 +29,6 @@ _NOT_SETTINGS = {
     *_QUESTION,
 }
 
-_SPLITS = ("test", "train", "online")
 _METRICS = ("per_class_accuracy", "accuracy", "auroc", "aupr", "fpr95", "hm")
 
 
@@ -85,19 +83,19 @@ def read_outcomes(path: Path) -> list[Outcome] | LeftOut:
         FileNotFoundError: no such folder.
         ValueError: the folder is not that of a run of ``ueo-fast finetune``.
     """
-    folder = RunFolder(path)
-    config = _read_config(folder)
+    config = _read_config(path)
     try:
-        problem = json.loads((path / "problem.json").read_text(encoding="utf-8"))
-        if not problem["labelled"]:
+        problem = read_object(path / "problem.json", as_record(_Problem))
+        if not problem.labelled:
             return LeftOut(path, "its images have no labels, so it has no metrics")
-        outcomes = _outcomes(path, config, problem, folder.read_json_lines("metrics.jsonl"))
+        records = read_lines(path / "metrics.jsonl", checked_metrics)
+        outcomes = _outcomes(path, config, problem, records)
     except FileNotFoundError as error:
         return LeftOut(path, f"it is not finished: there is no {Path(error.filename).name}")
     except OSError as error:
         return LeftOut(path, f"{error.filename} cannot be read ({error.strerror})")
-    except (KeyError, TypeError, ValueError) as error:
-        return LeftOut(path, f"its files are damaged ({type(error).__name__}: {error})")
+    except BrokenFileError as error:
+        return LeftOut(path, str(error))
     if not any(outcome.method == config["method"] for outcome in outcomes):
         return LeftOut(
             path,
@@ -107,29 +105,78 @@ def read_outcomes(path: Path) -> list[Outcome] | LeftOut:
     return outcomes
 
 
-def _read_config(folder: RunFolder) -> dict[str, Any]:
-    path = folder.path
+def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give folders of runs of ueo-fast finetune")
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_object(path / "config.json", dict)
     except (FileNotFoundError, NotADirectoryError):
         inside = sorted(each.parent.name for each in path.glob("*/config.json"))
         hint = f"; but {', '.join(inside[:3])} in it may be: give {path}/*" if inside else ""
         raise ValueError(f"{path} is no run of ueo-fast finetune: no config.json{hint}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path / 'config.json'} cannot be read: {error}") from error
-    if not isinstance(config, dict) or not {"method", "model", "seed"} <= set(config):
+    if not {"method", "model", "seed"} <= set(config):
         raise ValueError(
             f"{path} is no run of ueo-fast finetune: its config.json has no method, model and seed"
         )
+    read_object(path / "config.json", as_record(_Config))  # they are of the right types
     return config
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is needed of ``problem.json``."""
+
+    known: list[str]
+    unknown: list[str]
+    train_images: int
+    test_images: int
+    labelled: bool
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What is needed of ``config.json``; other options are compared as they are."""
+
+    method: str
+    model: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class _MetricsLine:
+    """What is needed of a line of ``metrics.jsonl``."""
+
+    method: str
+    title: str
+    seed: int
+    epoch: int
+    stage: Literal["before", "during", "after"]
+    split: Literal["test", "train", "online"]
+    per_class_accuracy: float | None
+    accuracy: float | None
+    auroc: float | None
+    aupr: float | None
+    fpr95: float | None
+    hm: float | None
+
+
+def checked_metrics(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of ``metrics.jsonl`` with all that is read from one.
+
+    Raises:
+        KeyError, TypeError, ValueError: a value is missing, of the wrong type, or not a fraction.
+    """
+    as_record(_MetricsLine)(record)
+    for key in _METRICS:
+        if record[key] is not None and not 0 <= record[key] <= 1:
+            raise ValueError(f"{key} is {record[key]!r}, expected a fraction in 0..1")
+    return record
 
 
 def _outcomes(
     path: Path,
     config: Mapping[str, Any],
-    problem: Mapping[str, Any],
+    problem: _Problem,
     records: Iterable[Mapping[str, Any]],
 ) -> list[Outcome]:
     question = _question(config, problem)
@@ -143,8 +190,6 @@ def _outcomes(
     separate = any(split == "train" for _, split in final)
     outcomes = []
     for (method, split), record in final.items():
-        if split not in _SPLITS or not isinstance(record["title"], str):
-            raise ValueError(f"metrics.jsonl has split {split!r} and title {record['title']!r}")
         online = split == "online"  # on the training images, while they were adapted to
         images = ("train" if separate else "test") if online else split
         title = f"{record['title']}, online" if online else record["title"]
@@ -154,9 +199,9 @@ def _outcomes(
                 run=path,
                 method=method,
                 title=title,
-                seed=int(record["seed"]),
+                seed=record["seed"],
                 split=images,
-                metrics={key: _fraction(record, key) for key in _METRICS},
+                metrics={key: record[key] for key in _METRICS},
                 question=question,
                 settings={} if zero_shot else settings,
             )
@@ -164,14 +209,7 @@ def _outcomes(
     return outcomes
 
 
-def _fraction(record: Mapping[str, Any], key: str) -> float | None:
-    value = record[key]
-    if value is not None and not 0 <= float(value) <= 1:  # NaN neither
-        raise ValueError(f"metrics.jsonl has {key} {value!r}, no fraction")
-    return None if value is None else float(value)
-
-
-def _question(config: Mapping[str, Any], problem: Mapping[str, Any]) -> dict[str, Any]:
+def _question(config: Mapping[str, Any], problem: _Problem) -> dict[str, Any]:
     values = {key: config.get(key) for key in _QUESTION}
     for key in _QUESTION_PATHS:
         value = values[key]
@@ -179,7 +217,4 @@ def _question(config: Mapping[str, Any], problem: Mapping[str, Any]) -> dict[str
             values[key] = os.path.normpath(value)
     if values["dataset"] is None:  # then it says nothing
         values["scenario"] = None
-    for key in ("known", "unknown"):
-        if not isinstance(problem[key], list) or not all(isinstance(x, str) for x in problem[key]):
-            raise TypeError(f"problem.json has {key} that are no names")
-    return {**values, **{key: problem[key] for key in _QUESTION_COUNTS}}
+    return {**values, **{key: getattr(problem, key) for key in _QUESTION_COUNTS}}

@@ -38,6 +38,8 @@ def cosine_error(precision: str, device: torch.device) -> float:
     if dtype is None and device.type == "cpu":
         return 16 * torch.finfo(torch.float32).eps
     return torch.finfo(dtype or torch.float16).eps / 16
+
+
 def warn_of_slow(device: torch.device, dtype: torch.dtype | None) -> None:
     """Warn once in a process where bfloat16 is emulated."""
     if device.type == "cpu" and dtype == torch.bfloat16 and not _has_bfloat16():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -52,6 +53,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def _open_alone(partial: Path) -> BinaryIO:
     """The partial file, empty, for as long as it is open this writer's own."""
     while True:
+        if not _is_own(partial):
+            remove_leftover(partial)
         file = open(partial, "wb", opener=_keeping)  # noqa: SIM115
         try:
             lock(file.fileno())
@@ -72,8 +75,44 @@ def _open_alone(partial: Path) -> BinaryIO:
         file.close()
 
 
+def _is_own(path: Path) -> bool:
+    """Whether ``path`` is a plain file, or none: a pipe would wait, a link lead elsewhere."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return True
+
+
+def remove_leftover(partial: Path) -> None:
+    """Remove what is in the place of a partial file, and nothing that it may be a link to.
+
+    Raises:
+        OSError: it is a folder with something in it, or may not be removed.
+    """
+    if partial.is_symlink() or not partial.is_dir():
+        partial.unlink(missing_ok=True)
+        return
+    try:
+        partial.rmdir()
+    except OSError as error:
+        raise OSError(
+            error.errno, f"the folder {partial.name} is in the way: remove it", str(partial)
+        ) from error
+
+
 def _keeping(path: str, flags: int) -> int:
-    return os.open(path, flags & ~os.O_TRUNC, 0o666)  # it may be another writer's
+    return open_own(path, flags & ~os.O_TRUNC)  # it may be another writer's
+
+
+def open_own(path: str, flags: int) -> int:
+    """An opener for files that a run writes: another file that a link leads to is left alone."""
+    own = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        return os.open(path, flags | own, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(error.errno, "it is a link to another file: remove it", path) from error
+        raise
 
 
 def lock(descriptor: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -13,13 +14,29 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ueo_fast.finetune.files.atomic import atomic_file, failed_write, lock, sync_folder
+from ueo_fast.finetune.files.atomic import (
+    atomic_file,
+    failed_write,
+    lock,
+    open_own,
+    remove_leftover,
+    sync_folder,
+)
+from ueo_fast.finetune.files.records import (
+    LONGEST_LINE,
+    bounded_lines,
+    open_regular,
+    read_lines,
+    read_object,
+)
 from ueo_fast.finetune.files.tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 CONFIG = "config.json"
 _PACKAGES = (
@@ -52,8 +69,12 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, out: str | os.PathLike[str] | None, *, prefix: str) -> RunFolder:
-        """Make the folder.
+    @contextlib.contextmanager
+    def create(cls, out: str | os.PathLike[str] | None, *, prefix: str) -> Iterator[RunFolder]:
+        """Make the folder, and be the only process that writes to it while the block runs.
+
+        What a killed process left of a file is removed from it. A folder in which nothing was
+        written is removed when the block ends, so that a failed start leaves none.
 
         Args:
             out: a folder that does not exist yet or is empty; ``None`` makes
@@ -63,19 +84,28 @@ class RunFolder:
 
         Raises:
             FileExistsError: ``out`` is a file, or has something in it.
+            BlockingIOError: another process writes to it.
         """
         if out is None:
-            return cls(_make_numbered(Path("runs") / time.strftime(f"{prefix}-%Y%m%d-%H%M%S")))
-        path = Path(out)
-        if path.exists() and not path.is_dir():
-            raise FileExistsError(f"{path} is a file; --out names a folder")
-        if path.is_dir() and any(path.iterdir()):
-            raise FileExistsError(
-                f"{path} is not empty, and nothing is overwritten: choose another --out, or leave "
-                "it out for a new folder under runs/"
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        return cls(path)
+            path = _make_numbered(Path("runs") / time.strftime(f"{prefix}-%Y%m%d-%H%M%S"))
+        else:
+            path = Path(out)
+            if path.exists() and not path.is_dir():
+                raise FileExistsError(f"{path} is a file; --out names a folder")
+            path.mkdir(parents=True, exist_ok=True)
+        with _locked(path):  # before looking into it: another process may be about to write
+            folder = cls(path)
+            folder._remove_partial_files()
+            if any(path.iterdir()):
+                raise FileExistsError(
+                    f"{path} is not empty, and nothing is overwritten: choose another --out, or "
+                    "leave it out for a new folder under runs/"
+                )
+            try:
+                yield folder
+            finally:
+                with contextlib.suppress(OSError):
+                    path.rmdir()  # refuses a folder that is not empty
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -100,54 +130,29 @@ class RunFolder:
         return cls(folder)
 
     @classmethod
-    def resume(cls, path: str | os.PathLike[str]) -> RunFolder:
-        """An existing run, to be written to again.
+    @contextlib.contextmanager
+    def resume(cls, path: str | os.PathLike[str]) -> Iterator[RunFolder]:
+        """An existing run, to be written to again by this process alone while the block runs.
 
         What a kill left behind is cleared away: partial files are removed, and a last line that
-        was cut off is cut from its ``*.jsonl``, so that the next one begins a line of its own. Take
-        :meth:`lock` first where two processes could resume the same run.
+        was cut off is cut from its ``*.jsonl``, so that the next one begins a line of its own.
 
         Raises:
+            BlockingIOError: another process writes to it.
             OSError: as :meth:`open`, or the folder cannot be written to.
         """
         folder = cls.open(path)
-        for partial in folder.path.glob(".*.partial"):
-            partial.unlink(missing_ok=True)
-        for lines in folder.path.glob("*.jsonl"):
-            whole = lines.read_bytes().rpartition(b"\n")
-            if whole[2]:
-                os.truncate(lines, len(whole[0] + whole[1]))
-        return folder
+        with _locked(folder.path):
+            folder._remove_partial_files()
+            for lines in folder.path.glob("*.jsonl"):
+                if lines.is_file() and not lines.is_symlink():
+                    _cut_torn_line(lines)
+            yield folder
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Be the only process that writes to the folder; a process that dies gives it back.
-
-        Raises:
-            BlockingIOError: another process has it.
-        """
-        if os.name == "nt":  # it opens no folders: nobody is kept out
-            yield
-            return
-        descriptor = os.open(self.path, os.O_RDONLY)  # the folder itself: no file is left behind
-        try:
-            lock(descriptor)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise BlockingIOError(
-                error.errno,
-                "another process is writing to this run; wait for it, or end it",
-                str(self.path),
-            ) from error
-        try:
-            yield
-        finally:
-            os.close(descriptor)
-
-    def remove_if_unused(self) -> None:
-        """Remove the folder if there is nothing in it, so that a failed start leaves none."""
-        with contextlib.suppress(OSError):
-            self.path.rmdir()  # refuses a folder that is not empty
+    def _remove_partial_files(self) -> None:
+        """Those that a killed process left; the lock is held, so nobody is writing them."""
+        for partial in self.path.glob(".*.partial"):
+            remove_leftover(partial)
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a whole file, or replace one, atomically."""
@@ -160,18 +165,14 @@ class RunFolder:
         """Write ``value`` as indented JSON, atomically; NaN is an error, not a number."""
         return self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
-    def read_json(self, name: str) -> Any:
-        """What :meth:`write_json` wrote.
+    def read_json(self, name: str, convert: Callable[[dict[str, Any]], T]) -> T:
+        """A file of the run, as :func:`~ueo_fast.finetune.files.records.read_object` reads it.
 
         Raises:
             FileNotFoundError: the run has no such file.
-            ValueError: it is not JSON; the message names it and the line.
+            BrokenFileError: ``convert`` refuses what is in it; the message names the file.
         """
-        path = self.path / name
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are some
-            raise ValueError(f"{path} is not JSON ({error}); was it edited?") from error
+        return read_object(self.path / name, convert)
 
     def write_csv(self, name: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
         """Write a table as CSV (UTF-8, quoted as the csv module does), atomically, row by row."""
@@ -214,49 +215,102 @@ class RunFolder:
         """
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         path = self.path / name
-        is_new = not path.exists()
-        size = 0 if is_new else path.stat().st_size
+        size = None
         try:
-            with open(path, "ab", buffering=0) as file:
-                if file.write(line) != len(line):  # the disk became full within the line
-                    file.write(line)
+            with open(path, "ab", buffering=0, opener=open_own) as file:
+                size = os.fstat(file.fileno()).st_size
+                left = memoryview(line)
+                while left:  # where the disk becomes full within the line, the next turn says so
+                    left = left[file.write(left) :]
                 os.fsync(file.fileno())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                path.unlink() if is_new else os.truncate(path, size)
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(path, size) if size else path.unlink()
             raise failed_write(path, error) from error
-        if is_new:
+        if not size:
             sync_folder(self.path)
 
-    def read_json_lines(self, name: str) -> list[dict[str, Any]]:
+    def read_json_lines(
+        self, name: str, check: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    ) -> list[dict[str, Any]]:
         """The records of a JSON-lines file, in order.
 
         A last line without its line break was cut off by a crash and is left out.
 
         Raises:
             FileNotFoundError: the run has no such file.
-            ValueError: another line is not JSON; the message names file and line.
+            BrokenFileError: ``check`` refuses a line; the message names file and line.
+        """
+        return read_lines(self.path / name, check)
+
+    def drop_json_lines(self, name: str, key: str, last: int) -> None:
+        """Drop the records whose ``key`` is above ``last``, and what a crash left of a last line.
+
+        A resumed run repeats the steps after its last checkpoint, and says them again. Records
+        without ``key`` stay. The file is replaced atomically, and only if something is dropped;
+        nothing happens where there is none.
+
+        Raises:
+            BrokenFileError: a line is not a JSON object; the message names file and line.
+            OSError: the file could not be rewritten; it is as it was.
         """
         path = self.path / name
-        records: list[dict[str, Any]] = []
-        try:
-            for line in path.read_bytes().split(b"\n")[:-1]:
-                records.append(json.loads(line))  # noqa: PERF401 - its length is the line's number
-        except ValueError as error:
-            raise ValueError(f"{path}, line {len(records) + 1} is not JSON ({error})") from error
-        return records
-
-    def keep_json_lines(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Rewrite a JSON-lines file, atomically, with those records that ``keep`` says yes to.
-
-        A resumed run repeats the steps after its last checkpoint, so it drops their lines first.
-        Nothing happens where there is no such file.
-        """
-        if not (self.path / name).exists():
+        if not os.path.lexists(path):
             return
-        kept = [record for record in self.read_json_lines(name) if keep(record)]
-        lines = [json.dumps(record, allow_nan=False) + "\n" for record in kept]
-        self.write_text(name, "".join(lines))
+        records = self.read_json_lines(name)
+        with open_regular(path) as file:
+            lines = list(bounded_lines(path, file))
+        # The last line may be torn: it is no record.
+        kept = [
+            line
+            for line, record in zip(lines, records, strict=False)
+            if not _above(record.get(key), last)
+        ]
+        if len(kept) < len(lines):
+            with atomic_file(path) as file:
+                file.writelines(kept)
+
+
+def _cut_torn_line(path: Path) -> None:
+    with open(path, "r+b") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - LONGEST_LINE)
+        file.seek(start)
+        before, line_break, torn = file.read().rpartition(b"\n")
+        if torn and (line_break or not start):
+            file.truncate(start + len(before + line_break))
+
+
+def _above(value: object, last: int) -> bool:
+    return isinstance(value, int | float) and value > last
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes out of a folder; a process that dies gives it back.
+
+    Raises:
+        BlockingIOError: another process has it, or had it and removed it just now.
+    """
+    if os.name == "nt":  # it opens no folders: nobody is kept out
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)  # the folder itself: no file is left behind
+    try:
+        lock(descriptor)
+        if not path.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            raise BlockingIOError
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BlockingIOError(
+            errno.EWOULDBLOCK,
+            "another process is writing to this run; wait for it, or end it",
+            str(path),
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def environment(threads: int) -> dict[str, Any]:

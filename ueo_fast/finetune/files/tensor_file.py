@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +23,8 @@ def write_tensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
+    *,
+    checked: bool = False,
 ) -> Path:
     """Write a file, or replace one, atomically.
 
@@ -28,6 +32,7 @@ def write_tensors(
         path: where to.
         tensors: of any device and layout in memory; views of one another are written in full.
         metadata: text beside the tensors.
+        checked: add the :func:`checksum` of all that to the metadata, as ``checksum``.
 
     Raises:
         OSError: it could not be written; the message names the file, which is then as it was.
@@ -35,7 +40,10 @@ def write_tensors(
     import safetensors.torch
 
     own = {name: _compact(tensor) for name, tensor in tensors.items()}
-    data = safetensors.torch.save(own, dict(metadata or {}))
+    text = dict(metadata or {})
+    if checked:
+        text["checksum"] = checksum(text, own)
+    data = safetensors.torch.save(own, text)
     with atomic_file(path) as file:
         file.write(data)
     return Path(path)
@@ -78,6 +86,24 @@ def read_tensors(
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise TensorFileError(f"{path} is {_looks_like(start)} ({error})") from error
     return tensors, metadata
+
+
+def checksum(values: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of metadata and tensors: finds damage, proves no origin.
+
+    Args:
+        values: the metadata; a ``checksum`` in it is left out.
+        tensors: on the CPU.
+    """
+    kept = {key: value for key, value in values.items() if key != "checksum"}
+    import torch
+
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _looks_like(start: bytes) -> str:

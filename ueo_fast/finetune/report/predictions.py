@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ueo_fast.finetune.files.records import bounded_lines, open_regular
+
 COLUMNS = (
     "image",
     "path",
@@ -126,8 +128,12 @@ def read_predictions(path: Path, known: Collection[str]) -> Predictions:
     highest = _Extremes(KEPT, lambda score: score)
     lowest = _Extremes(LISTED, lambda score: -score)
     # A file name need not be UTF-8; what is not is kept as it was, so that the file is found.
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        lines = csv.reader(file)
+    with open_regular(path) as file:
+        text = (
+            line.decode("utf-8-sig" if number == 0 else "utf-8", "surrogateescape")
+            for number, line in enumerate(bounded_lines(path, file))
+        )
+        lines = csv.reader(text)
         try:
             places = _places(next(lines, []))
             for cells in lines:

@@ -6,7 +6,6 @@ stopped no predictions. A file that is there but broken is an error that names i
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 from ueo_fast.finetune.data.names import printable
 from ueo_fast.finetune.engine.hooks import EpochRecord, StepRecord
 from ueo_fast.finetune.evaluation.results_table import KnownCounts
+from ueo_fast.finetune.files.records import BrokenFileError, read_lines, read_object
 from ueo_fast.finetune.report.predictions import Predictions, read_predictions
 from ueo_fast.finetune.report.thumbnails import THUMBNAILS, Thumbnail, read_thumbnail
 
@@ -165,7 +165,7 @@ def read_run(path: Path) -> RunData:
     predictions_file = path / "predictions.csv"
     predictions = (
         read_predictions(predictions_file, problem.known if problem else ())
-        if predictions_file.is_file()
+        if os.path.lexists(predictions_file)
         else None
     )
     steps = _read_lines(path / "train.jsonl", _record(StepRecord))
@@ -195,55 +195,28 @@ def read_run(path: Path) -> RunData:
 
 
 def _read_if_there(path: Path, convert: Callable[[dict[str, Any]], T]) -> T | None:
-    return _read(path, convert) if path.is_file() else None
+    return _read(path, convert) if os.path.lexists(path) else None
 
 
 def _read(path: Path, convert: Callable[[dict[str, Any]], T]) -> T:
     """A file that holds one JSON object."""
     try:
-        return convert(_object(path.read_bytes()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: {error.msg}; {_WAY_OUT}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {_said(error)}; {_WAY_OUT}") from None
+        return read_object(path, convert)
+    except BrokenFileError as error:
+        raise ValueError(f"{error}{_WAY_OUT}") from None
 
 
 def _read_lines(path: Path, convert: Callable[[dict[str, Any]], T]) -> list[T]:
-    """A file that holds one JSON object per line; empty where there is none.
-
-    A last line without its line break was cut off by a crash and is left out.
-    """
-    if not path.is_file():
+    """A file that holds one JSON object per line; empty where there is none."""
+    if not os.path.lexists(path):
         return []
-    values = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                values.append(convert(_object(line)))
-            except (KeyError, TypeError, ValueError) as error:
-                said = error.msg if isinstance(error, json.JSONDecodeError) else _said(error)
-                raise ValueError(f"{path}, line {number}: {said}; {_WAY_OUT}") from None
-    return values
+    try:
+        return read_lines(path, convert)
+    except BrokenFileError as error:
+        raise ValueError(f"{error}{_WAY_OUT}") from None
 
 
-_WAY_OUT = "the file was changed or damaged: restore it, or remove it to have a report without it"
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    value = json.loads(data.decode("utf-8"), parse_constant=_no_number)
-    if not isinstance(value, dict):
-        raise TypeError(f"holds a {type(value).__name__}, expected an object")
-    return value
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no JSON number")
-
-
-def _said(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+_WAY_OUT = ", or remove it to have a report without it"
 
 
 def _problem(value: dict[str, Any]) -> ProblemData:
