@@ -85,7 +85,7 @@ def pack(model: nn.Module, tokens: Tensor, prefix: int) -> Packing | None:
     groups = tuple(zip(counts.tolist(), sizes.tolist(), strict=True))
     stride = tokens.shape[1] - prefix
     rows = [
-        stride * index + torch.arange(n, device=tokens.device)
+        stride * index + torch.arange(n, device="cpu")
         for index, n in zip(order.tolist(), lengths[order].tolist(), strict=True)
     ]
     device = tower.positional_embedding.device

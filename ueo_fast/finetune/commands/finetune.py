@@ -85,8 +85,8 @@ def run(config: FinetuneConfig) -> Path:
                 return folder.path
             if not (folder.path / SafetensorsCheckpoints.name).exists():
                 print("no step was saved: the training begins again")
-            problem = None if is_begun(folder) else read_problem(config)
-            return _run(config, folder, problem, given)
+            begun = is_begun(folder)
+            return _run(config, folder, None if begun else read_problem(config), given)
 
 
 def _run(
