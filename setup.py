@@ -210,12 +210,22 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def description() -> str:
+    """README.md for a package index, which shows neither the repository's files nor its pictures:
+    without the picture and its caption, and with links only where they lead somewhere."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)\n\n\*[^*]*\*\n\n", "", text)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 # Setuptools knows of one library; the other, which is not always there, is built along with it.
 extensions = [Extension("ueo_fast._cpu", sources=[])]
 if os.environ.get("UEO_FAST_BUILD") == "0":
     extensions = []
 if __name__ == "__main__":  # tests import this file
     setup(
+        long_description=description(),
+        long_description_content_type="text/markdown",
         ext_modules=extensions,
         cmdclass={"build_ext": BuildWithCMake, "bdist_wheel": PlatformWheel},
     )

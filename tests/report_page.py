@@ -17,6 +17,11 @@ class Node:
     attributes: dict[str, str] = field(default_factory=dict)
     children: list[Node | str] = field(default_factory=list)
 
+    @property
+    def classes(self) -> list[str]:
+        """Of its ``class`` attribute."""
+        return self.attributes.get("class", "").split()
+
     def find(self, tag: str, **attributes: str) -> list[Node]:
         """All descendants of a tag with these attributes; ``tag="*"`` is any."""
         found = []

@@ -21,14 +21,13 @@ import torch
 from PIL import Image
 
 from ueo_fast import mcm_score
+from ueo_fast.finetune.commands.evaluation import PREDICTION_COLUMNS, known_counts, prediction_rows
+from ueo_fast.finetune.commands.problem import Labelled, Problem, write_problem
+from ueo_fast.finetune.data.image_list import ImageList
 from ueo_fast.finetune.engine.hooks import EpochRecord, StepRecord
 from ueo_fast.finetune.evaluation.metrics import compute_metrics
 from ueo_fast.finetune.files.run_folder import RunFolder
-
-COLUMNS = (
-    *("image", "path", "label"),
-    *("zeroshot_class", "zeroshot_mcm", "adapted_class", "adapted_mcm"),
-)
+from ueo_fast.finetune.report import write_thumbnails
 
 SCRIPT = "<script>alert(1)</script>"
 ODD_NAMES = (
@@ -116,8 +115,7 @@ def make_run(folder: Path, run: ReportRun | None = None) -> Path:
         )
     if run.finished:
         adapted = cosines["before" if run.method == "zeroshot" else "after"]
-        _write_predictions(path, run, folder / "images", cosines["before"], adapted, labels, names)
-        files.write_json("finished.json", {"stopped": None, "seconds": 12.5})
+        _write_predictions(files, run, folder / "images", cosines["before"], adapted, labels)
     return path
 
 
@@ -183,36 +181,40 @@ def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def _write_predictions(
-    path: Path,
+    files: RunFolder,
     run: ReportRun,
-    images: Path,
+    folder: Path,
     before: torch.Tensor,
     after: torch.Tensor,
     labels: torch.Tensor,
-    names: Sequence[str],
 ) -> None:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    scores = [mcm_score(cosines.double(), run.mcm_scale) for cosines in (before, after)]
-    ranked = scores[1].argsort().tolist()
-    shown = {*ranked[:12], *ranked[-12:]}
+    """What the recipe writes at its end, by its own functions; only shown images are drawn."""
+    ranked = mcm_score(after.double(), run.mcm_scale).argsort().tolist()
     odd = dict(zip(reversed(ranked), ODD_NAMES, strict=False))  # seen among the most confident
-    images.mkdir()
-    for i in range(run.images):
-        name = odd.get(i) or f"photo {i:05d}{_KINDS[i % len(_KINDS)]}"
-        if i in shown:
-            _draw(images / name, i)
-        label = names[i % len(names)] if run.labelled else ""
-        classes = [run.known[int(cosines[i].argmax())] for cosines in (before, after)]
-        writer.writerow(
-            [
-                *(name, str(images / name), label),
-                *(classes[0], repr(float(scores[0][i])), classes[1], repr(float(scores[1][i]))),
-            ]
-        )
-    data = file.getvalue().encode("utf-8", "surrogateescape")  # file names are bytes
-    (path / "predictions.csv").write_bytes(data)
+    names = [odd.get(i) or f"photo {i:05d}{_KINDS[i % len(_KINDS)]}" for i in range(run.images)]
+    folder.mkdir()
+    for i in {*ranked[:12], *ranked[-12:]}:
+        _draw(folder / names[i], i)
+    classes = [*run.known, *run.unknown]
+    images = Labelled(
+        ImageList(
+            tuple(str(folder / name) for name in names),
+            tuple(names),
+            tuple(classes[i % len(classes)] for i in range(run.images)) if run.labelled else None,
+        ),
+        labels if run.labelled else None,
+    )
+    write_problem(files, Problem(tuple(run.known), images, None))
+    counts = known_counts(after, run.mcm_scale)
+    rows = prediction_rows(images, run.known, before, after, run.mcm_scale, counts.threshold)
+    # A class may be called anything here, also what is not Unicode.
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([PREDICTION_COLUMNS, *rows])
+    data = file.getvalue().encode("utf-8", "surrogateescape")
+    (files.path / "predictions.csv").write_bytes(data)
+    write_thumbnails(files, images.images.paths, run.known)
+    threshold = {"rule": counts.rule, "value": counts.threshold}
+    files.write_json("finished.json", {"stopped": None, "seconds": 12.5, "threshold": threshold})
 
 
 _KINDS = (".jpg", ".png", ".gif", ".tif", "-grey.png", "-cmyk.jpg", "-wide.jpg", "-tall.webp")

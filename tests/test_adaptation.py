@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import csv
+import math
+import shutil
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from photo_folder import CORRUPT, KNOWN, ODD, photo_folder
+from PIL import Image
 from tiny_problem import NAMES, make_images
 from torch.utils.data import Dataset
 
 from ueo_fast import mcm_score
 from ueo_fast.finetune import adapt
+from ueo_fast.finetune.adaptation import views_of
 from ueo_fast.finetune.clip.base_model import describe_base
 from ueo_fast.finetune.clip.delta import load_delta, read_delta
-from ueo_fast.finetune.data.image_list import read_images
+from ueo_fast.finetune.data.image_list import match_labels, read_images
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.trainer import TrainerConfig
 from ueo_fast.finetune.methods.ueo import UEO
+from ueo_fast.finetune.scoring.score import score_images
 
 COUNT = 12
 BUDGET = TrainerConfig(epochs=2, batch_size=4, prompt_lr=1e-3, affine_lr=1e-2)
@@ -47,6 +57,10 @@ def same(first, second):
     return all(torch.equal(left[name], right[name]) for name in left)
 
 
+def photo_of(photos):
+    return min((photos / "zero").glob("IMG*.png"))
+
+
 @pytest.fixture
 def photos(tmp_path):
     return photo_folder(tmp_path / "my photos, größe 猫", per_class=2)
@@ -63,7 +77,9 @@ def test_a_folder_is_read_and_what_cannot_be_is_listed(photos, kind):
     prediction = result.predict()
     assert len(prediction.classes) == len(prediction.mcm) == readable
     assert set(prediction.classes) <= set(KNOWN)
-    assert torch.equal(prediction.mcm, mcm_score(prediction.cosines))
+    assert torch.equal(prediction.mcm, mcm_score(prediction.cosines.double()))
+    assert prediction.names == result.names
+    assert CORRUPT not in result.names
 
 
 def test_labels_of_a_folder_are_found_by_class_name_and_change_nothing(photos, tmp_path):
@@ -86,11 +102,145 @@ def test_strict_stops_at_an_unreadable_image(photos):
         run(photos, KNOWN, strict=True)
 
 
-def test_prediction_wants_every_image_readable(photos):
+def test_prediction_lists_what_cannot_be_read(photos):
     result = run(photos / "zero", KNOWN)
-    (photos / "zero" / "late.png").write_bytes(b"")
-    with pytest.raises((ValueError, OSError), match=r"late\.png"):
-        result.predict(photos / "zero")
+    before = result.predict(photos / "zero")
+    assert before.unreadable == ()
+    whole = photo_of(photos).read_bytes()
+    (photos / "zero" / "empty.png").write_bytes(b"")
+    (photos / "zero" / "half.png").write_bytes(whole[: len(whole) // 2])
+    prediction = result.predict(photos / "zero")
+    assert [name for name, _ in prediction.unreadable] == ["empty.png", "half.png"]
+    assert prediction.unreadable[0][1] == "the file is empty"
+    assert prediction.names == before.names
+    assert torch.allclose(prediction.cosines, before.cosines, atol=1e-6)
+    with pytest.raises(ValueError, match=r"2 images cannot be read, the first is empty\.png"):
+        result.predict(photos / "zero", strict=True)
+    with pytest.raises(ValueError, match=r"none of 1 image can be read.*empty"):
+        result.predict(photos / "zero" / "empty.png")
+
+
+def test_files_and_pictures_may_come_in_any_form(photos):
+    folder = photos / "zero"
+    result = run(folder, KNOWN)
+    wanted = result.predict(folder)
+    files = sorted(folder.glob("*.png"))
+    for images in (
+        files,
+        tuple(map(str, files)),
+        iter(files),
+        [Image.open(file) for file in files],
+        [Image.open(file).convert("RGB") for file in files],
+    ):
+        found = result.predict(images)
+        assert torch.equal(found.cosines, wanted.cosines)
+        assert found.classes == wanted.classes
+    assert result.predict(files).names == tuple(map(str, files))
+    assert result.predict([Image.open(files[0])]).names == ("0",)
+    one = result.predict(Image.open(files[1]))
+    assert torch.allclose(one.cosines, result.predict(files[1]).cosines)
+    # The same photographs, augmented alike, whatever form they come in.
+    assert same(result, run(files, KNOWN))
+    assert same(result, run([Image.open(file) for file in files], KNOWN))
+
+
+def test_a_picture_in_memory_may_be_broken(photos, tmp_path):
+    whole = photo_of(photos).read_bytes()
+    half = tmp_path / "half.png"
+    half.write_bytes(whole[: len(whole) // 2])
+    pictures = [Image.open(photo_of(photos)), Image.open(half)]
+    result = run(pictures * 2, KNOWN)
+    assert [name for name, _ in result.unreadable] == ["1", "3"]
+    assert result.names == ("0", "2")
+    assert result.predict(pictures).names == ("0",)
+
+
+def test_an_image_beside_the_class_folders_takes_the_labels_away_and_nothing_else(photos):
+    shutil.copy(photo_of(photos), photos / "beside.png")
+    result = run(photos, KNOWN)
+    assert result.target.labels is None
+    assert "beside.png" in result.predict(photos).names
+    with pytest.raises(ValueError, match="no label, while others have"):
+        run(photos, KNOWN, method="oracle")
+    with pytest.raises(ValueError, match="no label, while others have"):
+        result.predict(photos, threshold="tpr95")
+
+
+def test_verdicts_are_those_of_the_table_of_scores(photos, tmp_path):
+    result = run(photos, KNOWN)
+    images = read_images(photos)
+    dataset = views_of(images, result.classifier.model, None).plain
+    labels = match_labels(images, KNOWN)
+    for kind in ("otsu", "tpr95", 0.3334):
+        out = tmp_path / f"{kind}.csv"
+        summary = score_images(
+            result.classifier, images, dataset, out=out, threshold=kind, labels=labels
+        )
+        prediction = result.predict(photos, threshold=kind)
+        assert prediction.threshold == summary.threshold
+        with open(out, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert prediction.names == tuple(row["image"] for row in rows)
+        assert prediction.known.tolist() == [row["known"] == "true" for row in rows]
+        assert prediction.mcm.tolist() == [float(row["mcm"]) for row in rows]
+        assert prediction.classes == tuple(row["class_1"] for row in rows)
+    default = result.predict(photos)
+    assert default.threshold == result.predict(photos, threshold="otsu").threshold
+    # The threshold of labelled images, taken to one of them by itself.
+    validated = result.predict(photos, threshold="tpr95")
+    lowest = next(i for i, m in enumerate(validated.mcm) if m == validated.threshold)
+    alone = result.predict(photos / validated.names[lowest], threshold=validated.threshold)
+    assert alone.known.tolist() == [True]
+    with pytest.raises(ValueError, match="tpr95"):
+        result.predict(make_images(3), threshold="tpr95")
+
+
+def test_one_image_has_no_verdict_unless_a_threshold_is_given():
+    result = run(make_images(COUNT))
+    one = result.predict(make_images(1))
+    assert (one.known, one.threshold, one.names) == (None, None, ("0",))
+    assert result.predict(make_images(1), threshold=0.1).known.tolist() == [True]
+    with pytest.raises(ValueError, match="splits the scores in two, but there are 1"):
+        result.predict(make_images(1), threshold="otsu")
+
+
+def test_an_answer_that_is_no_number_is_left_out():
+    images = make_images(4)
+    images[2] = math.nan
+    prediction = run(make_images(COUNT)).predict(images)
+    assert prediction.names == ("0", "1", "3")
+    assert prediction.unreadable[0][0] == "2"
+    assert "not a finite number" in prediction.unreadable[0][1]
+
+
+def test_results_are_shown_in_a_line(photos):
+    result = run(photos, KNOWN)
+    for value in (result, result.target, result.predict(), read_images(photos), result.history):
+        assert len(repr(value)) < 250
+        assert "\n" not in repr(value)
+    readable = len(result.target)
+    assert repr(result).startswith("Adaptation(UEO(trade_off=1.0")
+    assert f"{readable} images, 1 unreadable, {len(result.history)} steps" in repr(result)
+    assert repr(result.target) == f"Target({readable} images, augmented, cosines, labels)"
+    assert repr(result.predict(threshold=0.1)) == (
+        f"Prediction({readable} images, {readable} known from MCM 0.1 on)"
+    )
+    assert repr(read_images(photos)).endswith(", labelled)")
+
+
+def test_progress_is_shown_on_demand(capsys):
+    images = make_images(COUNT)
+    result = run(images)
+    result.predict(images)
+    assert capsys.readouterr().err == ""  # no terminal
+    result = run(images, progress=True, config=TrainerConfig(epochs=40, batch_size=2))
+    shown = capsys.readouterr().err
+    assert "zero-shot:" in shown
+    assert "ueo:" in shown
+    assert "loss=0.0000, " in shown
+    assert "-0.0" not in shown
+    result.predict(images, progress=True)
+    assert "predict:" in capsys.readouterr().err
 
 
 def test_a_tensor_and_a_dataset_give_the_same(photos):
@@ -101,7 +251,9 @@ def test_a_tensor_and_a_dataset_give_the_same(photos):
     start = torch.cat([value.flatten() for value in tiny_clip("bn", seed=0).visual.parameters()])
     moved = torch.cat([v.flatten() for v in first.classifier.model.visual.parameters()])
     assert not torch.equal(start, moved)
-    classes, probabilities, mcm, cosines = first.predict(images[:5])
+    prediction = first.predict(images[:5])
+    classes, probabilities = prediction.classes, prediction.probabilities
+    mcm, cosines = prediction.mcm, prediction.cosines
     assert cosines.shape == (5, len(NAMES))
     assert torch.allclose(cosines, first.predict().cosines[:5], atol=1e-6)
     assert list(classes) == [NAMES[index] for index in cosines.argmax(dim=1)]
@@ -182,6 +334,13 @@ def test_a_base_is_recorded_where_it_is_told(tmp_path):
         ({"images": make_images(COUNT)[0]}, "images"),
         ({"images": torch.zeros(2, 1, 32, 32)}, "images"),
         ({"images": 7}, "images"),
+        ({"images": []}, "images is empty"),
+        ({"images": ["nowhere.png"]}, "nowhere.png) of 1 paths are not a file"),
+        ({"images": ["."]}, "a folder is given by itself"),
+        ({"images": ["a.png", 7]}, "images[1] is of type int, but images[0] of type str"),
+        ({"images": [np.zeros((9, 9, 3))]}, "PIL.Image.fromarray makes one of an array"),
+        ({"method": "oracle"}, "the oracle is told"),
+        ({"config": TrainerConfig(batch_size=1)}, "batch_size is 1, but UEO compares"),
     ],
 )
 def test_an_argument_that_is_wrong_is_named(options, message):
@@ -192,6 +351,96 @@ def test_an_argument_that_is_wrong_is_named(options, message):
 
 
 def test_labels_and_augmentation_of_files_are_their_own(photos):
-    for name, value in (("labels", torch.zeros(3)), ("augmented", Counted(make_images(3)))):
-        with pytest.raises(ValueError, match=f"{name} goes with a dataset or tensor"):
-            run(photos, KNOWN, **{name: value})
+    with pytest.raises(ValueError, match="labels goes with images that have none"):
+        run(photos, KNOWN, labels=torch.zeros(3))
+    with pytest.raises(ValueError, match="augmented goes with a dataset or tensor"):
+        run(photos, KNOWN, augmented=Counted(make_images(3)))
+    files = sorted((photos / "zero").glob("*.png"))
+    with pytest.raises(ValueError, match="labels has 1 entries, but there are"):
+        run(files, KNOWN, labels=torch.zeros(1, dtype=torch.int64))
+    labels = torch.zeros(len(files), dtype=torch.int64)
+    assert torch.equal(run(files, KNOWN, labels=labels).target.labels, labels)
+
+
+def zero_shot_cosines(result):
+    return result.target.zero_shot_cosines()
+
+
+STRONG = TrainerConfig(epochs=1, batch_size=4, affine_lr=100.0, prompt_lr=1.0)
+
+
+def test_a_second_adaptation_of_a_model_says_that_it_starts_from_the_first(tmp_path):
+    images, tokenizer = make_images(COUNT), tiny_tokenizer()
+    model = tiny_clip("bn", seed=0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        first = adapt(model, tokenizer, images, NAMES, config=STRONG)
+    assert not [text for text in told if "was adapted before" in str(text.message)]
+    path = first.save(tmp_path / "delta.safetensors")
+    with pytest.warns(UserWarning, match=r"was adapted before.*restore\(\).*deepcopy"):
+        second = adapt(model, tokenizer, images, NAMES, config=STRONG)
+    assert not torch.equal(zero_shot_cosines(first), zero_shot_cosines(second))
+    with pytest.warns(UserWarning, match="was adapted before"):
+        adapt(copy.deepcopy(model), tokenizer, images, NAMES, method="zeroshot")
+    other = tiny_clip("bn", seed=0)
+    load_delta(other, path, tokenizer=tokenizer)
+    with pytest.warns(UserWarning, match="was adapted before"):
+        adapt(other, tokenizer, images, NAMES, method="adabn")
+    first.restore()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        anew = adapt(model, tokenizer, images, NAMES, config=STRONG)
+    assert not [text for text in told if "was adapted before" in str(text.message)]
+    assert torch.equal(zero_shot_cosines(first), zero_shot_cosines(anew))
+    assert read_delta(anew.save(tmp_path / "again.safetensors")).tensors.keys()
+    again, was = read_delta(tmp_path / "again.safetensors"), read_delta(path)
+    assert all(torch.equal(again.tensors[name], value) for name, value in was.tensors.items())
+
+
+@pytest.mark.parametrize("method", ["adabn", "tent"])
+def test_statistics_are_restored_as_well(method):
+    images = make_images(COUNT)
+    result = run(images, method=method)
+    before = zero_shot_cosines(result)
+    assert not torch.equal(result.predict(images).cosines, before)
+    result.restore()
+    assert torch.equal(result.predict(images).cosines, before)
+    assert not result.classifier.was_adapted
+
+
+def test_a_prompt_alone_leaves_the_model_as_it_was():
+    images, model = make_images(COUNT), tiny_clip("bn", seed=0)
+    config = TrainerConfig(epochs=1, batch_size=4, affine_lr=0, prompt_lr=1.0)
+    first = adapt(model, tiny_tokenizer(), images, NAMES, config=config)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        second = adapt(model, tiny_tokenizer(), images, NAMES, config=config)
+    assert not [text for text in told if "was adapted before" in str(text.message)]
+    assert torch.equal(zero_shot_cosines(first), zero_shot_cosines(second))
+
+
+def test_a_single_class_and_predictions_of_one_class_are_told():
+    images = make_images(COUNT)
+    with pytest.warns(UserWarning, match=r"a single class, 'one'.*MCM score 1"):
+        result = run(images, ["one"])
+    with pytest.warns(UserWarning, match="a single class, 'one'"):
+        prediction = result.predict(images)
+    assert prediction.mcm.tolist() == [1.0] * COUNT
+    assert prediction.known is None
+    same_images = make_images(1).expand(6, 3, 32, 32)
+    with pytest.warns(UserWarning, match="all 6 images are put into one class, '"):
+        run(images).predict(same_images)
+
+
+def test_what_looks_wrong_in_training_is_a_python_warning_without_a_hook_for_it():
+    class Sorry(UEO):
+        def adapt(self, classifier, target, *, config=None, hooks=None):
+            hooks.on_warning("a collapse")
+            return super().adapt(classifier, target, config=config, hooks=hooks)
+
+    for hooks in (None, Hooks(on_step=lambda record: None)):
+        with pytest.warns(UserWarning, match="a collapse"):
+            run(make_images(COUNT), method=Sorry(), hooks=hooks)
+    told = []
+    run(make_images(COUNT), method=Sorry(), hooks=Hooks(on_warning=told.append))
+    assert told == ["a collapse"]

@@ -214,3 +214,89 @@ def test_tower_without_norms_is_refused_and_changes_nothing() -> None:
     ):
         freeze_all_but_affine(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class HuggingFaceLike(nn.Module):
+    """The names of transformers' CLIPModel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_model = nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4))
+        self.vision_model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        self.text_projection = nn.Linear(4, 4, bias=False)
+
+
+class Lightning(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.clip = model
+        self.head = nn.LayerNorm(4)
+
+
+WRAPPERS = {
+    "nothing": (lambda model: model, ""),
+    "DataParallel": (nn.DataParallel, "module."),
+    "compile": (lambda model: torch.compile(model, backend="eager"), "_orig_mod."),
+    "both": (
+        lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+        "module._orig_mod.",
+    ),
+    "Lightning": (Lightning, "clip."),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("kind", ["open_clip", "HuggingFace"])
+def test_the_image_tower_is_found_in_wrappers(kind: str, wrapper: str) -> None:
+    wrap, prefix = WRAPPERS[wrapper]
+    if kind == "open_clip":
+        inner, tower = with_visual(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))), "visual"
+    else:
+        inner, tower = HuggingFaceLike(), "vision_model"
+    model = wrap(inner)
+    trained = freeze_all_but_affine(model)
+    expected = [f"{prefix}{tower}.1.weight", f"{prefix}{tower}.1.bias"]
+    assert list(trained) == expected
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == expected
+    sites = patch_visual(model).report.sites
+    assert [site.name for site in sites] == [f"{prefix}{tower}.1"]
+
+
+def test_a_tower_under_two_names_is_one() -> None:
+    model = nn.Module()
+    model.clip = HuggingFaceLike()
+    model.vision_model = model.clip.vision_model
+    assert list(affine_parameters(model)) == [
+        "clip.vision_model.1.weight",
+        "clip.vision_model.1.bias",
+    ]
+
+
+def test_a_model_whose_image_tower_is_not_known_is_refused_and_left_alone() -> None:
+    unknown = HuggingFaceLike()
+    unknown.eyes = unknown.vision_model
+    del unknown.vision_model
+    twins = nn.ModuleDict({"student": HuggingFaceLike(), "teacher": HuggingFaceLike()})
+    for model, message in (
+        (unknown, r"HuggingFaceLike that has a text tower \(text_model\).*the image tower itself"),
+        (twins, r"has 2 visual towers \(student.vision_model, teacher.vision_model\)"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            freeze_all_but_affine(model)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_hugging_faces_clip() -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small["num_attention_heads"] = 2
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=small | {"vocab_size": 8},
+            vision_config=small | {"image_size": 8, "patch_size": 4},
+            projection_dim=8,
+        )
+    )
+    trained = freeze_all_but_affine(model)
+    assert trained
+    assert all(name.startswith("vision_model.") for name in trained)

@@ -26,7 +26,13 @@ from ueo_fast.finetune.data.batches import (
 from ueo_fast.finetune.data.dataset import ImageDataset
 from ueo_fast.finetune.data.decode import UnreadableImageError
 from ueo_fast.finetune.data.image_list import read_images
-from ueo_fast.finetune.data.loader import LoadingError, loading_errors
+from ueo_fast.finetune.data.loader import (
+    LoadingError,
+    Tolerant,
+    data_loader,
+    loading_errors,
+    started_workers,
+)
 from ueo_fast.finetune.data.seeded import mixed_seed, seeded
 from ueo_fast.finetune.data.transforms import training_transform
 
@@ -340,3 +346,16 @@ def test_a_tensor_is_loaded_in_order() -> None:
         tolerant_loader(numbered(0), 2)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         tolerant_loader(numbered(5), 0)
+
+
+def test_a_config_from_elsewhere_does_not_start_more_workers_than_the_machine_can_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("loader", "batches"):  # to see the DataLoader itself
+        monkeypatch.setattr(f"ueo_fast.finetune.data.{module}.loaded", lambda loader: loader)
+    affinity = getattr(os, "sched_getaffinity", None)
+    most = 4 * (os.cpu_count() or 1 if affinity is None else len(affinity(0)))
+    assert [started_workers(count) for count in (0, 1, 10**8)] == [0, 1, most]
+    loader = data_loader(Tolerant(Noisy()), iter([]), 10**8, False)
+    assert loader.num_workers == most
+    assert even_loader(Noisy(), 4, seed=0, num_workers=10**8).num_workers == most

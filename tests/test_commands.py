@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -11,10 +13,12 @@ import safetensors.torch
 import torch
 from commands_place import finetune, lines, make_place, rows
 from photo_folder import CORRUPT, KNOWN, ODD, picture
+from report_page import parse_file
 
 from ueo_fast.cli import main
 from ueo_fast.finetune.data.benchmark_facts import class_names
 from ueo_fast.finetune.demo.digits import load_digits
+from ueo_fast.finetune.scoring.thresholds import choose_threshold
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def test_a_run_leaves_all_that_it_promises(place):
         *("config.json", "environment.json", "problem.json", "images.json"),
         *("zero_shot.safetensors", "metrics.jsonl", "train.jsonl", "epochs.jsonl"),
         *("predictions.csv", "delta.safetensors", "report.html", "finished.json"),
-        "checkpoint.safetensors",
+        *("thumbnails.json", "checkpoint.safetensors", "base_model.json"),
     }
     problem = json.loads((run / "problem.json").read_text())
     assert problem["known"] == list(KNOWN)
@@ -60,8 +64,16 @@ def test_metrics_are_printed_before_during_and_after(place, capsys):
         printed.index("zero-shot: per-class accuracy"),
         printed.index("epoch 1: per-class accuracy"),
     )
+    found = re.search(
+        r"^(Slightly |)(better|mixed|worse|no change): UEO .* per-class accuracy .*\.$",
+        printed,
+        re.M,
+    )
     after = printed.index("method     per-class accuracy")
-    assert before < during < after
+    assert before < during < found.start() < after
+    page = (place / "told" / "report.html").read_text(encoding="utf-8")
+    assert f'<p class="lead"><bdi>{found[0]}</bdi></p>' in page
+    assert "not defined" not in printed  # there are unknown images
 
 
 def test_a_data_set_of_the_paper_needs_no_class_list(place, tmp_path, capsys):
@@ -98,6 +110,35 @@ def test_predictions_name_every_image_and_its_label(place):
         assert row["label"] == row["image"].split("/")[0]
         assert row["adapted_class"] in KNOWN
         assert 1 / 6 < float(row["adapted_mcm"]) < 1
+        assert float(row["mcm_scale"]) == 1.0
+
+
+def test_predictions_say_what_is_known_by_the_threshold_that_the_run_keeps(place):
+    table = rows(place / "run" / "predictions.csv")
+    kept = json.loads((place / "run" / "finished.json").read_text())["threshold"]
+    scores = [float(row["adapted_mcm"]) for row in table]
+    assert kept == {"rule": "otsu", "value": choose_threshold("otsu", scores)}
+    assert [row["known"] for row in table] == [
+        "true" if score >= kept["value"] else "false" for score in scores
+    ]
+    assert {row["known"] for row in table} == {"true", "false"}
+
+
+def test_a_list_of_one_class_allows_no_threshold(place, tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("zero\n")
+    words = ["--classes", str(tmp_path / "one.txt"), "--epochs", "1"]
+    assert finetune(place, "one class", *words) == 0
+    printed = capsys.readouterr().out
+    assert "the scores allow no threshold (otsu), so no image counts as known or unknown" in printed
+    found = re.findall(r"^warning: (the list has a single class, 'zero'.*)$", printed, re.M)
+    assert len(found) == 2  # before hours are spent, and with the results
+    (warning,) = set(found)
+    assert printed.index(warning) < printed.index("per-class accuracy at")
+    run = place / "one class"
+    page = parse_file(run / "report.html")
+    assert page.one("aside", **{"aria-label": "Warnings"}).text == f"1 warning {warning}"
+    assert {row["known"] for row in rows(run / "predictions.csv")} == {""}
+    assert json.loads((run / "finished.json").read_text())["threshold"]["value"] is None
 
 
 def test_what_was_learnt_is_small_and_differs_from_the_start(place):
@@ -135,7 +176,7 @@ def test_labels_are_not_needed(place, tmp_path, capsys):
     paths = sorted((place / "photos").glob("*/IMG*.png"))
     listed.write_text("\n".join(map(str, paths)), encoding="utf-8")
     assert finetune(place, "unlabelled", "--epochs", "1", "--data", str(listed)) == 0
-    assert "no labels, hence no metrics" in capsys.readouterr().out
+    assert "Not measured, for want of labels: UEO put" in capsys.readouterr().out
     assert not (place / "unlabelled" / "metrics.jsonl").exists()
     assert all(row["label"] == "" for row in rows(place / "unlabelled" / "predictions.csv"))
 
@@ -159,6 +200,9 @@ def test_evaluate_puts_zero_shot_beside_adapted(place, tmp_path, capsys):
     assert main(["evaluate", *map(str, words)]) == 0
     printed = capsys.readouterr().out
     assert "54 images, 41 of known classes and 13 of others" in printed
+    first = next(line for line in printed.splitlines() if not line.startswith("note: "))
+    report = (place / "run" / "report.html").read_text(encoding="utf-8")
+    assert f'<p class="lead"><bdi>{first}</bdi></p>' in report
     for record in lines(place / "run" / "metrics.jsonl"):
         title = {"zeroshot": "zero-shot", "ueo": "UEO"}[record["method"]]
         (line,) = re.findall(rf"^{title} .*$", printed, re.M)
@@ -227,6 +271,35 @@ def test_score_takes_its_threshold_from_validation_images(place, tmp_path, capsy
     assert main([*map(str, words), other]) == 2
     assert "has no labels to take the threshold from" in capsys.readouterr().err
     assert not (tmp_path / "other.csv").exists()
+
+
+def test_score_takes_a_delta_alone_and_the_scale_that_its_run_had(place, tmp_path, capsys):
+    assert finetune(place, "scaled", "--epochs", "1", "--mcm-scale", "30") == 0
+    run = place / "scaled"
+    alone = Path(shutil.copy(run / "delta.safetensors", tmp_path / "sent by mail.safetensors"))
+    tables = []
+    for source in (run, alone):
+        out = tmp_path / f"{source.stem}.csv"
+        words = ["--run", source, "--data", place / "photos", "--out", out, "--workers", 0]
+        assert main(["score", *map(str, words)]) == 0
+        assert "MCM at scale 30, probabilities at the model's own scale" in capsys.readouterr().out
+        tables.append(rows(out))
+    assert tables[0] == tables[1]
+    assert {row["mcm_scale"] for row in tables[0]} == {"30.0"}
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(alone.read_bytes()[:-1])
+    other = ["--data", place / "photos", "--out", tmp_path / "other.csv"]
+    assert main(["score", *map(str, ["--run", broken, *other])]) == 2
+    assert "broken.safetensors" in capsys.readouterr().err
+    assert main(["score", *map(str, ["--run", tmp_path / "nowhere.safetensors", *other])]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "other.csv").exists()
+
+
+def test_a_batch_of_one_is_refused_before_anything_is_read(place, capsys):
+    assert finetune(place, "alone", "--batch-size", "1") == 2
+    assert "batch_size is 1, but UEO compares the images" in capsys.readouterr().err
+    assert not (place / "alone").exists()
 
 
 def test_score_is_strict_where_it_is_asked_to_be(place, tmp_path, capsys):

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from ueo_fast.finetune.evaluation.compare import CONVENTION, compare_runs
+from ueo_fast.finetune.evaluation.compare import compare_runs
 from ueo_fast.finetune.files.run_folder import RunFolder
 
 TITLES = {"zeroshot": "zero-shot", "ueo": "UEO", "infomax": "InfoMax", "tent": "Tent"}
@@ -97,10 +97,25 @@ def test_seeds_are_averaged_and_zero_shot_is_there_once(tmp_path):
     assert text.startswith("photos: 90 test images; 2 known classes and 1 unknown; RN50 (openai)")
     assert re.search(r"^UEO \(3 seeds\) +68\.3 ± 7\.6 .* 30\.0 ± 0\.0 +68\.3 ± 7\.6$", text, re.M)
     assert "seed by seed" in text
-    assert text.endswith(f"({CONVENTION})")
+    assert text.endswith(
+        "(percent, mean ± standard deviation over seeds (n - 1); AUROC and FPR95 are of the MCM "
+        "score with known images as the positive class; HM is the harmonic mean of per-class "
+        "accuracy and AUROC)"
+    )
+    assert (
+        "\n\nBest of 2 by HM, UEO (3 seeds). Better: UEO (3 seeds) raised per-class accuracy from "
+        "50.0% to 68.3% (by 18.3 points) and AUROC from 55.0% to 80.0% (by 25.0 points).\n\nmethod"
+    ) in text
     markdown = comparison.markdown()
     assert "| UEO (3 seeds) | 68.3 ± 7.6 | 68.3 ± 7.6 | 80.0 ± 0.0 | 30.0 ± 0.0 |" in markdown
     assert "| zero-shot | 50.0 | 60.0 | 55.0 | 90.0 | 52.0 |" in markdown
+
+
+def test_a_method_below_chance_is_named_above_the_tables(tmp_path):
+    values = (0.7, 0.7, 0.312, 0.9, 0.43)
+    run = make_run(tmp_path / "a", more=[record("ueo", 0, values)])
+    text = compare_runs([run]).text()
+    assert text.startswith(f"note: {run}: AUROC is 31.2, below 50, which is chance: ")
 
 
 def test_one_run_each_has_no_second_table(tmp_path):

@@ -106,6 +106,23 @@ def test_tiny_clip_is_seeded_and_leaves_the_global_state():
 
 
 @pytest.mark.parametrize("tower", ["bn", "vit"])
+def test_pretraining_gives_the_same_bits_on_any_number_of_threads(digits, tower):
+    before = torch.get_num_threads()
+    states = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            model = tiny_clip(tower, seed=0)
+            pretrain(model, tiny_tokenizer(), digits.images, digits.labels, DIGIT_NAMES, steps=3)
+            assert torch.get_num_threads() == threads
+            states.append(model.state_dict())
+    finally:
+        torch.set_num_threads(before)
+    for state in states[1:]:
+        assert all(torch.equal(value, states[0][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("tower", ["bn", "vit"])
 def test_pretraining_lowers_the_loss(digits, tower):
     losses = []
     model = tiny_clip(tower, 0)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import setup_script
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -51,6 +52,17 @@ def test_links_of_the_documentation_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_description_for_a_package_index_has_no_link_into_the_repository():
+    text = setup_script.load().description()
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links == ["https://arxiv.org/abs/2308.12919"]
+    assert "![" not in text
+    assert "drawn from" not in text  # the caption goes with its picture
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^#.*$", text, re.M) == re.findall(r"^#.*$", page, re.M)
+    assert "docs/guide.md (from photographs to scores), docs/methods.md" in text
 
 
 def test_the_first_screen_of_the_readme_names_the_two_commands():

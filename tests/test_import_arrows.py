@@ -21,10 +21,14 @@ LAYERS = [
     {"functional", "normalization"},
     {"arguments", "ops"},
     {"backends"},
-    {"_extension", "triton", "reference"},
+    {"_extension", "triton", "reference", "ranges"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-CORE = [path for path in PACKAGE.rglob("*.py") if not {"finetune", "cli"} & set(path.parts)]
+CORE = [
+    path
+    for path in PACKAGE.rglob("*.py")
+    if not {"finetune", "cli"} & set(path.relative_to(PACKAGE).parts)
+]
 
 
 def module_name(path: Path) -> str:

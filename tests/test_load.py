@@ -6,10 +6,12 @@ import hashlib
 import json
 import pickle
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -20,7 +22,11 @@ from open_clip import factory  # noqa: E402
 from tiny_model_folder import WEIGHTS, save_tiny_clip, tiny_model_cfg  # noqa: E402
 
 from ueo_fast.finetune.clip import weights as weights_module  # noqa: E402
-from ueo_fast.finetune.clip.base_model import activation_of, fingerprint  # noqa: E402
+from ueo_fast.finetune.clip.base_model import (  # noqa: E402
+    activation_of,
+    fingerprint,
+    named_as_flags,
+)
 from ueo_fast.finetune.clip.load import load_base, load_clip, load_tokenizer  # noqa: E402
 from ueo_fast.finetune.clip.weights import find_source  # noqa: E402
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip  # noqa: E402
@@ -51,11 +57,12 @@ def named(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise OSError("Name or service not known")
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("asked for a download although nothing answers")
 
-    monkeypatch.setattr(open_clip, "download_pretrained", unreachable)
-    monkeypatch.setattr(factory, "download_pretrained_from_hf", unreachable)
+    monkeypatch.setattr(weights_module, "_unreachable", lambda url: "Name or service not known")
+    monkeypatch.setattr(open_clip, "download_pretrained", asked)
+    monkeypatch.setattr(weights_module, "download_pretrained_from_hf", asked)
 
 
 def images() -> torch.Tensor:
@@ -94,7 +101,7 @@ def test_folders_that_are_no_models_say_what_they_lack(tmp_path, folder):
         load_clip(str(tmp_path))
     (tmp_path / "open_clip_config.json").write_text("{")
     shutil.copy(folder / WEIGHTS, tmp_path)
-    with pytest.raises(ValueError, match="do not load"):
+    with pytest.raises(ValueError, match=r"open_clip_config.json is not valid JSON"):
         load_clip(str(tmp_path))
     with pytest.raises(ValueError, match="brings its own weights; leave it out"):
         load_clip(str(folder), "openai")
@@ -184,7 +191,7 @@ def test_a_file_whose_activation_is_not_known_is_refused(folder, named):
 
 
 def test_the_tags_of_open_clip_get_the_activation_that_they_were_trained_with(monkeypatch):
-    monkeypatch.setattr(weights_module, "_tag_file", lambda name, tag, cfg: __file__)
+    monkeypatch.setattr(weights_module, "_tag_file", lambda *_: __file__)
     wanted = {
         ("RN50", "openai"): True,  # open_clip builds these two with GELU, and warns
         ("ViT-B-16", "OpenAI"): True,
@@ -205,11 +212,38 @@ def test_without_a_network_the_error_says_which_file_and_where_to(named, offline
         TAG["url"],
         "pretrained='openai=/path/of/the/file'",
         str(weights_module.constants.HF_HUB_CACHE),
-        "HF_HUB_OFFLINE=1",
     ):
         assert part in message
-    with pytest.raises(OSError, match=r"a/b could not be downloaded.*one folder.*HF_HUB_OFFLINE=1"):
+    with pytest.raises(OSError, match=r"a/b: not found .*one folder, and give model='/path/of"):
         load_clip("hf-hub:a/b")
+    with named_as_flags(), pytest.raises(OSError, match="give --pretrained openai=/path/of/the/f"):
+        load_clip("tiny-bn", "openai")
+    with named_as_flags(), pytest.raises(OSError, match="give --model /path/of/the/folder"):
+        load_clip("hf-hub:a/b")
+
+
+def test_a_network_that_does_not_answer_costs_one_short_wait(monkeypatch):
+    class Silent:
+        def head(self, url: str, timeout: float) -> None:
+            time.sleep(20)
+
+    class Refusing:
+        def head(self, url: str, timeout: float) -> None:
+            raise OSError("Connection refused")
+
+    class Answering:
+        def head(self, url: str, timeout: float) -> None:
+            assert timeout == 0.2
+
+    monkeypatch.setattr(weights_module, "_PATIENCE", 0.2)
+    monkeypatch.setattr(weights_module, "get_session", Silent)
+    started = time.perf_counter()
+    assert "no answer from https://a.b within 0.2 s" in weights_module._unreachable("https://a.b")
+    assert time.perf_counter() - started < 5
+    monkeypatch.setattr(weights_module, "get_session", Refusing)
+    assert weights_module._unreachable("https://a.b") == "https://a.b: Connection refused"
+    monkeypatch.setattr(weights_module, "get_session", Answering)
+    assert weights_module._unreachable("https://a.b") == ""
 
 
 def test_weights_in_the_cache_need_no_network(folder, named, offline, monkeypatch):
@@ -282,6 +316,9 @@ def test_unusable_weights_name_the_file(tmp_path, folder, named, monkeypatch):
     torch.save({"x": Bomb()}, "bomb2.pt")
     state = tiny_clip("vit", 0).state_dict()
     safetensors.torch.save_file(state, "vit.safetensors")
+    for name in ("bomb.pt", "bomb2.pt"):
+        with pytest.raises(ValueError, match=r"can run any program.*safetensors.torch.save_file"):
+            load_clip("tiny-bn", f"plain={name}")
     for name in ("cut.safetensors", "empty.pt", "bomb.pt", "bomb2.pt", "vit.safetensors"):
         with pytest.raises(ValueError, match=f"{name} do not load into tiny-bn: .+"):
             load_clip("tiny-bn", f"plain={name}")
@@ -308,3 +345,58 @@ def test_the_tiny_folder_is_complete(folder):
     config = json.loads((folder / "open_clip_config.json").read_text())
     assert config["model_cfg"]["text_cfg"]["context_length"] == 16
     assert activation_of(open_clip.create_model(f"local-dir:{folder}")) == "gelu"
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_checkpoints_of_wrapped_models_load(tmp_path, named, prefix, suffix):
+    state = tiny_clip("bn", 3).state_dict()
+    wrapped = {prefix + name: tensor.contiguous() for name, tensor in state.items()}
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save({"epoch": 3, "state_dict": wrapped}, path)
+    else:
+        safetensors.torch.save_file(wrapped, path)
+    loaded = load_clip("tiny-bn", f"plain={path}")
+    assert loaded.base.pretrained == f"plain={path}"
+    found = loaded.model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_a_tower_compiled_by_itself_and_a_folder_of_such_weights_load(tmp_path, folder):
+    state = tiny_clip("bn", 3).state_dict()
+    wrapped = {
+        name.replace("visual.", "visual._orig_mod.", 1): tensor for name, tensor in state.items()
+    }
+    assert wrapped.keys() != state.keys()
+    shutil.copy(folder / "open_clip_config.json", tmp_path)
+    torch.save(wrapped, tmp_path / "open_clip_pytorch_model.bin")
+    loaded = load_clip(str(tmp_path))
+    assert loaded.base.name == f"local-dir:{tmp_path}"
+    assert loaded.base.fingerprint == fingerprint(tiny_clip("bn", 3))
+    torch.save({**wrapped, **state}, tmp_path / "open_clip_pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"has 'visual.*' twice"):
+        load_clip(str(tmp_path))
+
+
+def test_a_training_checkpoint_with_numpy_scalars_loads(tmp_path, named):
+    path = tmp_path / "weights.pt"
+    state = tiny_clip("bn", 3).state_dict()
+    scalars = {"epoch": np.int64(3), "loss": np.float32(0.5), "done": np.bool_(False)}
+    torch.save({**scalars, "state_dict": state}, path)
+    assert load_clip("tiny-bn", f"plain={path}").base.fingerprint == fingerprint(tiny_clip("bn", 3))
+    torch.save({"module.x": Bomb(), "state_dict": state}, path)
+    with pytest.raises(ValueError, match="can run any program"):
+        load_clip("tiny-bn", f"plain={path}")
+    assert not Path("exploded").exists()
+
+
+def test_loading_touches_no_generator_of_a_gpu(folder, monkeypatch):
+    def seeds(seed: int) -> None:
+        raise AssertionError("the generators of GPUs were seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds)
+    before = torch.get_rng_state()
+    load_clip(str(folder))
+    assert torch.equal(torch.get_rng_state(), before)

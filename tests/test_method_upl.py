@@ -125,7 +125,7 @@ def test_state_round_trips():
 
 @pytest.mark.parametrize("k", [0, -3])
 def test_k_must_be_positive(k):
-    with pytest.raises(ValueError, match=f"k must be at least 1 image per class, got {k}"):
+    with pytest.raises(ValueError, match=f"k must be at least 1, got {k}"):
         UPL(k)
 
 

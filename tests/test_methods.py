@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tiny_problem import make_classifier, make_images, random_features, random_step
 
 from ueo_fast.finetune.data.batches import even_loader
+from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Step
 from ueo_fast.finetune.engine.trainer import NonFiniteLossError, TrainerConfig
 from ueo_fast.finetune.methods import (
@@ -22,6 +24,7 @@ from ueo_fast.finetune.methods import (
     InfoMax,
     LossMethod,
     Oracle,
+    Tent,
     ZeroShot,
 )
 from ueo_fast.finetune.target import Target, zero_shot_target
@@ -121,7 +124,7 @@ def test_eps_reproduces_the_authors_expression(step, target):
 def test_ueo_refuses_what_it_cannot_use(target):
     with pytest.raises(ValueError, match=r"confidence='always' is unknown.*zeroshot, online"):
         UEO(confidence="always")
-    with pytest.raises(ValueError, match="mcm_scale must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"mcm_scale must be from 1e-30 .*, got 0"):
         UEO(mcm_scale=0).objective(make_classifier(), target)
     with pytest.raises(ValueError, match=r"cosines is None.*zero_shot_target"):
         UEO().objective(make_classifier(), Target(target.images))
@@ -265,3 +268,72 @@ def test_adabn_that_meets_nan_says_so_and_leaves_the_classifier_as_it_was():
     with pytest.raises(NonFiniteLossError, match=r"statistics of BatchNorm became NaN.*images"):
         AdaBN(batch_size=4).adapt(classifier, Target(images))
     assert all(torch.equal(before[key], value) for key, value in classifier.state_dict().items())
+
+
+@pytest.mark.parametrize("method", [UEO(), UEO(trade_off=0.5), InfoMax(), Oracle(), POUF()])
+def test_a_batch_of_one_image_is_refused_where_images_are_compared(method):
+    """``H(p) - H(p)``: nothing would be learnt, and nobody told."""
+    config = TrainerConfig(batch_size=1)
+    with pytest.raises(ValueError, match=r"batch_size is 1, but .* at least 2 images"):
+        method.check(config)
+    method.check(TrainerConfig(batch_size=2))
+    classifier, images = make_classifier(), make_images(1)
+    labels = torch.zeros(1, dtype=torch.int64)
+    target = zero_shot_target(classifier, images, labels=labels)
+    with pytest.raises(ValueError, match="there is 1 image, but"):
+        method.adapt(classifier, target, config=TrainerConfig(batch_size=64))
+
+
+@pytest.mark.parametrize("method", [EntMin(), DANCE(), UPL(), Tent(), ZeroShot(), UEO(trade_off=0)])
+def test_a_batch_of_one_image_is_fine_where_each_is_seen_by_itself(method):
+    method.check(TrainerConfig(batch_size=1))
+
+
+def test_an_image_left_over_alone_adds_nothing_and_harms_nothing():
+    """The last of 5 images in batches of 2: its step leaves all weights as they are."""
+    classifier = make_classifier()
+    target = zero_shot_target(classifier, make_images(5))
+    seen = []
+
+    def note(record):
+        seen.append(torch.cat([p.detach().flatten() for p in classifier.parameters()]))
+
+    config = TrainerConfig(epochs=2, batch_size=2, prompt_lr=10.0, affine_lr=10.0)
+    InfoMax().adapt(classifier, target, config=config, hooks=Hooks(on_step=note))
+    moved = [(after - before).abs().amax() for before, after in itertools.pairwise(seen)]
+    for alone in (1, 4):  # what is left is rounding of the two entropies
+        assert moved[alone] < 0.02 * moved[alone - 1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: UEO(trade_off=1e31), "trade_off must be from -1e+06 to 1e+06, got 1e+31"),
+        (lambda: UEO(trade_off=1e20), "trade_off must be from -1e+06"),
+        (lambda: UEO(trade_off=math.nan), "trade_off"),
+        (lambda: InfoMax(trade_off="one"), "trade_off must be a number, got str 'one'"),
+        (lambda: Oracle(eps=1e-40), "eps must be 0 or from 1e-30"),
+        (lambda: EntMin(eps=-1e-5), "eps must be 0 or from 1e-30"),
+        (lambda: Tent(eps=1e40), "eps must be 0 or from 1e-30"),
+        (lambda: UEO(mcm_scale=1e40), "mcm_scale must be from 1e-30 to 1e"),
+        (lambda: UEO(mcm_scale=1e-40), "mcm_scale must be from 1e-30 to 1e"),
+        (lambda: POUF(information_weight=math.inf), "information_weight must be from"),
+        (lambda: DANCE(temperature=1e-40), "temperature must be from"),
+        (lambda: UPL(k=10**29), "k must be at most 1,000,000,000, got 1"),
+        (lambda: UPL(k=1.5), "k must be a whole number, got float 1.5"),
+        (lambda: AdaBN(batch_size=1), "batch_size must be at least 2, got 1"),
+        (lambda: TrainerConfig(batch_size=10**29), "batch_size must be at most 1,000,000,000"),
+        (lambda: TrainerConfig(batch_size="64"), "batch_size must be a whole number, got str"),
+        (lambda: TrainerConfig(epochs=None), "epochs must be a whole number, got NoneType"),
+        (lambda: TrainerConfig(num_workers=10**8), "num_workers must be at most 1,024"),
+        (lambda: TrainerConfig(seed=2**64), "seed must be at most 9,223,372,036,854,775,807"),
+        (lambda: TrainerConfig(affine_lr=1e39), "affine_lr must be 0 or from 1e-30 to 1e+06"),
+        (lambda: TrainerConfig(prompt_lr=1e-46), "prompt_lr must be 0 or from 1e-30 to 1e+06"),
+        (lambda: UEO().check(TrainerConfig(prompt_lr=0, affine_lr=0)), "nothing to train"),
+        (lambda: Tent().check(TrainerConfig(affine_lr=0)), "affine_lr is 0, but Tent"),
+    ],
+)
+def test_a_choice_that_cannot_work_is_refused_before_anything_is_done(make, message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        make()
+    assert message in str(caught.value)

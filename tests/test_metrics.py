@@ -11,7 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ueo_fast.finetune.evaluation.metrics import compute_metrics, detection_metrics, harmonic_mean
+from ueo_fast.finetune.evaluation.metrics import (
+    compute_metrics,
+    detection_metrics,
+    harmonic_mean,
+)
 
 skm = pytest.importorskip("sklearn.metrics")
 

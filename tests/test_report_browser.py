@@ -64,6 +64,16 @@ addEventListener("load", () => {
         .map((one) => one.name).filter((name) => !name.startsWith("data:")),
       ink: getComputedStyle(page.querySelector("svg text") || page.body).fill,
       title: page.title,
+      sorted: [0, 3, 3].map((column) => {
+        const table = page.querySelector("table.images");
+        if (!table) return null;
+        const head = table.tHead.rows[0].cells[column];
+        head.querySelector("button").click();
+        return [
+          head.getAttribute("aria-sort"),
+          [...table.tBodies[0].rows].map((row) => row.cells[column].textContent),
+        ];
+      }),
     };
   });
   document.getElementById("seen").textContent = JSON.stringify(seen);
@@ -101,7 +111,7 @@ def run_browser(folder, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 RUNS = {
-    "ordinary": (ReportRun(warnings=("w" * 300,)), 24, 7),
+    "ordinary": (ReportRun(warnings=("w" * 300,)), 7),
     "many classes": (
         ReportRun(
             known=[f"{'long' * 12}-{i}" for i in range(200)],
@@ -110,24 +120,27 @@ RUNS = {
             steps=2000,
             options={"data": "/a/path/" + "x" * 200, "prompt_template": "{} " * 60},
         ),
-        24,
         7,
     ),
-    "unlabelled": (ReportRun(labelled=False, unknown=()), 24, 5),
-    "unfinished": (ReportRun(finished=False), 0, 4),
+    "unlabelled": (ReportRun(labelled=False, unknown=()), 5),
+    "unfinished": (ReportRun(finished=False), 4),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_page_is_drawn_whole_at_every_width_and_loads_nothing(tmp_path, name):
-    run, images, charts = RUNS[name]
+    run, charts = RUNS[name]
+    finished = run.finished
     page = write_report(make_run(tmp_path, run)).read_text(encoding="utf-8")
     seen, complaints = look(tmp_path, page)
     assert complaints == ""
     assert [view["width"] for view in seen] == list(WIDTHS)
     for view in seen:
-        assert view["sections"] == ["run", "metrics", "scores", "classes", "training", "images"]
-        assert (view["images"], view["broken"]) == (images, 0)
+        assert view["sections"] == [
+            *("unknown", "metrics", "scores", "classes", "images", "training", "run"),
+        ]
+        assert (view["images"], view["broken"]) == (page.count("<img "), 0)
+        assert (view["images"] > 12) == finished
         assert len(view["charts"]) == charts
         assert min(view["charts"]) > 150
         assert view["overflow"] == 0
@@ -135,6 +148,27 @@ def test_page_is_drawn_whole_at_every_width_and_loads_nothing(tmp_path, name):
         assert view["smallest"] > 8
         assert view["requests"] == []
         assert view["title"].startswith("UEO: ")
+
+
+def test_the_tables_can_be_sorted(tmp_path):
+    run = make_run(tmp_path)
+    seen, complaints = look(tmp_path, write_report(run).read_text(encoding="utf-8"))
+    assert complaints == ""
+    for view in seen:
+        names, upwards, downwards = view["sorted"]
+        assert names[0] == upwards[0] == "ascending"
+        assert downwards[0] == "descending"
+        photos = [name for name in names[1] if name.startswith("photo")]
+        assert photos == sorted(photos)
+        assert len(photos) == 57
+        scores = [float(score) for score in upwards[1]]
+        assert scores == sorted(scores)
+        assert downwards[1] == sorted(upwards[1], key=float, reverse=True)
+    # Without the script the table is there, lowest scores first.
+    rows = parse((run / "report.html").read_text(encoding="utf-8")).one(
+        "table", **{"class": "images sortable"}
+    )
+    assert not rows.find("button")
 
 
 def test_the_probe_sees_what_is_wrong(tmp_path):
@@ -177,7 +211,7 @@ def test_page_opens_from_disk(tmp_path):
     assert "CONSOLE" not in done.stderr
     page = parse(re.sub(r"<!--.*?-->", "", done.stdout))
     assert page.one("main").find("section")
-    assert not page.find("script")
+    assert page.one("script").text.startswith("for (const table of")
     assert SCRIPT in page.one("aside", **{"aria-label": "Warnings"}).text
     picture = tmp_path / "page.png"
     run_browser(tmp_path, "--window-size=400,800", f"--screenshot={picture}", path.as_uri())

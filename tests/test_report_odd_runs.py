@@ -16,7 +16,7 @@ from report_run import ReportRun, make_run
 from ueo_fast.finetune.report import write_report
 from ueo_fast.finetune.report.charts import MOST_POINTS
 
-SECTIONS = ("run", "metrics", "scores", "classes", "training", "images")
+SECTIONS = ("unknown", "metrics", "scores", "classes", "images", "training", "run")
 HEADINGS = {
     "per_class_accuracy": "Per-class accuracy",
     "accuracy": "Accuracy",

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from report_run import ReportRun, make_run
 
-from ueo_fast.finetune.report import read_run, write_report
+from ueo_fast.finetune.data.names import printable
+from ueo_fast.finetune.files.run_folder import RunFolder
+from ueo_fast.finetune.report import read_run, write_report, write_thumbnails
 from ueo_fast.finetune.report.predictions import KEPT, KNOWN, UNKNOWN
 
 
@@ -49,19 +51,22 @@ def test_predictions_are_counted_and_ranked(run):
     assert found.changed == changed > 0
     ranked = sorted(rows, key=lambda row: -float(row["adapted_mcm"]))
     assert [p.image for p in found.most_confident] == [row["image"] for row in ranked[:KEPT]]
-    assert [p.image for p in found.least_confident] == [
-        row["image"] for row in ranked[: -KEPT - 1 : -1]
+    assert [p.image for p in found.lowest] == [row["image"] for row in reversed(ranked)]
+    unknown = [row["image"] for row in rows if row["known"] == "false"]
+    assert (found.known, found.unknown) == (60 - len(unknown), len(unknown))
+    assert [p.image for p in found.likely_unknown] == [
+        row["image"] for row in ranked[: -KEPT - 1 : -1] if row["image"] in unknown
     ]
 
 
 def test_of_equal_scores_the_first_images_are_kept(run):
     lines = (run / "predictions.csv").read_text(encoding="utf-8").splitlines()
-    rows = [f"{i}.png,{i}.png,,a,0.5,a,0.5" for i in range(100)]
+    rows = [f"{i}.png,{i}.png,,a,0.5,a,0.5,1.0,false" for i in range(100)]
     (run / "predictions.csv").write_text("\n".join([lines[0], *rows]))
     found = read_run(run).predictions
     first = [f"{i}.png" for i in range(KEPT)]
     assert [one.image for one in found.most_confident] == first
-    assert [one.image for one in found.least_confident] == first
+    assert [one.image for one in found.lowest[:KEPT]] == first
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_report(run)
@@ -71,7 +76,7 @@ def test_few_images_are_at_both_ends(run):
     text = (run / "predictions.csv").read_text(encoding="utf-8").splitlines()
     (run / "predictions.csv").write_text("\n".join(text[:4]) + "\n", encoding="utf-8")
     found = read_run(run).predictions
-    assert {p.image for p in found.most_confident} == {p.image for p in found.least_confident}
+    assert {p.image for p in found.most_confident} == {p.image for p in found.lowest}
     assert len(found.most_confident) == 3
     write_report(run)
 
@@ -126,9 +131,19 @@ BROKEN = [
     ("train.jsonl", 7, without("loss"), r"train.jsonl, line 7: 'loss' is missing; the file was"),
     ("train.jsonl", 7, with_(loss="low"), r"train.jsonl, line 7: loss is 'low', of the wrong type"),
     ("train.jsonl", 7, with_(loss=float("nan")), r"train.jsonl, line 7: NaN is no JSON number"),
-    ("train.jsonl", 7, with_(learning_rates={"prompt": "x"}), r"line 7: learning_rates is 'x', of"),
+    (
+        "train.jsonl",
+        7,
+        with_(learning_rates={"prompt": "x"}),
+        r"line 7: learning_rates is 'x', of",
+    ),
     ("train.jsonl", 7, lambda line: "[1]", r"train.jsonl, line 7: holds a list, expected an obj"),
-    ("epochs.jsonl", 2, with_(histogram=3), r"epochs.jsonl, line 2: histogram is 3, of the wrong"),
+    (
+        "epochs.jsonl",
+        2,
+        with_(histogram=3),
+        r"epochs.jsonl, line 2: histogram is 3, of the wrong",
+    ),
     ("metrics.jsonl", 3, with_(auroc=86.8), r"line 3: auroc is 86.8, expected a fraction in 0..1"),
     ("metrics.jsonl", 1, with_(stage="then"), r"line 1: stage is 'then', expected one of before,"),
     (
@@ -141,14 +156,30 @@ BROKEN = [
         lambda line: "image,path",
         r"predictions.csv, line 1: no column label, ",
     ),
-    ("predictions.csv", 5, lambda line: "a,b", r"predictions.csv, line 5: 2 cells, expected 7"),
+    ("predictions.csv", 5, lambda line: "a,b", r"predictions.csv, line 5: 2 cells, expected 9"),
     (
-        *("predictions.csv", 5, lambda line: "a,b,,x,0.1,x,high"),
+        *("predictions.csv", 5, lambda line: "a,b,,x,0.1,x,high,1.0,"),
         r"predictions.csv, line 5: adapted_mcm is 'high', not a number",
     ),
     (
-        *("predictions.csv", 5, lambda line: "a,b,,x,nan,x,0.1"),
+        *("predictions.csv", 5, lambda line: "a,b,,x,nan,x,0.1,1.0,"),
         r"predictions.csv, line 5: zeroshot_mcm is 'nan', not a finite number",
+    ),
+    (
+        *("predictions.csv", 5, lambda line: "a,b,,x,0.1,x,0.1,1.0,perhaps"),
+        r"predictions.csv, line 5: known is 'perhaps', expected true, false or nothing",
+    ),
+    (
+        "finished.json",
+        4,
+        lambda line: '"threshold": {"rule": 3, "value": 0.5}, "x": {',
+        "rule is 3, of the wrong",
+    ),
+    (
+        "finished.json",
+        4,
+        lambda line: '"threshold": {"rule": "otsu"}, "x": {',
+        "'value' is missing",
     ),
     ("problem.json", 1, lambda line: "{]", r"problem.json, line 1: "),
     ("config.json", 2, lambda line: "nothing", r"config.json, line 2: "),
@@ -176,14 +207,14 @@ def test_a_broken_problem_says_what_is_missing(run):
 
 def test_a_run_of_another_kind(run):
     (run / "config.json").write_text('{"tower": "bn"}')
-    with pytest.raises(ValueError, match=r"config.json names no method, so this is no run of ueo"):
+    with pytest.raises(ValueError, match=r"config.json names no method, so this is not a run of"):
         write_report(run)
 
 
 def test_what_is_no_run_folder(tmp_path, run):
     with pytest.raises(FileNotFoundError, match="does not exist; give a folder that ueo-fast fin"):
         write_report(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"has no config.json, so it is no run folder"):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json, so it is not a run folder"):
         write_report(tmp_path)
     with pytest.raises(NotADirectoryError, match="is a file; give the run folder that holds it"):
         write_report(run / "config.json")
@@ -194,14 +225,22 @@ def test_what_is_no_run_folder(tmp_path, run):
 
 def test_file_names_that_are_not_utf8_are_found(tmp_path):
     run = make_run(tmp_path, ReportRun(labelled=False, unknown=()))
-    one = read_run(run).predictions.most_confident[5]
-    renamed = one.path.replace("photo", "caf\udce9")  # Latin-1, as the system hands it over
+    path = read_run(run).predictions.most_confident[5].path
+    renamed = path.replace("photo", "caf\udce9")  # Latin-1, as the system hands it over
     try:
-        os.rename(one.path, renamed)
+        os.rename(path, renamed)
     except OSError:
         pytest.skip("this file system has no such names")
-    before = (run / "predictions.csv").read_bytes()
-    after = before.replace(os.fsencode(one.path), os.fsencode(renamed))
-    assert after != before
-    (run / "predictions.csv").write_bytes(after)
-    assert write_report(run).read_text(encoding="utf-8").count("<img ") == 24
+    lists = json.loads((run / "images.json").read_text())
+    paths = [renamed if one == path else one for one in lists["train"]["paths"]]
+    lists["train"]["paths"] = paths
+    (run / "images.json").write_text(json.dumps(lists))
+    table = (run / "predictions.csv").read_text(encoding="utf-8")
+    (run / "predictions.csv").write_text(table.replace(path, printable(renamed)), encoding="utf-8")
+    write_thumbnails(RunFolder(run), paths, read_run(run).problem.known)
+    data = read_run(run)
+    name = data.predictions.most_confident[5].path
+    assert name == printable(renamed)
+    assert data.thumbnails[name].jpeg
+    assert "/caf%E9%20" in data.links[name]
+    assert f'href="{data.links[name]}"' in write_report(run).read_text(encoding="utf-8")

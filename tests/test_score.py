@@ -21,6 +21,8 @@ from score_photos import (
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.image_list import ImageList, match_labels, read_images
 from ueo_fast.finetune.demo.tiny_clip import tiny_tokenizer
+from ueo_fast.finetune.evaluation.metrics import detection_metrics
+from ueo_fast.finetune.scoring import score_pass
 from ueo_fast.finetune.scoring.score import score_images, validation_threshold
 from ueo_fast.finetune.scoring.thresholds import choose_threshold
 
@@ -88,6 +90,8 @@ def test_csv_has_what_the_model_says_of_every_readable_image(
         assert os.path.samefile(row["path"], photos / row["image"])
         folder = row["image"].split("/")[0]
         assert row["label"] == folder
+        assert float(row["probability_scale"]) == float(classifier.logit_scale)
+        assert float(row["mcm_scale"]) == 2.0
     assert "class_4" not in rows[0]
     assert len(seen) == 4
     assert seen[-1] == (14, 14)
@@ -127,6 +131,8 @@ def test_parquet_has_the_same_table(classifier, photos, tmp_path):
         "mcm": "double",
         "known": "bool",
         "label": "string",
+        "probability_scale": "double",
+        "mcm_scale": "double",
     }
     rows = read_csv(tmp_path / "a.csv")
     assert table.column_names == list(rows[0])
@@ -179,3 +185,60 @@ def test_tpr95_keeps_the_known_images_of_the_data_or_of_a_validation_set(classif
     with pytest.raises(ValueError, match="but no label is a known class"):
         validation_threshold(classifier, images, pictures, torch.full((60,), -1), folder=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv"]
+
+
+def test_the_image_that_sets_the_threshold_is_known_in_a_batch_of_any_size(tmp_path):
+    """Its score is some 1e-9 lower in another batch: its cosines are summed in another order."""
+    classifier = make_classifier()
+    files = tuple(f"{i}.png" for i in range(12))
+    images = ImageList(files, files)
+    moved = 0
+    for seed in range(12):
+        pictures = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        labels = torch.zeros(12, dtype=torch.int64)
+        chosen, _ = validation_threshold(
+            classifier, images, pictures, labels, folder=tmp_path, batch_size=12
+        )
+        for size in (1, 5, 12):
+            for threshold in (chosen, f"{chosen.value:.9g}"):  # as the summary prints it
+                summary = score_images(
+                    classifier,
+                    images,
+                    pictures,
+                    out=tmp_path / "s.csv",
+                    threshold=threshold,
+                    batch_size=size,
+                    overwrite=True,
+                )
+                assert (summary.known, summary.unknown) == (12, 0)
+                moved += summary.lowest < summary.threshold
+    assert moved  # else the test would say nothing
+
+
+def test_a_summary_warns_of_what_makes_the_verdicts_doubtful(classifier, tmp_path, monkeypatch):
+    """AUROC is computed from sorted files, block by block: here with ties, against the metric."""
+    monkeypatch.setattr(score_pass, "BLOCK", 7)
+    files = tuple(f"{i}.png" for i in range(60))
+    images = ImageList(files, files)
+    pictures = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pictures[30:45] = pictures[:15]
+    labels = torch.arange(60) % 5 - 1
+    out = tmp_path / "a.csv"
+    summary = score_images(classifier, images, pictures, out=out, labels=labels, batch_size=60)
+    scores = torch.tensor([float(row["mcm"]) for row in read_csv(out)], dtype=torch.float64)
+    auroc = detection_metrics(scores, labels >= 0)[0]
+    worse = labels if auroc < 0.5 else torch.where(labels >= 0, -1, 0)
+    for chosen in (worse, torch.where(worse >= 0, -1, 0)):
+        again = score_images(
+            classifier, images, pictures, out=out, labels=chosen, batch_size=60, overwrite=True
+        )
+        wanted = detection_metrics(scores, chosen >= 0)[0]
+        told = [text for text in again.warnings if text.startswith("AUROC")]
+        assert bool(told) == (wanted < 0.5)
+        assert all(f"AUROC is {100 * wanted:.1f}, below 50" in text for text in told)
+    assert f"MCM at scale 1, probabilities at the model's own scale {summary.scales[0]:.6g}" in (
+        summary.text()
+    )
+    alike = pictures[:1].expand(60, 3, 32, 32)
+    one = score_images(classifier, images, alike, out=tmp_path / "b.csv", threshold=0.1)
+    assert "warning: all 60 images are put into one class, '" in one.text()

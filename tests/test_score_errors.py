@@ -76,7 +76,10 @@ def test_one_class_needs_a_number(tmp_path):
     )
     assert (summary.known, summary.unknown) == (2, 0)
     rows = read_csv(summary.out)
-    assert list(rows[0]) == ["image", "path", "class_1", "probability_1", "mcm", "known", "label"]
+    assert list(rows[0]) == [
+        *("image", "path", "class_1", "probability_1", "mcm", "known", "label"),
+        *("probability_scale", "mcm_scale"),
+    ]
     assert [(row["class_1"], row["probability_1"], row["mcm"]) for row in rows] == [
         ("red", "1.0", "1.0")
     ] * 2

@@ -15,12 +15,14 @@ from ueo_fast.finetune.evaluation.predict import Failure
 from ueo_fast.finetune.scoring.score_spool import ScoreSpool
 from ueo_fast.finetune.scoring.score_unreadable import UnreadableList
 from ueo_fast.finetune.scoring.score_writer import (
+    Scales,
     ScoreRows,
     check_output,
     score_writer,
     unreadable_path,
 )
 
+SCALES = Scales(probability_scale=100.00000762939453, mcm_scale=1.0)
 CLASSES = ["Käse", 'quote " and, comma', "猫"]
 NAMES = ["a,b.png", "line\nbreak", "carriage\rreturn", "=HYPERLINK(1)", "é\u2028", " lead", ""]
 
@@ -41,7 +43,7 @@ def rows_of(names: list[str], paths: list[str] | None = None, known: bool = True
 
 def write(out, *blocks: ScoreRows) -> None:
     check_output(out, overwrite=False)
-    with score_writer(out, CLASSES, 2) as writer:
+    with score_writer(out, CLASSES, 2, SCALES) as writer:
         for block in blocks:
             writer.write(block)
 
@@ -64,6 +66,8 @@ def test_csv_gives_back_every_name_and_every_digit(tmp_path):
         assert [row[f"class_{column + 1}"] for row in rows[:-1]] == names
     assert [row["known"] for row in rows] == ["true", "false"] * 3 + ["true", ""]
     assert [row["label"] for row in rows[:4]] == ["Käse", "", "", "Käse"]
+    scales = {(float(row["probability_scale"]), float(row["mcm_scale"])) for row in rows}
+    assert scales == {SCALES}
     assert (tmp_path / "s.csv").read_bytes().startswith(b"image,path,class_1,probability_1,class_2")
 
 
@@ -78,6 +82,8 @@ def test_parquet_gives_back_every_name_in_row_groups(tmp_path):
     assert table.column("mcm").to_pylist()[:-1] == blocks[0].scores.tolist()
     assert table.column("known").to_pylist()[-2:] == [True, None]
     assert table.column("label").to_pylist()[:4] == ["Käse", None, None, "Käse"]
+    for name, scale in SCALES._asdict().items():
+        assert set(table.column(name).to_pylist()) == {scale}
     chosen = [CLASSES[position] for position in blocks[0].classes[:, 1]]
     assert table.column("class_2").to_pylist()[:-1] == chosen
 
@@ -102,7 +108,10 @@ def test_an_error_on_the_way_leaves_the_old_table(tmp_path, extension):
     out = tmp_path / f"s.{extension}"
     write(out, rows_of(NAMES))
     before = out.read_bytes()
-    with pytest.raises(RuntimeError, match="half way"), score_writer(out, CLASSES, 2) as writer:  # noqa: PT012
+    with (  # noqa: PT012
+        pytest.raises(RuntimeError, match="half way"),
+        score_writer(out, CLASSES, 2, SCALES) as writer,
+    ):
         writer.write(rows_of(["other"]))
         raise RuntimeError("half way")
     assert out.read_bytes() == before

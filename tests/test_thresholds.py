@@ -16,6 +16,7 @@ from ueo_fast.finetune.scoring import thresholds
 from ueo_fast.finetune.scoring.thresholds import (
     Threshold,
     choose_threshold,
+    lowest_known,
     parse_threshold,
     threshold_of_sorted,
 )
@@ -221,3 +222,27 @@ def test_scores_are_left_as_they_were():
     for kind in ("otsu", "tpr95"):
         choose_threshold(kind, scores, np.ones(4, dtype=bool), on_warning=lambda text: None)
     assert (scores == before).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 100.0, 1e4])
+@pytest.mark.parametrize("error", [1e-7, 2e-6, 1e-3])
+def test_a_score_is_known_whatever_rounding_did_to_its_cosines(scale, error):
+    generator = torch.Generator().manual_seed(0)
+    cosines = torch.rand(200, 20, generator=generator, dtype=torch.float64) * 0.3
+    worst = cosines + error  # the best class down, all others up
+    best = cosines.argmax(dim=1, keepdim=True)
+    worst.scatter_(1, best, cosines.gather(1, best) - error)
+    scores = (scale * cosines).softmax(dim=1).amax(dim=1).tolist()
+    rows = (scale * worst).softmax(dim=1).gather(1, best).flatten().tolist()
+    for score, moved in zip(scores, rows, strict=True):
+        cutoff = lowest_known(score, scale, error)
+        assert moved >= cutoff * (1 - 1e-12)
+        assert cutoff == pytest.approx(moved, rel=1e-6)  # and no lower than that
+        assert cutoff <= score
+
+
+def test_the_lowest_known_score_at_the_edges():
+    assert lowest_known(0.0, 1.0, 1e-6) == 0
+    assert 1 - 1e-15 < lowest_known(1.0, 1.0, 1e-6) < 1  # 1 - 1e-16 is a rounded 1
+    assert lowest_known(0.5, 1e30, 1e-6) < 1e-300
+    assert lowest_known(0.25, 1.0, 0.0) == pytest.approx(0.25, rel=1e-15)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -128,31 +126,3 @@ def _check_range(name: str, value: Tensor, positive: bool) -> None:
         f"{name} must be {wanted} in {dtype}, got values from {low} to {high}: "
         f"bound it with {name}.clamp(1e-6, 1e6), or look for the NaN where it was computed"
     )
-
-
-LARGEST = 1e30
-"""Numbers beyond this, and factors closer to 0 than its inverse, would not survive float32."""
-
-
-def check_number(
-    name: str, value: float, *, sign: Literal["any", "positive", "not negative"]
-) -> float:
-    """A number of a magnitude up to 1e30; with a sign asked for, also 0 or at least 1e-30."""
-    if not isinstance(value, float | int) or isinstance(value, bool):
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            kind = type(value).__name__
-            raise TypeError(f"{name} must be a number, got {kind} {value!r}: convert with float()")
-        value = float(value)
-    # Comparisons only: while torch.compile traces, the number may be a symbol.
-    if sign == "any":
-        fits = -LARGEST <= value <= LARGEST
-        wanted = "from -1e+30 to 1e+30"
-    elif sign == "positive":
-        fits = 1 / LARGEST <= value <= LARGEST
-        wanted = "from 1e-30 to 1e+30"
-    else:
-        fits = value == 0 or 1 / LARGEST <= value <= LARGEST
-        wanted = "0 or from 1e-30 to 1e+30"
-    if not fits:
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-    return float(value)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ueo_fast import backends, reference
-from ueo_fast.arguments import check_matrix, check_number, check_weights
+from ueo_fast.arguments import check_matrix, check_weights
 from ueo_fast.ops import ueo_loss as op
+from ueo_fast.ranges import check_number
 
 
 class UEOStats(NamedTuple):

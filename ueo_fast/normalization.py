@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ueo_fast import backends, reference
-from ueo_fast.arguments import check_choice, check_dense, check_number, check_values
+from ueo_fast.arguments import check_choice, check_dense, check_values
 from ueo_fast.ops import channel_affine as affine_op
 from ueo_fast.ops import layer_norm as layer_norm_op
+from ueo_fast.ranges import check_number
 
 ACTIVATIONS = ("none", "relu")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
 from ueo_fast.cli.commands import COMMANDS
 
@@ -23,19 +24,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 (cannot run, or nobody reads the output), 2 (wrong usage) or 130
         (interrupted).
     """
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show "±" shows "?", and the run goes on.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    try:
-        status = _run(argv)
-        sys.stdout.flush()  # here, where a closed pipe can be caught, not while Python exits
-        return status
-    except BrokenPipeError:  # `ueo-fast demo | head`: the reader has seen enough
-        # What is still buffered has nowhere to go; without this Python would complain at exit.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    _open_closed_descriptors()
+    with _usable_streams():
+        try:
+            status = _run(argv)
+            sys.stdout.flush()  # here, where an error can be caught, not while Python exits
+            return status
+        except BrokenPipeError:  # `ueo-fast demo | head`: the reader has seen enough
+            _discard(sys.stdout)
+            return 1
+        except OSError as error:
+            if error.filename != _STDOUT:
+                raise
+            print(f"ueo-fast: {error}", file=sys.stderr)
+            _discard(sys.stdout)
+            return 1
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -70,9 +73,9 @@ def _run(argv: Sequence[str] | None) -> int:
             package, package if package in ("tensorboard", "wandb") else "recipe"
         )
         print(
-            f"ueo-fast {name} needs the module {package!r}, which is not installed. In a clone of "
-            f'the repository:\n    pip install ".[{extra}]"\nor, for an environment of its own:\n'
-            "    make setup",
+            f"ueo-fast {name} needs the Python package {package!r}, which is not installed. "
+            f'Install it from a clone of the repository:\n    pip install ".[{extra}]"\n'
+            "or let make create a separate environment in .venv/ there:\n    make setup",
             file=sys.stderr,
         )
         return 1
@@ -96,3 +99,77 @@ def _usage() -> str:
             "ueo-fast COMMAND --help explains a command's options; ueo-fast --version.",
         ]
     )
+
+
+_STDOUT = "standard output"
+
+
+class _Stream:
+    """A text stream whose errors have a name, or none at all."""
+
+    def __init__(self, stream: TextIO, *, quiet: bool) -> None:
+        self._stream, self._quiet = stream, quiet
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._named():
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._quiet:
+                raise OSError(error.errno, error.strerror, _STDOUT) from error
+            _discard(self._stream)
+
+
+@contextlib.contextmanager
+def _usable_streams() -> Iterator[None]:
+    """Within, what cannot be written to standard output is an error that says so, and what cannot
+    be written to standard error is dropped: nobody could be told, and the run goes on."""
+    output, errors = (
+        # A daemon may have none.
+        open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr)
+    )
+    for stream in (output, errors):
+        # A terminal that cannot show "±" shows "?", and the run goes on.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    with (
+        contextlib.redirect_stdout(_Stream(output, quiet=False)),
+        contextlib.redirect_stderr(_Stream(errors, quiet=True)),
+    ):
+        yield
+
+
+def _open_closed_descriptors() -> None:
+    """Give standard streams that were closed (cron, daemons) to the null device: else the next
+    files that are opened would get their numbers, and what libraries print would go into them."""
+    for descriptor in (0, 1, 2):
+        if not _is_open(descriptor):
+            # The lowest free number, which is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def _discard(stream: TextIO) -> None:
+    """What is still buffered has nowhere to go; without this Python would complain at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,4 +1,4 @@
-"""The subcommands: what each is for, its options, and what runs it. Imported only when it runs."""
+"""The subcommands: what each is for, its options, and the code it runs, imported only then."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ueo_fast.cli.flags import parse
 
 
 @dataclass(frozen=True)
@@ -30,41 +32,56 @@ class Command:
     entry: str
 
     def run(self, words: Sequence[str]) -> int:
-        """Parse, run, and turn what a user can mend into a message and a status."""
-        from ueo_fast.cli.flags import parse
+        """Parse, run, and turn what a user can fix into a message and a status.
 
+        What the options alone show to be wrong (a config's ``check_files``) is said before the
+        command, and PyTorch with it, is imported.
+        """
         config = parse(
             _load(self.config), words, prog=f"ueo-fast {self.name}", description=self.description
         )
-        entry = _load(self.entry)
-        import torch
-
-        from ueo_fast.finetune.engine.trainer import NonFiniteLossError
-
         try:
             with _short_warnings():
-                status = entry(config)
+                if hasattr(config, "check_files"):
+                    config.check_files()
+                status = _load(self.entry)(config)
             return status if isinstance(status, int) else 0
         except BrokenPipeError:  # an OSError too, but nobody's fault
             raise
-        except (FileExistsError, ValueError) as error:
-            print(f"ueo-fast {self.name}: {error}", file=sys.stderr)
-            return 2
-        except (OSError, NonFiniteLossError) as error:
-            print(f"ueo-fast {self.name}: {error}", file=sys.stderr)
-            return 1
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            print(
-                f"ueo-fast {self.name}: out of memory: "
-                f"{str(error).partition(chr(10))[0]}\n{_LESS_MEMORY}",
-                file=sys.stderr,
-            )
-            return 1
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            told = _told(error)
+            if told is None:
+                raise
+            status, message = told
+            print(f"ueo-fast {self.name}: {message}", file=sys.stderr)
+            return status
+
+
+def _told(error: Exception) -> tuple[int, str] | None:
+    """The exit status and the message of what a user can fix; ``None`` for a fault of ours."""
+    from ueo_fast.finetune.engine.history import NonFiniteLossError
+
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
+        return 1, (
+            f"{error.object!r} cannot be a file name in this locale, whose encoding is "
+            f"{error.encoding}: set PYTHONUTF8=1 or LC_ALL=C.UTF-8 in the environment"
+        )
+    if isinstance(error, (FileExistsError, ValueError)):
+        return 2, str(error)
+    if isinstance(error, (OSError, NonFiniteLossError)):
+        return 1, str(error)
+    first = str(error).partition("\n")[0]
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
+        return 1, f"out of device memory: {first}\n{_LESS_MEMORY}"
+    # torch's allocator of a CPU has no exception of its own.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in first:
+        return 1, f"out of memory{f': {first}' if first else ''}\n{_LESS_MEMORY}"
+    return None
 
 
 _LESS_MEMORY = (
-    "Take fewer images at a time (--batch-size; finetune: --micro-batch-size, which changes no "
-    "result, and --eval-batch-size), or --precision bf16"
+    "Use smaller batches (--batch-size; finetune: --micro-batch-size, which does not change the "
+    "result, and --eval-batch-size), fewer --workers, or --precision bf16"
 )
 
 
@@ -75,11 +92,14 @@ class Info:
     summary: str = "versions, instruction set, and which backends can run, or why not"
 
     def run(self, words: Sequence[str]) -> int:
-        from ueo_fast.info import main as print_info
-
+        if words in (["-h"], ["--help"]):
+            print(f"usage: ueo-fast info\n\nPrints {self.summary}. It takes no options.")
+            return 0
         if words:
             print(f"ueo-fast info takes no options, got {' '.join(words)!r}", file=sys.stderr)
             return 2
+        from ueo_fast.info import main as print_info
+
         return print_info() or 0
 
 
@@ -135,7 +155,7 @@ _ALL = (
             "folders, or a list or CSV with labels). Labels that are not among the run's classes "
             "are unknown images."
         ),
-        config="commands.evaluate:EvaluateConfig",
+        config="commands.options:EvaluateConfig",
         entry="commands.evaluate:run",
     ),
     Command(
@@ -146,7 +166,7 @@ _ALL = (
             "verdict known or unknown, written to a CSV or Parquet file. Memory does not grow with "
             "the number of images; images that cannot be read are listed and skipped."
         ),
-        config="commands.score:ScoreConfig",
+        config="commands.options:ScoreConfig",
         entry="commands.score:run",
     ),
     Command(
@@ -157,7 +177,7 @@ _ALL = (
             "with metrics before and after, MCM histogram and ROC curve, per-class accuracy, "
             "training curves, and the most and least confident images."
         ),
-        config="commands.report:ReportConfig",
+        config="commands.options:ReportConfig",
         entry="commands.report:run",
     ),
     Command(
@@ -167,7 +187,7 @@ _ALL = (
             "Compare run folders of ueo-fast finetune: one row per method, mean and standard "
             "deviation over its seeds, and a table of every run."
         ),
-        config="commands.compare:CompareConfig",
+        config="commands.options:CompareConfig",
         entry="commands.compare:run",
     ),
 )

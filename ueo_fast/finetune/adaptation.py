@@ -3,57 +3,105 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
-from ueo_fast import mcm_score
+from ueo_fast.finetune.clip.adapted_state import adapted_state, load_adapted_state
 from ueo_fast.finetune.clip.base_model import BaseModel, describe_base
 from ueo_fast.finetune.clip.delta import save_delta
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.clip.template import split_template
-from ueo_fast.finetune.data.dataset import ImageDataset
+from ueo_fast.finetune.data.dataset import ImageDataset, PictureDataset
 from ueo_fast.finetune.data.image_list import ImageList, match_labels, read_images
-from ueo_fast.finetune.data.names import plural, shown
+from ueo_fast.finetune.data.names import counted, plural, printable, shown
 from ueo_fast.finetune.data.transforms import preprocessing, test_transform, training_transform
-from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.engine.hooks import Hooks, bar_hooks, combine, training_bar
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig
 from ueo_fast.finetune.evaluation.predict import (
+    Failure,
     Predicted,
     collect,
+    cosine_error,
     predict_batches,
-    predict_cosines,
+    watched,
 )
+from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.methods.base import Method
+from ueo_fast.finetune.methods.oracle import check_labels
 from ueo_fast.finetune.methods.registry import make_method
+from ueo_fast.finetune.scoring.score_batches import ScoredBatch, score_batches
+from ueo_fast.finetune.scoring.score_pass import check_choice
+from ueo_fast.finetune.scoring.thresholds import (
+    Threshold,
+    choose_threshold,
+    lowest_known,
+    parse_threshold,
+)
 from ueo_fast.finetune.target import Target
+from ueo_fast.ranges import check_number
 
-Images = str | os.PathLike[str] | ImageList | Dataset[Any] | Tensor
-"""A folder, list file or CSV, a list of images, or images that are tensors already."""
+Images = (
+    str
+    | os.PathLike[str]
+    | Image.Image
+    | ImageList
+    | Iterable[str | os.PathLike[str] | Image.Image]
+    | Dataset[Any]
+    | Tensor
+)
+"""A folder, list file, CSV or image file; paths of image files; images that PIL has opened; or
+images that are tensors already."""
 
 
-class Prediction(NamedTuple):
-    """What an adapted classifier says about N images.
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What an adapted classifier says about N images. One index means the same image everywhere.
 
     Attributes:
+        names: N names: the files' as in a table of ``ueo-fast score``; else the position among the
+            images that were given.
         classes: N names, the most probable class of each.
-        probabilities: (N,) float32, of that class.
-        mcm: (N,) MCM score; low for images that belong to no class.
+        probabilities: (N,) float32, of that class: softmax at the model's own temperature.
+        mcm: (N,) float64 MCM score; low for images that belong to no class.
+        known: (N,) bool, whether ``mcm`` reaches ``threshold``, to within rounding; ``None`` where
+            there is no threshold.
+        threshold: from this score on an image counts as known.
         cosines: (N, C) float32, of image and text features.
+        unreadable: (name, reason) of each image that was left out.
     """
 
+    names: tuple[str, ...]
     classes: tuple[str, ...]
     probabilities: Tensor
     mcm: Tensor
+    known: Tensor | None
+    threshold: float | None
     cosines: Tensor
+    unreadable: tuple[tuple[str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self)} images"]
+        if self.known is not None:
+            known = int(self.known.sum())
+            parts.append(f"{known} known from MCM {self.threshold:.9g} on")
+        if self.unreadable:
+            parts.append(f"{len(self.unreadable)} unreadable")
+        return f"Prediction({', '.join(parts)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adaptation:
     """What :func:`adapt` did.
 
@@ -62,33 +110,108 @@ class Adaptation:
         target: the images that could be read, and what the zero-shot model said about them.
         history: one entry per gradient step.
         method: with its choices.
+        names: of the images of ``target``.
         unreadable: (name, reason) of each image that was left out.
+        start: what training may change, as it was before.
     """
 
     classifier: ClipClassifier
     target: Target
     history: History
     method: Method
-    unreadable: tuple[tuple[str, str], ...] = ()
+    names: tuple[str, ...]
+    unreadable: tuple[tuple[str, str], ...]
+    start: Mapping[str, Tensor]
+
+    def __repr__(self) -> str:
+        left_out = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
+        return (
+            f"Adaptation({self.method!r}, {len(self.classifier.prompt.class_names)} classes, "
+            f"{len(self.target)} images{left_out}, {len(self.history)} steps)"
+        )
 
     def predict(
-        self, images: Images | None = None, *, mcm_scale: float = 1.0, **options: Any
+        self,
+        images: Images | None = None,
+        *,
+        threshold: str | float | Threshold | None = None,
+        mcm_scale: float = 1.0,
+        strict: bool = False,
+        progress: bool | None = None,
+        precision: str = "fp32",
+        **options: Any,
     ) -> Prediction:
-        """Classes and scores of images, all of which must be readable.
+        """Classes and scores of images. Those that cannot be read are left out and listed.
 
         Args:
             images: as for :func:`adapt`, un-augmented; ``None``: those that it adapted to.
+            threshold: from which MCM score on an image is known: a number, ``"otsu"``, ``"gmm"``
+                or ``"tpr95"`` (needs images with labels), as for ``ueo-fast score``; ``None``:
+                ``"otsu"``, and no verdict where the scores cannot be split (a single image).
             mcm_scale: multiplies the cosines in the MCM score; 1 is the authors'.
-            options: ``batch_size``, ``num_workers``, ``precision``, ``channels_last`` of
-                :func:`~ueo_fast.finetune.evaluation.predict.predict_cosines`.
+            strict: fail at an image that cannot be read.
+            progress: show a progress bar; ``None``: where the standard error stream is a terminal.
+            precision: of the image tower: ``fp32``, ``bf16`` or ``fp16``.
+            options: ``batch_size``, ``num_workers``, ``channels_last`` of
+                :func:`~ueo_fast.finetune.evaluation.predict.predict_batches`.
+
+        Raises:
+            TypeError, ValueError, OSError: an argument is unusable, no image can be read, or the
+                scores allow no threshold of the kind that was asked for.
         """
-        views = self.target.images if images is None else _views(images, self.classifier).plain
-        cosines = predict_cosines(self.classifier, views, **options)
-        names = self.classifier.prompt.class_names
-        scale = self.classifier.logit_scale.float().cpu()
-        probabilities, best = (scale * cosines).softmax(dim=1).max(dim=1)
-        classes = tuple(names[index] for index in best.tolist())
-        return Prediction(classes, probabilities, mcm_score(cosines, mcm_scale), cosines)
+        choice = parse_threshold("otsu" if threshold is None else threshold)
+        check_number("mcm_scale", mcm_scale, sign="positive")
+        if images is None:
+            views = Views(self.target.images, None, self.target.labels, self.names)
+        else:
+            views = _views(images, self.classifier, needs_labels=choice.needs_labels)
+        names, count = self.classifier.prompt.class_names, len(views.names)
+        if threshold is not None:
+            check_choice(choice, views.labels, count, len(names))
+        batches = score_batches(
+            self.classifier,
+            views.plain,
+            top_k=1,
+            mcm_scale=mcm_scale,
+            precision=precision,
+            **options,
+        )
+        seen = list(watched("predict", count, progress)(batches))
+        failures = [failure for batch in seen for failure in batch.failures]
+        unreadable = _named(failures, views.names, strict=strict)
+        positions, scores = _joined(seen, "positions"), _joined(seen, "scores")
+        if not len(positions):
+            raise ValueError(_none_readable(unreadable))
+        best = _joined(seen, "classes").flatten()
+        _warn_of(classes=names, predicted=best.unique().tolist(), images=len(best))
+        is_known = None if views.labels is None else (views.labels.cpu()[positions] >= 0).numpy()
+        value, known = None, None
+        try:
+            value = choose_threshold(choice, scores.numpy(), is_known)
+        except ValueError:
+            if threshold is not None:
+                raise
+        if value is not None:
+            error = cosine_error(precision, self.classifier.logit_scale.device)
+            known = scores >= lowest_known(value, mcm_scale, error)
+        return Prediction(
+            names=tuple(views.names[position] for position in positions.tolist()),
+            classes=tuple(names[index] for index in best.tolist()),
+            probabilities=_joined(seen, "probabilities").flatten(),
+            mcm=scores,
+            known=known,
+            threshold=value,
+            cosines=_joined(seen, "cosines"),
+            unreadable=unreadable,
+        )
+
+    def restore(self) -> None:
+        """Put the model back as it was before :func:`adapt`: zero-shot CLIP, to adapt anew.
+
+        ``classifier`` is the zero-shot classifier from then on. What was learnt is lost, unless
+        :meth:`save` was called before.
+        """
+        load_adapted_state(self.classifier, self.start)
 
     def save(self, path: str | os.PathLike[str], base: BaseModel | None = None) -> Path:
         """Write what was learnt as a delta (safetensors, some hundred kB).
@@ -100,7 +223,8 @@ class Adaptation:
                 refuse another model.
         """
         base = base or describe_base(self.classifier.model)
-        return save_delta(path, self.classifier, base, method=self.method.name)
+        extra = {"mcm_scale": getattr(self.method, "mcm_scale", 1.0)}  # for ueo-fast score
+        return save_delta(path, self.classifier, base, method=self.method.name, extra=extra)
 
 
 def adapt(
@@ -119,6 +243,7 @@ def adapt(
     patch: bool = True,
     strict: bool = False,
     eval_batch_size: int = 192,
+    progress: bool | None = None,
 ) -> Adaptation:
     """Adapt a CLIP model to unlabelled images, some of which may belong to no class.
 
@@ -130,24 +255,29 @@ def adapt(
 
     Args:
         model: any open_clip model with an image and a text tower, on the device where the work is
-            to be done. Changed in place; pass a deep copy to keep the original.
+            to be done. Changed in place: pass a deep copy to keep the original. For zero-shot CLIP
+            is taken what it is now; a warning says so where it was adapted before.
         tokenizer: open_clip's tokenizer of that model.
-        images: a folder, list file or CSV, or an ``ImageList``: preprocessed and augmented as the
-            model and the authors want it; images that cannot be read are left out and listed. Or a
-            dataset or tensor (N, 3, H, W) of un-augmented preprocessed images, all readable.
+        images: a folder, list file, CSV or image file, an ``ImageList``, paths of image files, or
+            images that PIL has opened: preprocessed and augmented as the model and the authors want
+            it; images that cannot be read are left out and listed. Or a dataset or tensor
+            (N, 3, H, W) of un-augmented preprocessed images.
         class_names: the known classes, C of them.
         method: a name (``ueo``, ``infomax``, ``entmin``, ``adabn``, ``tent``, ``upl``, ``pouf``,
             ``dance``, ``oracle``, ``zeroshot``) or a method with choices, e.g. ``UEO(eps=1e-5)``.
         config: budget and optimiser; ``None`` takes the authors'.
-        hooks: who is told of each step, and where checkpoints go.
+        hooks: callbacks of each step, and where checkpoints go. Without ``on_warning`` there is a
+            Python warning of what looks wrong (a collapse).
         augmented: with a dataset: the same images, drawn anew each time they are asked for.
-        labels: with a dataset: (N,) int64 position in ``class_names``, -1 for unknown. Only the
-            oracle looks at them; labels of a folder or list are found by themselves.
+        labels: (N,) int64 position in ``class_names``, -1 for unknown, of images that bring none.
+            Only the oracle looks at them; labels of a folder, list file or CSV are found by
+            themselves, and left alone where they cannot be used.
         template: ``{}`` is the class name; the words before it are where the context starts.
         scope: which affine parameters are trained, see :func:`ueo_fast.affine_parameters`.
         patch: run the image tower with :func:`ueo_fast.patch_visual`.
         strict: fail at an image that cannot be read.
         eval_batch_size: images per step of the zero-shot pass.
+        progress: show progress bars; ``None``: where the standard error stream is a terminal.
 
     Returns:
         The adapted classifier, and what it was made from.
@@ -161,13 +291,45 @@ def adapt(
     """
     config = config or TrainerConfig()
     chosen = make_method(method) if isinstance(method, str) else method
+    chosen.check(config)
     classifier = make_classifier(
         model, tokenizer, class_names, template=template, scope=scope, patch=patch
     )
-    views = _views(images, classifier, augmented, labels)
-    start = zero_shot(classifier, views, config, strict=strict, batch_size=eval_batch_size)
-    history = chosen.adapt(classifier, start.target, config=config, hooks=hooks)
-    return Adaptation(classifier, start.target, history, chosen, start.unreadable)
+    if classifier.was_adapted:
+        warnings.warn(_ADAPTED_BEFORE, UserWarning, stacklevel=2)
+    views = _views(images, classifier, augmented, labels, needs_labels=chosen.reads_labels)
+    if chosen.reads_labels:
+        check_labels(views.labels)
+    start = zero_shot(
+        classifier,
+        views,
+        config,
+        strict=strict,
+        batch_size=eval_batch_size,
+        watch=watched("zero-shot", len(views.names), progress),
+    )
+    said = start.target.zero_shot_cosines().argmax(dim=1)
+    names = classifier.prompt.class_names
+    _warn_of(classes=names, predicted=said.unique().tolist(), images=len(said))
+    before = adapted_state(classifier)
+    with training_bar(chosen.name, progress) as bar:
+        told = hooks or Hooks()
+        if told.on_warning is Hooks.on_warning:  # the default, which ignores them
+            told = replace(told, on_warning=_warn)
+        history = chosen.adapt(
+            classifier, start.target, config=config, hooks=combine(bar_hooks(bar), told)
+        )
+    kept = tuple(views.names[position] for position in start.positions.tolist())
+    return Adaptation(classifier, start.target, history, chosen, kept, start.unreadable, before)
+
+
+_ADAPTED_BEFORE = (
+    "the model was adapted before (by adapt(), load_delta() or other training): its norms are not "
+    "those that it had when it was first made a classifier, so what counts as zero-shot from here "
+    "on is the adapted model, and an earlier result that shares the model changes with it. To "
+    "start from zero-shot CLIP call restore() on the earlier result, load the model anew, or adapt "
+    "a copy.deepcopy(model) each time"
+)
 
 
 def make_classifier(
@@ -206,13 +368,13 @@ class Views(NamedTuple):
         plain: un-augmented.
         augmented: drawn anew each time, or ``None`` where there is no augmentation.
         labels: (N,) int64, or ``None``.
-        source: where they come from, if from files.
+        names: N of them: the files' where there are files, else positions.
     """
 
     plain: Dataset[Any] | Tensor
     augmented: Dataset[Any] | None
     labels: Tensor | None
-    source: ImageList | None
+    names: tuple[str, ...]
 
 
 def views_of(images: ImageList, model: nn.Module, labels: Tensor | None) -> Views:
@@ -222,7 +384,7 @@ def views_of(images: ImageList, model: nn.Module, labels: Tensor | None) -> View
         ImageDataset(images, test_transform(preprocess)),
         ImageDataset(images, training_transform(preprocess)),
         labels,
-        images,
+        images.names,
     )
 
 
@@ -257,28 +419,55 @@ def zero_shot(
         channels_last=config.channels_last,
     )
     found = collect(watch(batches))
-    if not found.failures:
+    unreadable = _named(found.failures, views.names, strict=strict)
+    if not len(found.positions):
+        raise ValueError(_none_readable(unreadable))
+    if not unreadable:
         target = Target(views.plain, views.augmented, found.cosines, views.labels)
         return ZeroShotPass(target, found.positions, ())
-    assert views.source is not None, "only files can be unreadable"
-    unreadable = tuple(
-        (views.source.names[position], reason) for position, reason in found.failures
-    )
-    name, reason = unreadable[0]
-    if strict:
+    labels = None if views.labels is None else views.labels[found.positions]
+    rows = found.positions.tolist()
+    augmented = None if views.augmented is None else Subset(views.augmented, rows)
+    target = Target(Subset(_dataset(views.plain), rows), augmented, found.cosines, labels)
+    return ZeroShotPass(target, found.positions, unreadable)
+
+
+def _named(
+    failures: Sequence[Failure], names: Sequence[str], *, strict: bool
+) -> tuple[tuple[str, str], ...]:
+    """Names in place of positions; with ``strict`` an error."""
+    unreadable = tuple((names[position], reason) for position, reason in failures)
+    if strict and unreadable:
+        name, reason = unreadable[0]
         raise ValueError(
             f"{plural(len(unreadable), 'image')} cannot be read, the first is {shown(name)}: "
-            f"{reason}; mend or remove them, or leave out strict to skip them"
+            f"{reason}; fix or remove them, or leave out strict to skip them"
         )
-    if not len(found.positions):
-        raise ValueError(
-            f"none of {plural(len(unreadable), 'image')} can be read, the first is {shown(name)}: "
-            f"{reason}"
-        )
-    labels = None if views.labels is None else views.labels[found.positions]
-    kept = views_of(views.source.subset(found.positions), classifier.model, labels)
-    target = Target(kept.plain, kept.augmented, found.cosines, labels)
-    return ZeroShotPass(target, found.positions, unreadable)
+    return unreadable
+
+
+def _none_readable(unreadable: Sequence[tuple[str, str]]) -> str:
+    name, reason = unreadable[0]
+    count = plural(len(unreadable), "image")
+    return f"none of {count} can be read, the first is {shown(name)}: {reason}"
+
+
+def _joined(batches: Sequence[ScoredBatch], field: str) -> Tensor:
+    return torch.cat([getattr(batch, field) for batch in batches])
+
+
+def _dataset(images: Dataset[Any] | Tensor) -> Dataset[Any]:
+    assert not isinstance(images, Tensor), "every image of a tensor can be read"
+    return images
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=2)
+
+
+def _warn_of(*, classes: Sequence[str], predicted: Sequence[int], images: int) -> None:
+    for text in doubts(classes=classes, predicted=predicted, images=images):
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _views(
@@ -286,23 +475,74 @@ def _views(
     classifier: ClipClassifier,
     augmented: Dataset[Any] | None = None,
     labels: Tensor | None = None,
+    *,
+    needs_labels: bool = False,
 ) -> Views:
-    if isinstance(images, str | os.PathLike):
-        images = read_images(images)
+    images = _one_of_each(images)
+    if augmented is not None and isinstance(images, ImageList | tuple):
+        raise ValueError(
+            "augmented goes with a dataset or tensor of images; image files are augmented anyway"
+        )
+    if isinstance(images, tuple):
+        preprocess = preprocessing(classifier.model)
+        plain = PictureDataset(images, test_transform(preprocess))
+        seen = PictureDataset(images, training_transform(preprocess))
+        return Views(plain, seen, labels, tuple(map(str, range(len(images)))))
     if not isinstance(images, ImageList):
-        _check_dataset(images)
-        return Views(images, augmented, labels, None)
-    for name, value in (("augmented", augmented), ("labels", labels)):
-        if value is not None:
-            raise ValueError(
-                f"{name} goes with a dataset or tensor of images; those of a folder or list bring "
-                "their own"
+        return Views(images, augmented, labels, tuple(map(str, range(len(cast(Sized, images))))))
+    if labels is None:
+        labels = _labels(images, classifier.prompt.class_names, needs_labels=needs_labels)
+    elif images.labels is not None:
+        raise ValueError(
+            "labels goes with images that have none; those of a folder, list file or CSV with "
+            "labels bring their own"
+        )
+    elif len(labels) != len(images):
+        raise ValueError(f"labels has {len(labels)} entries, but there are {len(images)} images")
+    return views_of(images, classifier.model, labels)
+
+
+def _labels(images: ImageList, known: Sequence[str], *, needs_labels: bool) -> Tensor | None:
+    """Of a folder or list. Nothing but metrics and the oracle needs them, so that images can do
+    without where they cannot be used: a photograph beside the class folders."""
+    try:
+        return match_labels(images, known)
+    except ValueError:
+        if needs_labels:
+            raise
+        return None
+
+
+def _one_of_each(images: Any) -> ImageList | tuple[Image.Image, ...] | Dataset[Any] | Tensor:
+    """Whatever a user gives, as one of four: files, pictures in memory, a dataset, a tensor."""
+    if isinstance(images, str | os.PathLike):
+        found = read_images(images)
+        for text in found.remarks():
+            warnings.warn(f"{printable(images)}: {text}", UserWarning, stacklevel=4)
+        return found
+    if isinstance(images, Image.Image):
+        return (images,)
+    if isinstance(images, Iterator):  # of Path.glob, for one
+        images = list(images)
+    if isinstance(images, list | tuple) and not isinstance(images, Tensor):
+        if not images:
+            raise ValueError("images is empty: give at least one image")
+        for kinds, make in (((str, os.PathLike), _files), ((Image.Image,), tuple)):
+            if isinstance(images[0], kinds):
+                for place, item in enumerate(images):
+                    if not isinstance(item, kinds):
+                        raise TypeError(
+                            f"images[{place}] is of type {type(item).__name__}, but images[0] of "
+                            f"type {type(images[0]).__name__}: give paths or PIL images, not both"
+                        )
+                return make(images)
+        if not isinstance(images[0], Tensor | list | tuple):
+            raise TypeError(
+                f"images[0] is of type {type(images[0]).__name__}, but must be a path, a PIL image "
+                "(PIL.Image.fromarray makes one of an array), or a preprocessed tensor (3, H, W)"
             )
-    known = classifier.prompt.class_names
-    return views_of(images, classifier.model, match_labels(images, known))
-
-
-def _check_dataset(images: Any) -> None:
+    if isinstance(images, ImageList):
+        return images
     if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3):
         raise ValueError(
             f"images has shape {tuple(images.shape)}, but a tensor of images is (N, 3, H, W), "
@@ -311,5 +551,19 @@ def _check_dataset(images: Any) -> None:
     if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
         raise TypeError(
             f"images is of type {type(images).__name__}, but must be a folder, list file or CSV, "
-            "an ImageList, a tensor (N, 3, H, W), or a dataset with a length"
+            "an ImageList, paths of image files, PIL images, a tensor (N, 3, H, W), or a dataset "
+            "with a length"
         )
+    return cast("Dataset[Any] | Tensor", images)
+
+
+def _files(paths: Sequence[str | os.PathLike[str]]) -> ImageList:
+    files = tuple(os.fspath(path) for path in paths)
+    missing = [printable(path) for path in files if not os.path.isfile(path)]
+    if missing:
+        raise FileNotFoundError(
+            f"images: {counted(missing)} of {len(files)} paths are not a file; relative paths "
+            f"start at the current folder, {printable(os.getcwd())}, and a folder is given by "
+            "itself, not in a list"
+        )
+    return ImageList(files, tuple(map(printable, files)))

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ueo_fast import mcm_score
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.evaluation.predict import predict_cosines
+from ueo_fast.ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Target:
     def __len__(self) -> int:
         return len(cast(Sized, self.images))
 
+    def __repr__(self) -> str:
+        has = [n for n in ("augmented", "cosines", "labels") if getattr(self, n) is not None]
+        return f"Target({len(self)} images{''.join(f', {name}' for name in has)})"
+
     @property
     def training_images(self) -> Dataset[Any] | Tensor:
         """What training sees."""
@@ -74,12 +79,11 @@ class Target:
                 weights nearly uniform; 100 would give the model's own softmax confidence.
 
         Raises:
-            ValueError: ``mcm_scale`` is not positive, or the cosines were not computed.
+            ValueError: ``mcm_scale`` is out of range, or the cosines were not computed.
 
         Source: authors' ``demo.py`` (``target_maxpro``); arXiv 2308.12919, section 3.3.
         """
-        if not mcm_scale > 0:
-            raise ValueError(f"mcm_scale must be positive, got {mcm_scale}")
+        check_number("mcm_scale", mcm_scale, sign="positive")
         return mcm_score(self.zero_shot_cosines(), mcm_scale)
 
 

@@ -12,9 +12,14 @@ from torch import nn
 
 from ueo_fast.patch.patched import original_class
 from ueo_fast.patch.sites import is_norm
-from ueo_fast.patch.tower import visual_tower
+from ueo_fast.patch.tower import visual_tower, visual_towers
 
 SCOPES = ("all", "authors")
+_TEXT = frozenset(
+    {"text", "text_model", "text_encoder", "text_tower", "text_projection", "textual"}
+    | {"language_model", "token_embedding", "word_embeddings", "embed_tokens", "wte"}
+)
+"""What is found in text towers only."""
 
 
 class Group(NamedTuple):
@@ -54,8 +59,10 @@ def affine_parameters(model: nn.Module, scope: str = "all") -> AffineParameters:
     """The affine parameters of the visual tower's normalisation layers, in the model's order.
 
     Args:
-        model: an open_clip model, or any other module with normalisation layers, which is then
-            taken as the tower itself; patched or not.
+        model: an open_clip model, HuggingFace's (``vision_model``), either of them in a wrapper
+            (``DataParallel``, ``torch.compile``, a module that holds it), or any other module with
+            normalisation layers and no text tower, which is then taken as the tower itself;
+            patched or not.
         scope: ``"all"`` takes the weight and bias of every normalisation layer, found by type.
             ``"authors"`` is the published rule: every visual parameter with ``bn`` or ``ln`` in
             its name. On RN50 the rule misses the BatchNorm of the four downsampling paths (45,568
@@ -67,7 +74,8 @@ def affine_parameters(model: nn.Module, scope: str = "all") -> AffineParameters:
         says what was chosen. A parameter shared by several layers occurs once.
 
     Raises:
-        TypeError: the model has neither a visual tower nor a normalisation layer.
+        TypeError: the model has neither a visual tower nor a normalisation layer; or it has
+            several, or a text tower alone, so that which one to train is not known.
         ValueError: unknown ``scope``, or no parameter found.
 
     Source: Liang et al., 2024, arXiv 2308.12919, section 3.4; the rule is in the authors' demo.py.
@@ -77,6 +85,8 @@ def affine_parameters(model: nn.Module, scope: str = "all") -> AffineParameters:
             f"scope={scope!r} is unknown; choose one of {', '.join(map(repr, SCOPES))}"
         )
     tower, prefix = visual_tower(model)
+    if tower is model:
+        _check_no_text(model)
     if tower is model and not any(map(is_norm, model.modules())):
         raise TypeError(
             f"model is a {type(model).__name__} without a visual tower (model.visual) and without "
@@ -105,6 +115,24 @@ def affine_parameters(model: nn.Module, scope: str = "all") -> AffineParameters:
             f"tower {type(tower).__name__}; {way_out}"
         )
     return AffineParameters(found, scope, groups)
+
+
+def _check_no_text(model: nn.Module) -> None:
+    """The norms of a text tower must not be trained for those of an image tower."""
+    towers = visual_towers(model)
+    texts = [path for path, _ in model.named_modules() if not _TEXT.isdisjoint(path.split("."))]
+    if not towers and not texts:
+        return
+    found = (
+        f"has {len(towers)} visual towers ({', '.join(towers)})"
+        if towers
+        else f"has a text tower ({texts[0]}) and no visual tower by a name that is known"
+    )
+    raise TypeError(
+        f"model is a {type(model).__name__} that {found}, so which normalisation layers belong to "
+        "the images is not known; give the image tower itself, and freeze the rest: "
+        "model.requires_grad_(False)"
+    )
 
 
 def _is_chosen(module: nn.Module, name: str, scope: str) -> bool:

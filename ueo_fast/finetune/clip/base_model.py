@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import shlex
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +15,24 @@ from torch import Tensor, nn
 
 from ueo_fast.finetune.clip.adapted_state import tower_tensors
 
+_AS_FLAGS: ContextVar[bool] = ContextVar("_AS_FLAGS", default=False)
 _SAMPLE = 4096
 """Numbers of each tensor that enter the fingerprint: 10 ms on RN50, not seconds on ViT-bigG."""
+
+
+@contextlib.contextmanager
+def named_as_flags() -> Iterator[None]:
+    """Inside, messages name options as the command line does: ``--model X``, not ``model='X'``."""
+    token = _AS_FLAGS.set(True)
+    try:
+        yield
+    finally:
+        _AS_FLAGS.reset(token)
+
+
+def option(name: str, value: str) -> str:
+    """An option in the words of whoever asked: a Python argument or a flag."""
+    return f"--{name} {shlex.quote(value)}" if _AS_FLAGS.get() else f"{name}={value!r}"
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,12 @@ class BaseModel:
         """``RN50 (openai)``, for messages."""
         name = self.name or "a model without a name"
         return f"{name} ({self.pretrained})" if self.pretrained else name
+
+
+def naming(base: BaseModel) -> str:
+    """The options that load it."""
+    words = option("model", base.name.removeprefix("local-dir:"))
+    return f"{words} {option('pretrained', base.pretrained)}" if base.pretrained else words
 
 
 def describe_base(model: nn.Module, name: str = "", pretrained: str | None = None) -> BaseModel:
@@ -74,6 +100,8 @@ def check_base(recorded: BaseModel, found: BaseModel) -> None:
 
 def _way_out(recorded: BaseModel, found: BaseModel) -> str:
     load = f"load_clip({recorded.name!r}, {recorded.pretrained!r})"
+    if _AS_FLAGS.get():
+        load = naming(recorded)
     if (recorded.name, recorded.pretrained) != (found.name, found.pretrained):
         rounded = ""
         if (found.name, recorded.activation) == ("", found.activation):

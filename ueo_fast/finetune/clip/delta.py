@@ -26,6 +26,7 @@ from ueo_fast.finetune.clip.base_model import BaseModel, check_base, describe_ba
 from ueo_fast.finetune.clip.load import load_tokenizer
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.clip.prompt import PromptLearner
+from ueo_fast.finetune.clip.trust import is_known
 from ueo_fast.finetune.files.tensor_file import TensorFileError, read_tensors, write_tensors
 from ueo_fast.patch.affine_parameters import SCOPES
 
@@ -166,7 +167,8 @@ def load_delta(
     Args:
         model: of open_clip, on the device where it is to run. Changed in place, unless this raises.
         path: of the delta.
-        tokenizer: of the model; ``None`` loads the one of the base model's name.
+        tokenizer: of the model; ``None`` loads the one of ``base``, or of the recorded name if
+            this machine knows that model (see :func:`~ueo_fast.finetune.clip.load.load_base`).
         base: what ``model`` was loaded as, for messages and the tokenizer.
         class_names: other classes than those recorded. The context is shared by all classes, so
             one that was learnt on one list serves for another, if less well.
@@ -185,7 +187,7 @@ def load_delta(
     names = delta.class_names if class_names is None else class_names
     try:
         check_base(delta.base, found)
-        tokenize = tokenizer or _tokenizer(found.name or delta.base.name)
+        tokenize = tokenizer or _tokenizer(delta.base, base)
     except (ValueError, OSError) as error:
         raise DeltaError(f"{path} does not fit the model: {error}") from error
     try:
@@ -282,11 +284,16 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _tokenizer(name: str) -> Callable[..., Tensor]:
+def _tokenizer(recorded: BaseModel, given: BaseModel | None) -> Callable[..., Tensor]:
     try:
-        if name:
-            return load_tokenizer(name)
-        reason = "the base model's name was not recorded"
+        if given is not None and given.name:
+            return load_tokenizer(given.name)
+        if not recorded.name:
+            reason = "the base model's name was not recorded"
+        elif is_known(recorded):  # a delta may name anything
+            return load_tokenizer(recorded.name, network=False)
+        else:
+            reason = f"this machine does not know the model that it names, {recorded.title()}"
     except (ValueError, OSError) as error:
         reason = str(error)
     raise ValueError(f"its tokenizer is not known ({reason}); give tokenizer=")

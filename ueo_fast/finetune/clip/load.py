@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import open_clip
 import torch
 from torch import Tensor
 
-from ueo_fast.finetune.clip.base_model import BaseModel, check_base, describe_base
-from ueo_fast.finetune.clip.weights import NONE, Source, find_source, identify, weights_error
+from ueo_fast.finetune.clip.base_model import (
+    BaseModel,
+    check_base,
+    describe_base,
+    naming,
+    option,
+)
+from ueo_fast.finetune.clip.trust import is_builtin, is_known, remember
+from ueo_fast.finetune.clip.weights import (
+    NONE,
+    Source,
+    find_source,
+    from_hub,
+    identify,
+    offline,
+    plain_checkpoint,
+    text_config,
+    weights_error,
+)
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -71,22 +89,36 @@ def load_clip(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; choose one of {_list(PRECISIONS)}")
-    source = find_source(model, pretrained, activation)
-    clip = _create(source, precision).eval().to(device)
-    base = describe_base(clip, source.name, source.pretrained)
-    return LoadedClip(clip, load_tokenizer(source.name), dict(clip.visual.preprocess_cfg), base)
+    loaded = _load(
+        find_source(model, pretrained, activation), device=device, precision=precision, network=True
+    )
+    if precision != "bf16":  # whose rounded weights are another base
+        remember(loaded.base)
+    return loaded
 
 
-def load_tokenizer(name: str) -> Callable[..., Tensor]:
+def load_tokenizer(name: str, *, network: bool = True) -> Callable[..., Tensor]:
     """The tokenizer of a model's name, as in :attr:`BaseModel.name`.
 
+    Code that comes with a tokenizer is not run.
+
+    Args:
+        name: of the model.
+        network: download what is not on this machine.
+
     Raises:
-        ValueError: the name is none of this machine's.
-        OSError: its files are missing and cannot be downloaded.
+        ValueError: the name is none of this machine's, or its config asks for more than plain
+            options.
+        OSError: its files are missing and cannot be downloaded, or need code of their own.
     """
     identifier = identify(name)
+    of_hugging_face = text_config(identifier, network=network).get("hf_tokenizer_name")
+    options = {"trust_remote_code": False} if of_hugging_face else {}
     try:
-        tokenizer: Callable[..., Tensor] = open_clip.get_tokenizer(identifier)
+        tokenizer: Callable[..., Tensor] = from_hub(
+            lambda: open_clip.get_tokenizer(identifier, **options),
+            network=network and bool(of_hugging_face),
+        )
     except Exception as error:
         raise OSError(
             f"the tokenizer of {name} could not be loaded ({_first_line(error)}). It may need the "
@@ -96,24 +128,97 @@ def load_tokenizer(name: str) -> Callable[..., Tensor]:
 
 
 def load_base(
-    base: BaseModel, *, device: str | torch.device = "cpu", precision: str = "fp32"
+    base: BaseModel,
+    *,
+    model: str | None = None,
+    pretrained: str | None = None,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
 ) -> LoadedClip:
     """Load what a delta or a run recorded, as :func:`load_clip`.
 
+    A record may come from somebody else. What it names is loaded only if it is one of open_clip's
+    own models or one that :func:`load_clip` has loaded on this machine before, with the same
+    fingerprint; nothing is downloaded. ``model`` names the model yourself: then none of this holds.
+
+    Args:
+        base: the record.
+        model: where the model is now, as for :func:`load_clip`.
+        pretrained: its weights, if ``model`` is a name; ``None`` takes the recorded tag.
+        device: where the model goes.
+        precision: as for :func:`load_clip`.
+
     Raises:
-        ValueError: the name gives other weights today than those recorded.
+        ValueError: this machine does not know the model, or there are other weights today than
+            those recorded.
+        OSError: it is not there any more; the message says how to name another place.
     """
+    if model is not None:
+        recorded = base.pretrained if is_builtin(base) and identify(model) == base.name else None
+        weights = pretrained or recorded
+        given = base.activation if weights and weights != NONE else None
+        loaded = load_clip(model, weights, device=device, precision=precision, activation=given)
+        check_base(base, loaded.base)
+        return loaded
     if not base.name:
         raise ValueError(
-            "the base model has no name, because the one who saved this had none; load the model "
-            "yourself and use load_delta"
+            "the base model has no name, because the one who saved this had none; name it: "
+            f"{option('model', 'NAME')}"
+        )
+    if not is_known(base):
+        raise ValueError(
+            f"the base model {base.title()} is named by a run or a delta, and was not loaded on "
+            "this machine before, or had other weights then; because such a file may come from "
+            f"others, it is not opened. If you trust the model, name it: {naming(base)}"
         )
     given = base.activation if base.pretrained and base.pretrained != NONE else None
-    loaded = load_clip(
-        base.name, base.pretrained, device=device, precision=precision, activation=given
-    )
+    try:
+        source = find_source(base.name, base.pretrained, given, network=False)
+    except FileNotFoundError as error:
+        folder, place = base.name.startswith("local-dir:"), "/where/it/is/now"
+        elsewhere = replace(base, name=place) if folder else replace(base, pretrained=place)
+        raise FileNotFoundError(
+            f"{error}. If the model is elsewhere now, say where: {naming(elsewhere)}"
+        ) from error
+    loaded = _load(source, device=device, precision=precision, network=False)
     check_base(base, loaded.base)
     return loaded
+
+
+def _load(
+    source: Source, *, device: str | torch.device, precision: str, network: bool
+) -> LoadedClip:
+    if text := source.text.get("hf_model_name"):
+        _check_hugging_face(source.name, text, network=network)
+    clip = _create(source, precision).eval().to(device)
+    base = describe_base(clip, source.name, source.pretrained)
+    tokenizer = load_tokenizer(source.name, network=network)
+    return LoadedClip(clip, tokenizer, dict(clip.visual.preprocess_cfg), base)
+
+
+def _check_hugging_face(name: str, repository: str, *, network: bool) -> None:
+    """Fetch the config of a HuggingFace text tower, and refuse one that brings its own code."""
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ValueError(
+            f"{name} has a text tower of HuggingFace: `pip install transformers sentencepiece`"
+        ) from error
+    try:
+        config = from_hub(
+            lambda: transformers.AutoConfig.from_pretrained(repository, trust_remote_code=False),
+            network=network,
+        )
+    except Exception as error:
+        raise OSError(
+            f"the config of {repository}, the text tower of {name}, could not be loaded "
+            f"({_first_line(error)}). It needs the network once"
+        ) from error
+    if getattr(config, "auto_map", None):
+        raise ValueError(
+            f"the text tower {repository} of {name} brings code of its own, which is never run; "
+            "choose another model"
+        )
 
 
 def _create(source: Source, precision: str) -> Any:
@@ -126,26 +231,34 @@ def _create(source: Source, precision: str) -> Any:
     options: dict[str, Any] = {}
     if source.quick_gelu is not None:
         options["quick_gelu"] = source.quick_gelu
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(0)  # random weights are the same ones in every process
+    # Random weights are the same ones in every process. Not torch.manual_seed, which would seed the
+    # generators of GPUs as well.
+    generator = torch.default_generator
+    before = generator.get_state()
+    with warnings.catch_warnings(), offline():
+        generator.manual_seed(0)
         # Of a TorchScript archive torch says so, and that it is old; find_source has checked it.
         warnings.filterwarnings("ignore", message=".*TorchScript archive")
         warnings.filterwarnings("ignore", message=".*torch.jit.load")
         try:
-            return open_clip.create_model(
-                source.identifier,
-                pretrained=source.weights,
-                precision=precision,
-                force_preprocess_cfg=source.preprocess,
-                load_weights=source.pretrained != NONE,
-                require_pretrained=source.pretrained != NONE,
-                pretrained_image=False,
-                pretrained_text=False,
-                weights_only=not source.torchscript,
-                **options,
-            )
+            with plain_checkpoint(source) as found:
+                schema = found.identifier.startswith(("local-dir:", "hf-hub:"))
+                return open_clip.create_model(
+                    found.identifier,
+                    pretrained=None if schema else found.weights,
+                    precision=precision,
+                    force_preprocess_cfg=found.preprocess,
+                    load_weights=found.pretrained != NONE,
+                    require_pretrained=found.pretrained != NONE,
+                    pretrained_image=False,
+                    pretrained_text=False,
+                    weights_only=not found.torchscript,
+                    **options,
+                )
         except Exception as error:  # open_clip raises whatever its parts raise
             raise weights_error(source, error) from error
+        finally:
+            generator.set_state(before)
 
 
 def _list(names: tuple[str, ...]) -> str:

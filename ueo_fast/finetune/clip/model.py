@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from typing import Any, NamedTuple
 
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.patch import PatchHandle, affine_parameters, freeze_all_but_affine, patch_visual
+from ueo_fast.patch.sites import is_norm
 
 _HALF = (torch.float16, torch.bfloat16)
+_FIRST_STATE = "_ueo_fast_first_state"
 
 
 class Similarities(NamedTuple):
@@ -67,7 +70,15 @@ class ClipClassifier(nn.Module):
         freeze_all_but_affine(model, scope)
         prompt.context.requires_grad_(True)
         self.eval()
+        # On the model, so that a copy of it has it as well.
+        if not hasattr(model, _FIRST_STATE):
+            setattr(model, _FIRST_STATE, _norms_digest(model))
         self.patch_handle: PatchHandle | None = patch_visual(model) if patch else None
+
+    @property
+    def was_adapted(self) -> bool:
+        """Whether the tower's norms are others than when ``model`` first became a classifier."""
+        return bool(_norms_digest(self.model) != getattr(self.model, _FIRST_STATE))
 
     @property
     def logit_scale(self) -> Tensor:
@@ -109,3 +120,15 @@ class ClipClassifier(nn.Module):
         """Cosines and logits of features (B, E) and (C, E), both L2-normalised."""
         cosines = image_features @ text_features.to(image_features.dtype).T
         return Similarities(cosines, self.logit_scale.to(cosines.dtype) * cosines)
+
+
+@torch.no_grad()
+def _norms_digest(model: Any) -> str:
+    """A hash of the parameters and statistics of the tower's norms, which adaptation changes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in filter(is_norm, model.visual.modules()):
+        own = (module.parameters(recurse=False), module.buffers(recurse=False))
+        for tensor in itertools.chain(*own):
+            flat = tensor.cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

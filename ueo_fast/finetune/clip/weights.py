@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
+import shutil
+import tempfile
+import threading
 import warnings
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import open_clip
-from huggingface_hub import constants, try_to_load_from_cache
+import safetensors.torch
+import torch
+from huggingface_hub import constants, get_session, try_to_load_from_cache
+from open_clip.pretrained import download_pretrained_from_hf
+from torch import Tensor
+
+from ueo_fast.finetune.clip.base_model import option
+from ueo_fast.finetune.clip.trust import CONFIG, read_model_config
 
 NONE = "none"
 """The ``pretrained`` that stands for random weights."""
@@ -20,10 +33,18 @@ NONE = "none"
 ACTIVATIONS = ("gelu", "quickgelu")
 
 _LOCAL, _HUB = "local-dir:", "hf-hub:"
-_CONFIG = "open_clip_config.json"
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".npy", ".ckpt")
-_AT_ONCE = "With HF_HUB_OFFLINE=1 in the environment the hub is not asked, which saves the wait"
+_FOLDER_SUFFIXES = (".safetensors", ".bin", ".pth")
+_PREFERRED = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+    *("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "model.safetensors"),
+    *("pytorch_model.bin", "pytorch_model.pth", "model.pth"),
+)
+"""Of several files with weights in a folder open_clip takes the first of these."""
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
+_PATIENCE = 8.0
+"""Seconds in which the hub must answer before anything is downloaded."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,7 @@ class Source:
         quick_gelu: the activation to build with; ``None`` leaves it to the config.
         preprocess: mean, std, interpolation and resize mode that belong to the weights.
         torchscript: the file is one of OpenAI's archives, known by its hash.
+        text: the ``text_cfg`` of its config, checked where it comes from a file.
     """
 
     identifier: str
@@ -47,10 +69,16 @@ class Source:
     quick_gelu: bool | None = None
     preprocess: dict[str, Any] | None = None
     torchscript: bool = False
+    text: dict[str, Any] = field(default_factory=dict)
 
 
-def find_source(model: str, pretrained: str | None, activation: str | None) -> Source:
-    """Resolve names, tags and paths; see :func:`~ueo_fast.finetune.clip.load.load_clip` too."""
+def find_source(
+    model: str, pretrained: str | None, activation: str | None, *, network: bool = True
+) -> Source:
+    """Resolve names, tags and paths; see :func:`~ueo_fast.finetune.clip.load.load_clip` too.
+
+    Without ``network`` what is not on this machine is an error.
+    """
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown; choose one of gelu, quickgelu")
     name = identify(model)
@@ -61,7 +89,14 @@ def find_source(model: str, pretrained: str | None, activation: str | None) -> S
                 f"pretrained={pretrained!r} was given, but {name} brings its own weights; leave "
                 "it out, or give the name of an architecture as the model"
             )
-        return Source(name, name, pretrained, quick_gelu=quick)
+        text = text_config(name, network=network)
+        weights = None if pretrained == NONE else _own_weights(name, network=network)
+        return Source(name, name, pretrained, weights, quick_gelu=quick, text=text)
+    found = _of_name(name, pretrained, quick, network=network)
+    return replace(found, text=text_config(name))
+
+
+def _of_name(name: str, pretrained: str | None, quick: bool | None, *, network: bool) -> Source:
     if pretrained == NONE:
         return Source(name, name, NONE, quick_gelu=quick)
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -69,11 +104,11 @@ def find_source(model: str, pretrained: str | None, activation: str | None) -> S
         known = f"one of its tags ({', '.join(tags)})" if tags else "none is known to open_clip"
         raise ValueError(
             f"no pretrained weights were chosen for {name}: give {known}, the path of a file, or "
-            "pretrained='none' for random weights"
+            f"{option('pretrained', NONE)} for random weights"
         )
     tag, _, path = pretrained.partition("=")
     if cfg := open_clip.get_pretrained_cfg(name, tag):
-        file = str(_existing(path)) if path else _tag_file(name, tag, cfg)
+        file = str(_existing(path)) if path else _tag_file(name, tag, cfg, network)
         return _of_tag(name, tag, cfg, file, f"{tag}={file}" if path else tag, quick)
     if not _is_path(pretrained):
         raise ValueError(
@@ -110,18 +145,17 @@ def weights_error(source: Source, error: Exception) -> Exception:
     """What to raise when open_clip could not build the model."""
     text = str(error).strip() or type(error).__name__
     reason = text if len(text) <= 300 else f"{text[:300]} ..."
-    hub = source.identifier.startswith(_HUB)
-    if hub and text.startswith(("Failed initial config", "Required pretrained")):
-        repository = source.identifier.removeprefix(_HUB)
-        return OSError(
-            f"{source.identifier} could not be downloaded ({reason}). Without a network: download "
-            f"{_CONFIG} and the weights of https://huggingface.co/{repository} elsewhere into one "
-            f"folder, and give that folder as the model. Looked for in {constants.HF_HUB_CACHE}. "
-            f"{_AT_ONCE}"
+    way_out = ""
+    if "weights_only" in text or "Unsupported" in text:  # torch's advice is to run the pickle
+        reason = text.partition(". ")[0].partition("\n")[0]
+        way_out = (
+            ". It holds more than numbers, and a pickle can run any program, so it is not opened. "
+            "Where you trust it, save the weights alone, safetensors.torch.save_file(state_dict, "
+            "'weights.safetensors'), and give that file"
         )
     return ValueError(
         f"the weights {source.weights or source.identifier} do not load into {source.name}: "
-        f"{reason}"
+        f"{reason}{way_out}"
     )
 
 
@@ -154,8 +188,9 @@ def _of_file(name: str, file: str, tags: list[str], quick: bool | None) -> Sourc
         raise ValueError(
             f"the activation that {file} was trained with is not known, and the wrong one costs "
             f"accuracy without an error ({name} is built with {ACTIVATIONS[own]}; {trained}). "
-            f"If these are the weights of a tag, say so: pretrained='{tags[0]}={file}'. Else give "
-            "activation='gelu' or activation='quickgelu'"
+            f"If these are the weights of a tag, say so: "
+            f"{option('pretrained', f'{tags[0]}={file}')}. Else give "
+            f"{option('activation', 'gelu')} or {option('activation', 'quickgelu')}"
         )
     found = [{key: cfg[key] for key in _PREPROCESS if key in cfg} for cfg in cfgs.values()]
     preprocess = found[0] if found else None
@@ -182,32 +217,163 @@ def _hub_files(cfg: dict[str, Any]) -> tuple[str, list[str]]:
     return repository, [safe.get(file, str(Path(file).with_suffix(".safetensors"))), file]
 
 
-def _tag_file(name: str, tag: str, cfg: dict[str, Any]) -> str:
-    """The weights of a tag: from the hub's cache without asking the network, else downloaded."""
+def _tag_file(name: str, tag: str, cfg: dict[str, Any], network: bool) -> str:
+    """The weights of a tag: from the cache without asking the network, else downloaded."""
     repository, files = _hub_files(cfg)
-    if repository:
-        for file in files:
-            cached = try_to_load_from_cache(repository, file)
-            if isinstance(cached, str):
-                return cached
+    url = cfg.get("url", "")
+    if found := _cached(repository, files):
+        return found
+    places = [f"https://huggingface.co/{repository} ({' or '.join(files)})"] * bool(repository)
+    places += [url] * bool(url)
+    what = f"the weights {tag!r} of {name}"
+    way_out = (
+        f"download {', or '.join(places)} elsewhere, copy the file to this machine, and give "
+        f"{option('pretrained', f'{tag}=/path/of/the/file')}"
+    )
+    place = constants.ENDPOINT if repository else url
+    if repository or not _in_old_cache(url):
+        _check_access(what, place, way_out, option("model", name), network)
     try:
         return str(open_clip.download_pretrained(cfg))
     except Exception as error:  # whatever the hub's client and urllib raise
-        places = [f"https://huggingface.co/{repository} ({' or '.join(files)})"] * bool(repository)
-        places += [cfg["url"]] * bool(cfg.get("url"))
+        raise _not_downloaded(what, str(error), way_out) from error
+
+
+def text_config(name: str, *, network: bool = True) -> dict[str, Any]:
+    """The ``text_cfg`` of a model by its identified name. One that comes from a folder or the hub
+    is checked first, all of it: see :func:`~ueo_fast.finetune.clip.trust.read_model_config`."""
+    if name.startswith(_LOCAL):
+        config = read_model_config(Path(name.removeprefix(_LOCAL)) / CONFIG)
+    elif name.startswith(_HUB):
+        config = read_model_config(Path(_hub_file(name, [CONFIG], network)))
+    else:
+        config = open_clip.get_model_config(name)
+    text: dict[str, Any] = config.get("text_cfg", {})
+    return text
+
+
+def _own_weights(name: str, *, network: bool) -> str:
+    """The file that open_clip takes as the weights of a folder or a repository."""
+    if name.startswith(_HUB):
+        return _hub_file(name, _hub_files({})[1], network)
+    folder = Path(name.removeprefix(_LOCAL))
+    found = [path for path in folder.iterdir() if path.suffix in _FOLDER_SUFFIXES]
+    order = {file: place for place, file in enumerate(_PREFERRED)}
+    best = min(
+        found,
+        key=lambda path: (
+            order.get(path.name, len(order)),
+            path.suffix != ".safetensors",
+            path.name,
+        ),
+    )
+    return str(best)
+
+
+def _hub_file(name: str, files: list[str], network: bool) -> str:
+    """A file of ``hf-hub:owner/repository``, under the first of its names that there is."""
+    repository = name.removeprefix(_HUB)
+    if found := _cached(repository, files):
+        return found
+    way_out = (
+        f"download {CONFIG} and the weights of https://huggingface.co/{repository} elsewhere into "
+        f"one folder, and give {option('model', '/path/of/the/folder')}"
+    )
+    what = f"{files[0]} of {name}"
+    _check_access(what, constants.ENDPOINT, way_out, option("model", name), network)
+    try:  # open_clip tries the other name of weights first
+        return str(download_pretrained_from_hf(repository, filename=files[-1]))
+    except Exception as error:  # whatever the hub's client raises
+        raise _not_downloaded(what, str(error), way_out) from error
+
+
+def _cached(repository: str, files: list[str]) -> str | None:
+    if not repository:
+        return None
+    found = (try_to_load_from_cache(repository, file) for file in files)
+    return next((path for path in found if isinstance(path, str)), None)
+
+
+def _in_old_cache(url: str) -> bool:
+    return (Path("~/.cache/clip").expanduser() / url.rpartition("/")[2]).is_file()
+
+
+def _check_access(what: str, url: str, way_out: str, named: str, network: bool) -> None:
+    """Stop at once where ``what`` cannot or must not be downloaded.
+
+    Raises:
+        OSError: nobody who is trusted asked for it, or ``url`` does not answer.
+    """
+    if not network:
         raise OSError(
-            f"the weights {tag!r} of {name} are not in {constants.HF_HUB_CACHE} and could not be "
-            f"downloaded ({error}). Without a network: download {', or '.join(places)} elsewhere, "
-            f"copy the file to this machine, and give pretrained='{tag}=/path/of/the/file'. "
-            f"{_AT_ONCE}"
-        ) from error
+            f"{what}: not found in {constants.HF_HUB_CACHE}, and nothing that a run or a delta "
+            f"names is downloaded by itself. If you trust it, name it: {named}"
+        )
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(url)
+    if reason:
+        raise _not_downloaded(what, reason, way_out)
+
+
+def _not_downloaded(what: str, reason: str, way_out: str) -> OSError:
+    return OSError(
+        f"{what}: not found in {constants.HF_HUB_CACHE}, and could not be downloaded ({reason}). "
+        f"Without a network: {way_out}"
+    )
+
+
+def _unreachable(url: str) -> str:
+    """Why ``url`` does not answer, empty if it does: one request, because the hub's client repeats
+    its own for minutes."""
+    reason = f"no answer from {url} within {_PATIENCE:g} s"
+
+    def ask() -> None:
+        nonlocal reason
+        try:
+            get_session().head(url, timeout=_PATIENCE)
+            reason = ""
+        except Exception as error:  # of the client that the hub uses in this version
+            reason = f"{url}: {str(error).strip() or type(error).__name__}"
+
+    thread = threading.Thread(target=ask, daemon=True)  # no time-out bounds the look-up of names
+    thread.start()
+    thread.join(_PATIENCE)
+    return reason
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Inside, the hub's client serves what is in its cache and asks no network."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def from_hub(load: Callable[[], _T], *, network: bool) -> _T:
+    """What ``load`` returns from the hub's cache, else, with ``network``, from the hub itself.
+
+    Raises:
+        Exception: whatever ``load`` raises.
+    """
+    with offline():
+        try:
+            return load()
+        except Exception as error:
+            missing = error
+    if not network or constants.HF_HUB_OFFLINE:
+        raise missing
+    if reason := _unreachable(constants.ENDPOINT):
+        raise OSError(f"{missing}; {reason}") from missing
+    return load()
 
 
 def _existing(path: str) -> Path:
     file = Path(path).expanduser()
     if file.is_dir():
         raise FileNotFoundError(
-            f"pretrained={path!r} is a folder; give the file in it, or, if it has {_CONFIG}, give "
+            f"pretrained={path!r} is a folder; give the file in it, or, if it has {CONFIG}, give "
             "the folder as the model and leave pretrained out"
         )
     if not file.is_file():
@@ -223,14 +389,14 @@ def _is_path(text: str) -> bool:
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"the model's folder {folder} does not exist")
-    if not (folder / _CONFIG).is_file():
+    if not (folder / CONFIG).is_file():
         raise FileNotFoundError(
-            f"the folder {folder} has no {_CONFIG}, so it is no model of open_clip; "
+            f"the folder {folder} has no {CONFIG}, so it is no model of open_clip; "
             "open_clip.push_to_hf_hub's save_for_hf writes such folders"
         )
-    if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
+    if not any(path.suffix in _FOLDER_SUFFIXES for path in folder.iterdir()):
         raise FileNotFoundError(
-            f"the folder {folder} has {_CONFIG} but no weights (*.safetensors, *.bin or *.pth)"
+            f"the folder {folder} has {CONFIG} but no weights (*.safetensors, *.bin or *.pth)"
         )
 
 
@@ -267,3 +433,76 @@ def _closest(word: str, known: list[str]) -> str:
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), by_lower, n=5, cutoff=0.5)
     return f"; did you mean {', '.join(by_lower[name] for name in close)}?" if close else ""
+
+
+_NUMBERS = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_NUMPY: list[Any] = [
+    np.dtype,
+    *{type(np.dtype(code)) for code in _NUMBERS},
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+"""What a pickle of NumPy scalars names: types of numbers, and the function that makes one."""
+_WRAPPERS = {"module", "_orig_mod"}
+"""Names that DataParallel and torch.compile put before or between those of a model."""
+
+
+@contextlib.contextmanager
+def plain_checkpoint(source: Source) -> Iterator[Source]:
+    """The source with weights as open_clip reads them, for as long as the block lasts.
+
+    A checkpoint of a wrapped model (``module.``, ``_orig_mod.``, both, anywhere in its names) is
+    written anew, without these names, into a temporary folder. NumPy scalars beside the weights
+    may be read. Nothing in a file is run.
+    """
+    safe = torch.serialization.safe_globals(_NUMPY)
+    with tempfile.TemporaryDirectory() as folder, safe:
+        state = _unwrapped(source)
+        if state is None:
+            yield source
+            return
+        weights = str(Path(folder) / _PREFERRED[0])
+        safetensors.torch.save_file(state, weights)
+        if not source.identifier.startswith((_LOCAL, _HUB)):
+            yield replace(source, weights=weights)
+            return
+        if source.identifier.startswith(_HUB):
+            config = _hub_file(source.identifier, [CONFIG], network=False)
+        else:
+            config = str(Path(source.identifier.removeprefix(_LOCAL)) / CONFIG)
+        shutil.copyfile(config, Path(folder) / CONFIG)
+        yield replace(source, identifier=_LOCAL + folder)
+
+
+def _unwrapped(source: Source) -> dict[str, Tensor] | None:
+    """The weights without the names of wrappers; None where there are none of these."""
+    file = source.weights
+    if file is None or source.torchscript or file.endswith((".npz", ".npy")):
+        return None
+    state: Any
+    if file.endswith(".safetensors"):
+        with safetensors.safe_open(file, framework="pt") as opened:
+            if not any(map(_is_wrapped, opened.keys())):
+                return None
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    else:
+        mapped = zipfile.is_zipfile(file) and not _is_torchscript(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        if isinstance(state, dict):
+            state = state.get("state_dict", state)
+        if not isinstance(state, dict) or not any(
+            isinstance(name, str) and _is_wrapped(name) for name in state
+        ):
+            return None
+    plain: dict[str, Tensor] = {}
+    for name, value in state.items():
+        own = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if own in plain:
+            raise ValueError(f"{file} has {own!r} twice, once as {name!r}: keep one of the two")
+        if isinstance(value, Tensor):
+            plain[own] = value.detach().clone(memory_format=torch.contiguous_format)
+    return plain
+
+
+def _is_wrapped(name: str) -> bool:
+    return not _WRAPPERS.isdisjoint(name.split("."))

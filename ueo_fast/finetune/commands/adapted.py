@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 
+from ueo_fast.finetune.clip.base_model import named_as_flags
 from ueo_fast.finetune.clip.delta import load_delta, read_delta
 from ueo_fast.finetune.clip.load import LoadedClip, load_base
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.device import chosen_device
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.files.run_folder import RunFolder
+from ueo_fast.ranges import check_number
 
 DELTA = "delta.safetensors"
 
@@ -44,12 +47,21 @@ class AdaptedRun:
         )
 
 
-def open_run(path: str, device: str | None) -> AdaptedRun:
+def open_run(
+    path: str, device: str | None, model: str | None = None, pretrained: str | None = None
+) -> AdaptedRun:
     """A run that has something to use.
+
+    Args:
+        path: its folder.
+        device: where its model goes.
+        model: the base model as the user names it; ``None`` takes the run's word for it, if this
+            machine knows that model.
+        pretrained: its weights.
 
     Raises:
         OSError: no run, or one that has learnt nothing yet.
-        ValueError: its model cannot be loaded.
+        ValueError: its model cannot be loaded, or is not known on this machine.
     """
     folder = RunFolder.open(path)
     if not (folder.path / DELTA).exists():
@@ -59,5 +71,33 @@ def open_run(path: str, device: str | None) -> AdaptedRun:
         )
     config = FinetuneConfig(**folder.read_json("config.json"))
     base = read_delta(folder.path / DELTA).base
-    clip = load_base(base, device=chosen_device(device))
+    with named_as_flags():
+        clip = load_base(base, model=model, pretrained=pretrained, device=chosen_device(device))
     return AdaptedRun(folder, config, clip)
+
+
+def open_adapted(
+    path: str, device: str | None, model: str | None = None, pretrained: str | None = None
+) -> tuple[ClipClassifier, float]:
+    """An adapted classifier, and the scale of its MCM scores, from a run folder or a delta file.
+
+    Args:
+        path: of either.
+        device: this and the others as for :func:`open_run`, where the errors are listed too.
+        model: the base model as the user names it.
+        pretrained: its weights.
+    """
+    if not os.path.isfile(path):
+        run = open_run(path, device, model, pretrained)
+        return run.classifier(), run.config.mcm_scale
+    delta = read_delta(path)
+    scale = delta.extra.get("mcm_scale", 1.0)
+    try:
+        check_number("mcm_scale", scale, sign="positive")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}; give --mcm-scale") from error
+    with named_as_flags():
+        clip = load_base(
+            delta.base, model=model, pretrained=pretrained, device=chosen_device(device)
+        )
+    return load_delta(clip.model, path, tokenizer=clip.tokenizer, base=clip.base), scale

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from ueo_fast.finetune.commands.options import CompareConfig
 from ueo_fast.finetune.evaluation.compare import compare_runs
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """Choices of ``ueo-fast compare``."""
-
-    runs: tuple[str, ...] = field(
-        metadata={"help": "folders of runs of ueo-fast finetune", "positional": True}
-    )
-    markdown: bool = field(default=False, metadata={"help": "print GitHub tables"})
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "runs", tuple(self.runs))
 
 
 def run(config: CompareConfig) -> None:

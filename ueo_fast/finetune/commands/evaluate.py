@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -13,94 +12,27 @@ from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.adapted import open_run
 from ueo_fast.finetune.commands.evaluation import (
     PREDICTION_COLUMNS,
+    known_counts,
     measure,
     metrics_table,
     prediction_rows,
+    verdict_line,
+    warning_lines,
 )
+from ueo_fast.finetune.commands.options import EvaluateConfig
 from ueo_fast.finetune.commands.problem import Labelled, reread_problem
-from ueo_fast.finetune.commands.stages import watched
 from ueo_fast.finetune.data.image_list import check_root, read_images
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
-from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches
+from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches, watched
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.methods.registry import METHODS
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Choices of ``ueo-fast evaluate``.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-
-    run: str = field(metadata={"help": "folder of a run of ueo-fast finetune"})
-    data: str | None = field(
-        default=None,
-        metadata={
-            "help": "labelled images: class folders, a list or a CSV with labels; default: those "
-            "that the run was measured on"
-        },
-    )
-    data_root: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder that the paths in a list or CSV are relative to; default: the file's "
-            "own folder"
-        },
-    )
-    follow_links: bool = field(
-        default=False,
-        metadata={
-            "help": "follow links that lead out of a folder of images; no file is read twice in "
-            "any case"
-        },
-    )
-    mcm_scale: float | None = field(
-        default=None,
-        metadata={"help": "multiplies the cosines in the MCM score; default: the run's"},
-    )
-    out: str | None = field(
-        default=None,
-        metadata={"help": "CSV file for class and MCM score of each image, before and after"},
-    )
-    batch_size: int = field(default=192, metadata={"help": "images per step"})
-    workers: int = field(default=2, metadata={"help": "processes that load images"})
-    precision: Literal["fp32", "bf16", "fp16"] = field(
-        default="fp32", metadata={"help": "of the image tower"}
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one"}
-    )
-    strict: bool = field(default=False, metadata={"help": "fail at an image that cannot be read"})
-
-    def __post_init__(self) -> None:
-        if self.mcm_scale is not None and not self.mcm_scale > 0:
-            raise ValueError(f"mcm_scale must be positive, got {self.mcm_scale}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.out is not None:
-            _check_out(Path(self.out))
-
-
-def _check_out(out: Path) -> None:
-    """Refuse now what could not be written after the work."""
-    if out.suffix.lower() != ".csv":
-        raise ValueError(f"out={str(out)!r} must end in .csv, which is what is written")
-    if out.exists():
-        raise ValueError(f"out={str(out)!r} exists, and nothing is overwritten: choose another")
-    for parent in out.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise ValueError(f"out={str(out)!r}: {parent} is a file, not a folder")
-            return
 
 
 @loading_errors()
 def run(config: EvaluateConfig) -> None:
     """Measure both classifiers on the same images and print their metrics."""
-    adapted = open_run(config.run, config.device)
+    adapted = open_run(config.run, config.device, config.model, config.pretrained)
     problem = reread_problem(adapted.folder)
     images = problem.tested
     if config.data is not None:
@@ -129,13 +61,18 @@ def run(config: EvaluateConfig) -> None:
     rows = [_row("zeroshot", before.cosines, images.labels, scale)]
     if adapted.config.method != "zeroshot":
         rows.append(_row(adapted.config.method, after.cosines, images.labels, scale))
+    counts = known_counts(after.cosines, scale)
+    names = zero_shot.prompt.class_names
+    print(warning_lines(names, after.cosines, rows[-1]), end="")
+    print(verdict_line(adapted.config.method, rows, before.cosines, after.cosines, counts))
     print(f"{plural(len(images.images), 'image')}, {problem_line(images)}")
     print(metrics_table(rows))
     if config.out is not None:
         out = Path(config.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        names = zero_shot.prompt.class_names
-        rows_of = prediction_rows(images, names, before.cosines, after.cosines, scale)
+        rows_of = prediction_rows(
+            images, names, before.cosines, after.cosines, scale, counts.threshold
+        )
         RunFolder(out.parent).write_csv(out.name, PREDICTION_COLUMNS, rows_of)
         print(f"predictions: {out}")
 

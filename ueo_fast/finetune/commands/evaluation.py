@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ueo_fast import mcm_score
 from ueo_fast.finetune.commands.problem import Labelled
 from ueo_fast.finetune.data.names import printable
 from ueo_fast.finetune.evaluation.metrics import Metrics, compute_metrics
-from ueo_fast.finetune.evaluation.results_table import ResultsTable
+from ueo_fast.finetune.evaluation.predict import cosine_error
+from ueo_fast.finetune.evaluation.results_table import KnownCounts, ResultsTable, doubts, verdict
+from ueo_fast.finetune.methods.registry import METHODS
+from ueo_fast.finetune.scoring.thresholds import choose_threshold, lowest_known
 
 COLUMNS: Mapping[str, str] = {
     "per_class_accuracy": "per-class accuracy",
@@ -21,11 +26,8 @@ COLUMNS: Mapping[str, str] = {
     "fpr95": "FPR95",
     "hm": "HM",
 }
-CONVENTION = (
-    "percent; AUROC, AUPR and FPR95 are of the MCM score with known images as the positive class; "
-    "HM is the harmonic mean of per-class accuracy and AUROC; - means not defined: no unknown "
-    "images"
-)
+THRESHOLD = "otsu"
+"""The rule of ``known`` in predictions.csv: it needs no labels and is the default of score."""
 
 
 def measure(cosines: Tensor, labels: Tensor | None, mcm_scale: float) -> Metrics | None:
@@ -38,7 +40,69 @@ def measure(cosines: Tensor, labels: Tensor | None, mcm_scale: float) -> Metrics
 def metrics_table(records: Iterable[Mapping[str, Any]]) -> str:
     """One row per title, for a terminal, with the conventions below it."""
     rows = [{**record, "method": record["title"]} for record in records]
-    return f"{ResultsTable.from_records(rows, COLUMNS).text()}\n({CONVENTION})"
+    table = ResultsTable.from_records(rows, COLUMNS)
+    return f"{table.text()}\n{table.convention()}"
+
+
+def known_counts(cosines: Tensor, mcm_scale: float) -> KnownCounts:
+    """How many images count as known by :data:`THRESHOLD`; none do where it finds no threshold.
+
+    Args:
+        cosines: (N, C) of the adapted model.
+        mcm_scale: multiplies them in the MCM score.
+    """
+    scores = mcm_score(cosines.double(), mcm_scale).numpy()
+    try:
+        value = choose_threshold(THRESHOLD, scores)
+    except ValueError:  # one image, one class, or equal scores: nothing to split
+        return KnownCounts(0, 0, None, THRESHOLD)
+    known = int((scores >= _lowest_known(value, mcm_scale)).sum())
+    return KnownCounts(known, len(scores) - known, value, THRESHOLD)
+
+
+def verdict_line(
+    method: str,
+    records: Sequence[Mapping[str, Any]],
+    before: Tensor,
+    after: Tensor,
+    counts: KnownCounts,
+) -> str:
+    """The sentence that a report begins with.
+
+    Args:
+        method: name of the method.
+        records: metrics, those of the zero-shot model first; empty without labels.
+        before: (N, C) cosines of the zero-shot model.
+        after: (N, C) cosines of the adapted model.
+        counts: of the adapted model.
+    """
+    changed = int((before.argmax(dim=1) != after.argmax(dim=1)).sum())
+    return verdict(
+        records[1]["title"] if records[1:] else METHODS[method].title,
+        records[0] if records else None,
+        records[1] if records[1:] else None,
+        moved=None if method == "zeroshot" else (changed, len(after)),
+        counts=counts,
+    )
+
+
+def warning_lines(
+    class_names: Sequence[str], cosines: Tensor, record: Mapping[str, Any] | None
+) -> str:
+    """What makes the predictions doubtful, each on a line that ends with a line break.
+
+    Args:
+        class_names: C of them.
+        cosines: (N, C) of the adapted model.
+        record: its metrics; ``None`` without labels.
+    """
+    found = doubts(
+        classes=class_names,
+        predicted=cosines.argmax(dim=1).unique().tolist(),
+        images=len(cosines),
+        auroc=None if record is None else record["auroc"],
+    )
+    return "".join(f"warning: {text}\n" for text in found)
 
 
 def brief(record: Mapping[str, Any]) -> str:
@@ -50,6 +114,7 @@ def brief(record: Mapping[str, Any]) -> str:
 PREDICTION_COLUMNS = (
     *("image", "path", "label"),
     *("zeroshot_class", "zeroshot_mcm", "adapted_class", "adapted_mcm"),
+    *("mcm_scale", "known"),
 )
 
 
@@ -59,26 +124,40 @@ def prediction_rows(
     zero_shot: Tensor,
     adapted: Tensor,
     mcm_scale: float,
+    threshold: float | None,
 ) -> Iterator[tuple[str, ...]]:
-    """One row per image: its label, and class and MCM score before and after.
+    """One row per image: its label, class and MCM score before and after, and whether it is known.
 
     Args:
         images: N of them.
         class_names: C of them.
         zero_shot: (N, C) cosines before.
         adapted: (N, C) cosines after.
-        mcm_scale: multiplies the cosines in the MCM score.
+        mcm_scale: multiplies the cosines in the MCM score: the inverse temperature of its softmax.
+        threshold: an image is known where its adapted score reaches it; ``None`` leaves ``known``
+            empty.
     """
-    columns: list[Sequence[str]] = [
+    columns: list[Iterable[str]] = [
         images.images.names,
         [printable(path) for path in images.images.paths],
         _labels(images, class_names),
     ]
+    scores: list[float] = []
     for cosines in (zero_shot, adapted):
         scores = mcm_score(cosines.double(), mcm_scale).tolist()
         columns.append([class_names[index] for index in cosines.argmax(dim=1).tolist()])
         columns.append([repr(score) for score in scores])
+    columns.append(itertools.repeat(repr(float(mcm_scale)), len(images.images)))
+    if threshold is None:
+        columns.append(itertools.repeat("", len(scores)))
+    else:
+        lowest = _lowest_known(threshold, mcm_scale)
+        columns.append(["true" if score >= lowest else "false" for score in scores])
     return zip(*columns, strict=True)
+
+
+def _lowest_known(threshold: float, mcm_scale: float) -> float:
+    return lowest_known(threshold, mcm_scale, cosine_error("fp32", torch.device("cpu")))
 
 
 def _labels(images: Labelled, class_names: Sequence[str]) -> list[str]:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ueo_fast.finetune.clip.template import split_template
-from ueo_fast.finetune.engine.trainer import TrainerConfig
-from ueo_fast.finetune.methods.base import Method
-from ueo_fast.finetune.methods.registry import METHODS, make_method, options_of
+from ueo_fast.finetune.engine.training_config import TrainerConfig
+from ueo_fast.ranges import (
+    LARGEST_FACTOR,
+    MOST_THREADS,
+    MOST_WORKERS,
+    check_count,
+    check_number,
+)
+
+if TYPE_CHECKING:
+    from ueo_fast.finetune.methods.base import Method
 
 MethodName = Literal[
     "zeroshot", "ueo", "infomax", "entmin", "adabn", "tent", "upl", "pouf", "dance", "oracle"
@@ -17,20 +27,24 @@ MethodName = Literal[
 Dataset = Literal["office31", "officehome", "visdac", "domainnet"]
 Scenario = Literal["CSDA", "CDA", "PDA", "ODA", "OPDA"]
 Precision = Literal["fp32", "bf16", "fp16"]
+_EPS_USERS = ("ueo", "infomax", "entmin", "tent", "pouf", "dance", "oracle")
 
-MOST_THREADS = 1024  # far more than that end in a crash of the thread library, without a message
 
-
-def _help(text: str) -> dict[str, str]:
+def _help(text: str) -> dict[str, Any]:
     return {"help": text}
+
+
+def _of(*methods: str, help: str) -> dict[str, Any]:
+    """Of an option that only these methods have a use for."""
+    return {"help": f"{help} ({', '.join(methods)})", "methods": methods}
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Choices of ``ueo-fast finetune``; each field is a flag, its help is in the metadata.
 
-    The defaults are the authors', but for ``eps`` (the exact entropy of the paper) and
-    ``affine_scope`` (all normalisation layers): ``--eps 1e-5 --affine-scope authors`` are theirs.
+    The defaults are the paper's method, with the authors' optimiser and budget; ``--preset
+    authors`` sets what their released code does otherwise, as far as it can be set.
 
     Raises:
         ValueError: a value outside its range, or choices that do not go together.
@@ -59,7 +73,9 @@ class FinetuneConfig:
         metadata=_help(
             "go on with the run in --out where it was stopped, with its own options, kept in its "
             "config.json. Other options are not needed beside it: one that differs from the run's "
-            "is refused, and one that has its default value is ignored"
+            "is refused, and one that has its default value is ignored. Only --model (and "
+            "--pretrained) may differ, for a model that is elsewhere now; its weights must be the "
+            "same"
         ),
     )
     data_root: str | None = field(
@@ -146,9 +162,10 @@ class FinetuneConfig:
     )
     confidence: Literal["zeroshot", "online"] = field(
         default="zeroshot",
-        metadata=_help(
-            "UEO's weights: once, from the zero-shot model, or in each batch from the model as it "
-            "is"
+        metadata=_of(
+            "ueo",
+            help="the images' weights: once, from the zero-shot model, or in each batch from the "
+            "model as it is",
         ),
     )
     mcm_scale: float = field(
@@ -160,12 +177,16 @@ class FinetuneConfig:
     )
     eps: float = field(
         default=0.0,
-        metadata=_help("added inside the logarithms; 1e-5 is the authors' released code"),
+        metadata=_of(
+            *_EPS_USERS,
+            help="added inside the logarithms; 1e-5 is the authors' released code",
+        ),
     )
     trade_off: float = field(
-        default=1.0, metadata=_help("weight of the marginal entropy (ueo, infomax, oracle)")
+        default=1.0,
+        metadata=_of("ueo", "infomax", "oracle", help="weight of the marginal entropy"),
     )
-    top_k: int = field(default=16, metadata=_help("pseudo-labelled images per class (upl)"))
+    top_k: int = field(default=16, metadata=_of("upl", help="pseudo-labelled images per class"))
     epochs: int = field(default=50, metadata=_help("passes over the images"))
     batch_size: int = field(default=64, metadata=_help("images per step"))
     prompt_lr: float = field(default=1e-4, metadata=_help("learning rate of the context"))
@@ -197,7 +218,10 @@ class FinetuneConfig:
         metadata=_help("run the image tower with the fused layers of ueo_fast.patch_visual"),
     )
     seed: int = field(default=0, metadata=_help("order of the images, and their augmentation"))
-    workers: int = field(default=2, metadata=_help("processes that load images"))
+    workers: int = field(
+        default=2,
+        metadata=_help("processes that load images; at most four per processor are started"),
+    )
     device: str | None = field(
         default=None, metadata=_help("cpu, cuda, cuda:1, ...; default: cuda where there is one")
     )
@@ -234,27 +258,45 @@ class FinetuneConfig:
             raise ValueError("resume needs --out, the folder of the run to go on with")
         if not self.resume:
             self._check_data()
-        if self.out == "":
-            raise ValueError(
-                "out is empty: name a folder, or leave it out for a new one under runs/"
-            )
-        for name in ("eval_batch_size", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.eval_every < 0:
-            raise ValueError(f"eval_every must not be negative, got {self.eval_every}")
-        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
-            raise ValueError(f"threads must lie in 1..{MOST_THREADS}, got {self.threads}")
-        if self.workers < 0:
-            raise ValueError(f"workers must be at least 0, got {self.workers}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must lie in 0..2**63-1, got {self.seed}")
-        if not self.mcm_scale > 0:
-            raise ValueError(f"mcm_scale must be positive, got {self.mcm_scale}")
+        self._check_ranges()
         self._check_train()
+        self._check_used()
         split_template(self.prompt_template)
-        self.make_method()
         self.trainer()
+
+    def _check_ranges(self) -> None:
+        for name in ("epochs", "batch_size", "eval_batch_size", "top_k"):
+            check_count(name, getattr(self, name))
+        for name in ("eval_every", "checkpoint_every"):
+            check_count(name, getattr(self, name), least=0)
+        for name in ("micro_batch_size", "early_stop"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_count("workers", self.workers, 0, MOST_WORKERS)
+        if self.threads is not None:
+            check_count("threads", self.threads, 1, MOST_THREADS)
+        check_count("seed", self.seed, 0, 2**63 - 1)
+        check_number("mcm_scale", self.mcm_scale, sign="positive")
+        check_number("eps", self.eps, sign="not negative")
+        check_number("trade_off", self.trade_off, sign="any", most=LARGEST_FACTOR)
+        for name in ("prompt_lr", "affine_lr", "weight_decay"):
+            check_number(name, getattr(self, name), sign="not negative", most=LARGEST_FACTOR)
+
+    PRESETS: ClassVar[Mapping[str, str]] = {
+        "authors": "what the authors' released code does, as far as it can be set (docs/guide.md "
+        "has a table)"
+    }
+
+    @staticmethod
+    def preset(name: Literal["authors"], options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a preset, given the user's own."""
+        assert name == "authors"
+        values: dict[str, Any] = {"affine_scope": "authors", "seed": 2023}
+        if options.get("method", "ueo") in _EPS_USERS:
+            values["eps"] = 1e-5
+        if options.get("dataset") == "domainnet":
+            values["epochs"] = 5
+        return values
 
     def _check_data(self) -> None:
         if self.dataset is None:
@@ -294,6 +336,43 @@ class FinetuneConfig:
                 f"train={self.train!r}: leave it out"
             )
 
+    def _check_used(self) -> None:
+        for item in fields(self):
+            users, value = item.metadata.get("methods", ()), getattr(self, item.name)
+            if users and self.method not in users and value != item.default:
+                raise ValueError(
+                    f"method={self.method!r} has no use for {item.name}={value!r} (used by "
+                    f"{', '.join(users)}): leave it out, or choose one of these methods"
+                )
+
+    def check_files(self) -> None:
+        """Check what can be seen without loading anything.
+
+        Raises:
+            OSError, ValueError: a file or folder is missing or cannot be what it is given as, a
+                name is unknown, or ``out`` is in use.
+        """
+        from ueo_fast.finetune.data.benchmarks import check_names
+        from ueo_fast.finetune.data.image_list import read_class_names, read_images
+        from ueo_fast.finetune.files.run_folder import RunFolder
+
+        if self.resume:
+            assert self.out is not None
+            RunFolder.open(self.out)
+            return
+        if self.out is not None and os.path.lexists(self.out):
+            RunFolder.create(self.out, prefix="finetune")  # refuses what is not an empty folder
+        if self.dataset is not None:
+            assert self.domain is not None
+            assert self.root is not None
+            check_names(self.dataset, self.domain, self.scenario, self.root)
+            return
+        assert self.classes is not None
+        read_class_names(self.classes)
+        for source in (self.data, self.test_data):
+            if source is not None and not os.path.exists(source):
+                read_images(source)  # says so
+
     @property
     def weights(self) -> str | None:
         """``pretrained``, or the authors' for the default model."""
@@ -305,6 +384,8 @@ class FinetuneConfig:
         Raises:
             ValueError: a choice that the method has no use for.
         """
+        from ueo_fast.finetune.methods.registry import METHODS, make_method, options_of
+
         options: dict[str, Any] = {
             "trade_off": self.trade_off,
             "confidence": self.confidence,

@@ -116,10 +116,6 @@ def read_problem(config: FinetuneConfig) -> Problem:
         )
     assert config.classes is not None
     assert config.data is not None
-    if os.path.isdir(config.classes):
-        raise ValueError(
-            f"classes={config.classes!r} is a folder; give a text file with one class name per line"
-        )
     known = read_class_names(config.classes)
     check_root(config.data_root, config.data, config.test_data)
     train = _read(config, config.data, known)

@@ -10,10 +10,10 @@ from torch import Tensor
 from ueo_fast.finetune.adaptation import views_of
 from ueo_fast.finetune.commands.evaluation import measure
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
-from ueo_fast.finetune.commands.stages import Start, watched
+from ueo_fast.finetune.commands.stages import Start
 from ueo_fast.finetune.data.names import printable, shown
 from ueo_fast.finetune.engine.trainer import History
-from ueo_fast.finetune.evaluation.predict import collect, predict_batches
+from ueo_fast.finetune.evaluation.predict import collect, predict_batches, watched
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.methods.registry import METHODS
 

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from ueo_fast.finetune.commands.options import ReportConfig
 from ueo_fast.finetune.report import write_report
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Choices of ``ueo-fast report``."""
-
-    run: str = field(metadata={"help": "folder of a run of ueo-fast finetune", "positional": True})
-    out: str | None = field(
-        default=None, metadata={"help": "the page; default: report.html in the run folder"}
-    )
 
 
 def run(config: ReportConfig) -> None:

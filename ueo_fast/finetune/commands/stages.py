@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ueo_fast.finetune.adaptation import make_classifier, views_of, zero_shot
 from ueo_fast.finetune.clip.load import LoadedClip
@@ -21,7 +19,8 @@ from ueo_fast.finetune.commands.problem import (
 )
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
-from ueo_fast.finetune.evaluation.predict import Predicted
+from ueo_fast.finetune.evaluation.predict import watched
+from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.target import Target
 
@@ -65,6 +64,8 @@ def is_begun(folder: RunFolder) -> bool:
 def begin(config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, problem: Problem) -> Start:
     """Classify all images by the zero-shot model, leave out what cannot be read, and keep both."""
     classifier = _classifier(config, clip, problem.known)
+    for text in doubts(classes=classifier.prompt.class_names):  # before hours are spent
+        print(f"warning: {text}")
     for remark in dict.fromkeys(problem.train.remarks() + problem.tested.remarks()):
         print(f"note: {remark}")
     train, target, skipped = _zero_shot(config, classifier, problem.train, "zero-shot")
@@ -138,15 +139,3 @@ def _zero_shot(
         watch=watched(title, len(part.images)),
     )
     return part.subset(seen.positions), seen.target, seen.unreadable
-
-
-def watched(title: str, images: int) -> Callable[[Iterator[Predicted]], Iterable[Predicted]]:
-    """Passes predictions on under a progress bar."""
-
-    def watch(batches: Iterator[Predicted]) -> Iterator[Predicted]:
-        with tqdm(total=images, desc=title, unit="image", leave=False) as bar:
-            for batch in batches:
-                bar.update(len(batch.positions) + len(batch.failures))
-                yield batch
-
-    return watch

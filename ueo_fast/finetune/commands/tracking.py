@@ -8,13 +8,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
-from tqdm import tqdm
-
 from ueo_fast.finetune.commands.evaluation import brief
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.recorder import Recorder
 from ueo_fast.finetune.engine.checkpoint import SafetensorsCheckpoints
-from ueo_fast.finetune.engine.hooks import EpochRecord, Hooks, StartRecord, StepRecord, combine
+from ueo_fast.finetune.engine.hooks import (
+    EpochRecord,
+    Hooks,
+    StartRecord,
+    bar_hooks,
+    combine,
+    training_bar,
+)
 from ueo_fast.finetune.engine.tracking import (
     JsonLinesTracker,
     TensorBoardTracker,
@@ -49,10 +54,10 @@ def training_hooks(
             trackers.append(_wandb(config.wandb, config, folder))
         for tracker in trackers:
             stack.enter_context(closing(tracker))
-        # Leaves no line where a method takes no steps.
-        bar = stack.enter_context(tqdm(desc=config.method, unit="step", leave=False, delay=0.1))
+        bar = stack.enter_context(training_bar(config.method))
         yield combine(
             *(tracker.hooks() for tracker in trackers),
+            bar_hooks(bar),
             _terminal(bar, recorder),
             Hooks(checkpoints=SafetensorsCheckpoints(folder)),
         )
@@ -71,22 +76,11 @@ def _wandb(project: str, config: FinetuneConfig, folder: RunFolder) -> WandbTrac
         ) from error
 
 
-def _terminal(bar: tqdm[Any], recorder: Recorder) -> Hooks:
+def _terminal(bar: Any, recorder: Recorder) -> Hooks:
     def on_start(record: StartRecord) -> None:
-        bar.reset(total=record.total)
-        bar.update(record.step)
         recorder.goes_on(record.epoch)
         if record.step:
             bar.write(f"goes on after step {record.step} of {record.total}")
-
-    def on_step(record: StepRecord) -> None:
-        bar.set_postfix(
-            loss=f"{record.loss:.4f}",
-            conditional=f"{record.conditional_entropy:.3f}",
-            marginal=f"{record.marginal_entropy:.3f}",
-            refresh=False,
-        )
-        bar.update()
 
     def on_epoch(record: EpochRecord) -> None:
         metrics = recorder.during(record.epoch)
@@ -96,4 +90,4 @@ def _terminal(bar: tqdm[Any], recorder: Recorder) -> Hooks:
     def on_warning(text: str) -> None:
         bar.write(f"warning: {text}")
 
-    return Hooks(on_start, on_step, on_epoch, on_warning)
+    return Hooks(on_start, on_epoch=on_epoch, on_warning=on_warning)

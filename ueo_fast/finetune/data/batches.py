@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ueo_fast.finetune.data.decode import UnreadableImageError
-from ueo_fast.finetune.data.loader import Item, Tolerant, TolerantBatch, data_loader, loaded
+from ueo_fast.finetune.data.loader import (
+    Item,
+    Tolerant,
+    TolerantBatch,
+    data_loader,
+    loaded,
+    started_workers,
+)
 from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.data.seeded import mixed_seed, seeded
 
@@ -69,7 +76,7 @@ def even_loader(
         DataLoader(
             cast("Dataset[tuple[Tensor, Tensor]]", dataset),
             batch_sampler=[rows.tolist() for rows in order.tensor_split(batches)],
-            num_workers=num_workers,
+            num_workers=started_workers(num_workers),
         )
     )
 

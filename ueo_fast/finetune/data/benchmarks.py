@@ -8,14 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ueo_fast.finetune.data.benchmark_facts import DATA_SETS, DataSet, class_names
 from ueo_fast.finetune.data.image_list import ImageList, read_images
 from ueo_fast.finetune.data.names import counted, plural, whole_number
 from ueo_fast.finetune.data.shifts import SHIFTS, CategorySplit, benchmark_split
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,8 @@ def load_benchmark(
         ValueError: an unknown name, labels that contradict the folders, or other numbers of images
             than published.
     """
-    dataset = _choose("dataset", dataset, {_simple(key): key for key in DATA_SETS})
+    dataset, domain, scenario = check_names(dataset, domain, scenario, root)
     facts = DATA_SETS[dataset]
-    domain = _choose(
-        "domain", domain, {**{_simple(name): name for name in facts.counts}, **facts.aliases}
-    )
-    scenario = _choose("scenario", scenario, {_simple(shift): shift for shift in SHIFTS})
     classes = class_names(dataset)
     split = benchmark_split(dataset, scenario, classes)
     train, test = _find(facts, domain, classes, Path(root))
@@ -95,6 +92,21 @@ def load_benchmark(
     )
 
 
+def check_names(
+    dataset: str, domain: str, scenario: str, root: str | os.PathLike[str]
+) -> tuple[str, str, str]:
+    """Data set, domain and scenario as this package spells them; arguments and errors as of
+    :func:`load_benchmark`."""
+    dataset = _choose("dataset", dataset, {_simple(key): key for key in DATA_SETS})
+    facts = DATA_SETS[dataset]
+    domains = {**{_simple(name): name for name in facts.counts}, **facts.aliases}
+    domain = _choose("domain", domain, domains)
+    scenario = _choose("scenario", scenario, {_simple(shift): shift for shift in SHIFTS})
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"root={os.fspath(root)!r} is not a folder")
+    return dataset, domain, scenario
+
+
 def _choose(argument: str, value: str, choices: dict[str, str]) -> str:
     chosen = choices.get(_simple(value))
     if chosen is None:
@@ -112,8 +124,6 @@ def _find(
     facts: DataSet, domain: str, classes: Sequence[str], root: Path
 ) -> tuple[ImageList, ImageList]:
     """Training and test images of a domain; their labels are names of classes."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"root={os.fspath(root)!r} is not a folder")
     lists = facts.list_names(domain)
     for names in lists:
         if all((root / name).is_file() for name in names):
@@ -209,6 +219,8 @@ def _of_classes(images: ImageList, names: Sequence[str]) -> ImageList:
 
 
 def _labels(images: ImageList, split: CategorySplit) -> Tensor:
+    import torch
+
     positions = {name: split.label(name) for name in split.test}
     labels = [positions[str(label)] for label in images.labels or ()]
     return torch.tensor(labels, dtype=torch.int64, device="cpu")

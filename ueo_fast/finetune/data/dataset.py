@@ -1,14 +1,14 @@
-"""A list of images as a dataset of tensors."""
+"""Image files, or images in memory, as a dataset of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ueo_fast.finetune.data.decode import open_rgb
+from ueo_fast.finetune.data.decode import UnreadableImageError, as_rgb, open_rgb
 from ueo_fast.finetune.data.image_list import ImageList
 
 
@@ -34,3 +34,39 @@ class ImageDataset(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.transform(open_rgb(self.images.paths[index]))
+
+
+class PictureDataset(Dataset[Tensor]):
+    """Transforms images that PIL has opened, ``dataset[i] -> (3, H, W)``.
+
+    They are decoded at once: an open file cannot be shared with the processes of a loader.
+
+    Args:
+        pictures: of any mode.
+        transform: as for :class:`ImageDataset`.
+
+    Raises:
+        UnreadableImageError: by ``dataset[i]``, where the image cannot be decoded.
+    """
+
+    def __init__(
+        self, pictures: Sequence[Image.Image], transform: Callable[[Image.Image], Tensor]
+    ) -> None:
+        self.pictures = [_decoded(str(i), picture) for i, picture in enumerate(pictures)]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Tensor:
+        picture = self.pictures[index]
+        if isinstance(picture, UnreadableImageError):
+            raise picture
+        return self.transform(picture)
+
+
+def _decoded(name: str, picture: Image.Image) -> Image.Image | UnreadableImageError:
+    try:
+        return as_rgb(picture, getattr(picture, "filename", "") or name)
+    except UnreadableImageError as error:
+        return error

@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ueo_fast.finetune.data.decode import UNREADABLE, readable_extensions
 from ueo_fast.finetune.data.names import (
@@ -23,6 +21,9 @@ from ueo_fast.finetune.data.names import (
     whole_number,
 )
 from ueo_fast.finetune.data.text_files import Label, Rows, csv_rows, lines, list_rows, read_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Where network storage and file managers keep thumbnails, deleted files and copies, lower case.
 _SERVICE_FOLDERS = {
@@ -67,9 +68,13 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def __repr__(self) -> str:
+        first = f", the first is {self.names[0]!r}" if self.names else ""
+        return f"ImageList({len(self)} images{first}{'' if self.labels is None else ', labelled'})"
+
     def subset(self, positions: Sequence[int] | Tensor) -> ImageList:
         """The images at ``positions``, in that order."""
-        rows = positions.tolist() if isinstance(positions, Tensor) else positions
+        rows = positions if isinstance(positions, Sequence) else positions.tolist()
         return replace(
             self,
             paths=tuple(self.paths[row] for row in rows),
@@ -174,6 +179,11 @@ def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
         OSError: the file cannot be read.
         ValueError: it names no class, two that are the same to a prompt, or is not UTF-8.
     """
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            f"classes={os.fspath(path)!r} is a folder; give a text file with one class name per "
+            "line"
+        )
     names: list[str] = []
     first: dict[str, int] = {}
     for number, name in lines(read_text(Path(path))):
@@ -225,6 +235,8 @@ def match_labels(
         ValueError: two ``class_names`` are the same, a label can be read in two ways, or some
             images have a label that is a class and others have no label at all.
     """
+    import torch
+
     names = _ClassNames(class_names)
     if images.labels is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ def data_loader(
     Args:
         dataset: items by key; the int in an item is the image's position.
         batches: drawn from as the loader goes on: the keys of all epochs would be gigabytes.
-        num_workers: worker processes.
+        num_workers: worker processes, as far as :func:`started_workers` allows.
         pin_memory: page-locked memory.
 
     Raises:
@@ -71,13 +72,26 @@ def data_loader(
         DataLoader(
             cast("Dataset[TolerantBatch]", dataset),
             batch_sampler=batches,
-            num_workers=num_workers,
+            num_workers=started_workers(num_workers),
             collate_fn=_collate,
             pin_memory=pin_memory,
             # Else the loader would draw the workers' seeds from the global generator.
             generator=torch.Generator("cpu").manual_seed(0),
         )
     )
+
+
+def started_workers(wanted: int) -> int:
+    """How many worker processes are started: at most four per processor. More only take memory, and
+    a config may come from a larger machine; the number changes no result."""
+    return min(wanted, 4 * _processors())
+
+
+def _processors() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def loaded(loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -45,10 +45,10 @@ def whole_number(text: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def plural(count: int, noun: str) -> str:
-    """``1 image``, ``2 images``, ``2 classes``."""
-    ending = "es" if noun.endswith("s") else "s"
-    return f"{count} {noun}{'' if count == 1 else ending}"
+def plural(number: int, word: str) -> str:
+    """``"1 image"``, ``"2,000 images"``, ``"2 classes"``."""
+    ending = "es" if word.endswith("s") else "s"
+    return f"{number:,} {word if number == 1 else word + ending}"
 
 
 def counted(names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.digits import DIGIT_NAMES
 from ueo_fast.finetune.demo.plots import (
@@ -56,7 +57,8 @@ def write_report(
     paragraph = verdict(records)
     title = (
         f"Tiny CLIP ({config.tower}) on handwritten digits, shift {config.shift} "
-        f"({config.effective_severity:g}), scenario {config.scenario}, {len(problems)} seed(s)"
+        f"({config.effective_severity:g}), scenario {config.scenario}, "
+        f"{plural(len(problems), 'seed')}"
     )
     _plot(folder, problems, results)
     folder.write_text(
@@ -143,9 +145,9 @@ def machine_line(threads: int, seconds: float) -> str:
     facts = environment(threads)
     versions = facts["versions"]
     return (
-        f"{seconds:.0f} s on {threads} thread(s) of {facts['cpu']} ({facts['cpu_capability']}); "
-        f"torch {versions['torch']}, open_clip {versions['open_clip_torch']}, "
-        f"Python {facts['python']}."
+        f"{seconds:.0f} s on {plural(threads, 'thread')} of {facts['cpu']} "
+        f"({facts['cpu_capability']}); torch {versions['torch']}, "
+        f"open_clip {versions['open_clip_torch']}, Python {facts['python']}."
     )
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ueo_fast import mcm_score
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.clip.prompt import PromptLearner
+from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.digits import DIGIT_NAMES, load_digits
 from ueo_fast.finetune.demo.problem import Problem, make_problem
@@ -68,7 +69,7 @@ def run_demo(config: DemoConfig) -> Path:
             bar.write(
                 f"tiny CLIP ({config.tower}) on {len(digits.images)} handwritten digits, shift "
                 f"{config.shift} ({config.effective_severity:g}), scenario {config.scenario}, "
-                f"{len(problems)} seed(s); results in {folder.path}"
+                f"{plural(len(problems), 'seed')}; results in {folder.path}"
             )
             for problem in problems:
                 for result in run_seed(config, problem, bar):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SERIES = ("loss", "conditional_entropy", "marginal_entropy")
 """The fields of :class:`History` that have one number per step."""
@@ -36,6 +37,11 @@ class History:
 
     def __len__(self) -> int:
         return len(self.loss)
+
+    def __repr__(self) -> str:
+        last = f", last loss {self.loss[-1]:.4g}" if self.loss else ""
+        stopped = f", stopped {self.stopped}" if self.stopped else ""
+        return f"History({len(self)} steps{last}{stopped})"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and ``None``, without ``online``: what JSON can hold."""

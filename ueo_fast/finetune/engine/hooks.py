@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -158,3 +159,39 @@ def combine(*hooks: Hooks) -> Hooks:
             one.on_warning(text)
 
     return Hooks(on_start, on_step, on_epoch, on_warning, stores[0] if stores else None)
+
+
+@contextmanager
+def training_bar(title: str, show: bool | None = True) -> Iterator[Any]:
+    """A progress bar of steps; ``None`` shows it where the standard error stream is a terminal.
+
+    It leaves no line where a method takes no steps.
+    """
+    from tqdm import tqdm
+
+    hidden = None if show is None else not show
+    with tqdm(desc=title, unit="step", leave=False, delay=0.1, disable=hidden) as bar:
+        yield bar
+
+
+def bar_hooks(bar: Any) -> Hooks:
+    """Hooks that move a progress bar of tqdm's."""
+
+    def on_start(record: StartRecord) -> None:
+        bar.reset(total=record.total)
+        bar.update(record.step)
+
+    def on_step(record: StepRecord) -> None:
+        bar.set_postfix(
+            loss=_fixed(record.loss, 4),
+            conditional=_fixed(record.conditional_entropy, 3),
+            marginal=_fixed(record.marginal_entropy, 3),
+            refresh=False,
+        )
+        bar.update()
+
+    return Hooks(on_start, on_step)
+
+
+def _fixed(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no -0.0000

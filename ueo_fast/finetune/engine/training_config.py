@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from ueo_fast.finetune.evaluation.predict import PRECISIONS
+from ueo_fast.ranges import LARGEST_FACTOR, MOST, MOST_WORKERS, check_count, check_number
 
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
-SCHEDULES: tuple[Schedule, ...] = ("cosine", "constant")
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 # What may differ between a run and its resumption without changing the result.
 _FREE = ("num_workers", "checkpoint_every")
@@ -23,7 +23,9 @@ class TrainerConfig:
 
     Attributes:
         epochs: passes over the unlabelled images.
-        batch_size: images per step; the last batch of an epoch may be smaller.
+        batch_size: images per step; the last batch of an epoch may be smaller. Where a single
+            image is left over, a method that compares the images of a batch (UEO, InfoMax) learns
+            nothing from its step; in the next epoch it is another image.
         prompt_lr: learning rate of the prompt's context; 0 keeps the prompt frozen.
         affine_lr: learning rate of the visual tower's affine parameters; 0 keeps them frozen.
         seed: order of the images, and their augmentation.
@@ -46,7 +48,7 @@ class TrainerConfig:
             of the best epoch is kept. ``None``: never.
 
     Raises:
-        ValueError: a value outside its range.
+        TypeError, ValueError: a value of another type, or outside its range.
     """
 
     epochs: int = 50
@@ -67,24 +69,20 @@ class TrainerConfig:
     early_stop: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("micro_batch_size", 1),
-            ("early_stop", 1),
-            ("num_workers", 0),
-            ("checkpoint_every", 0),
-            ("seed", 0),
+        for name, least, most in (
+            ("epochs", 1, MOST),
+            ("batch_size", 1, MOST),
+            ("micro_batch_size", 1, MOST),
+            ("early_stop", 1, MOST),
+            ("num_workers", 0, MOST_WORKERS),
+            ("checkpoint_every", 0, MOST),
+            ("seed", 0, 2**63 - 1),
         ):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if value is not None or name not in ("micro_batch_size", "early_stop"):
+                check_count(name, value, least, most)
         for name in ("prompt_lr", "affine_lr", "weight_decay"):
-            value = getattr(self, name)
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}")
+            check_number(name, getattr(self, name), sign="not negative", most=LARGEST_FACTOR)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
         if self.schedule not in SCHEDULES:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.evaluation.finished_run import LeftOut, Outcome, read_outcomes
-from ueo_fast.finetune.evaluation.results_table import ResultsTable
+from ueo_fast.finetune.evaluation.results_table import ResultsTable, doubts, verdict
 
 COLUMNS: Mapping[str, str] = {
     "per_class_accuracy": "per-class accuracy",
@@ -18,11 +19,6 @@ COLUMNS: Mapping[str, str] = {
     "fpr95": "FPR95 (low is good)",
     "hm": "HM",
 }
-CONVENTION = (
-    "percent, mean ± standard deviation over seeds (n - 1); AUROC and FPR95 are of the MCM score "
-    "with known images as the positive class; - is not defined: no unknown images"
-)
-
 SAME = 1e-3
 """Zero-shot metrics that differ by less, a tenth of a point, differ by rounding."""
 
@@ -37,6 +33,7 @@ class Group:
         title: what the images are.
         question: what the runs have in common.
         runs: their folders.
+        verdict: a sentence about the best method; empty where none is adapted.
         table: methods against metrics, mean and spread over seeds.
         seeds: the same, one row per method and seed; ``None`` where no method has two.
     """
@@ -44,6 +41,7 @@ class Group:
     title: str
     question: Mapping[str, Any]
     runs: tuple[Path, ...]
+    verdict: str
     table: ResultsTable
     seeds: ResultsTable | None
 
@@ -68,19 +66,22 @@ class Comparison:
         """Tables for a terminal."""
         parts = self._remarks("")
         for group in self.groups:
-            parts += [group.title, group.table.text()]
+            parts += [group.title, group.verdict, group.table.text()]
             if group.seeds is not None:
                 parts += ["seed by seed", group.seeds.text()]
-        return "\n\n".join([*parts, f"({CONVENTION})"])
+            parts.append(group.table.convention())
+        return "\n\n".join(filter(None, parts))
 
     def markdown(self) -> str:
         """The same as GitHub tables."""
         parts = self._remarks("> ")
         for group in self.groups:
-            parts += [f"### {_escaped(group.title)}", _markdown(group.table)]
+            parts += [f"### {_escaped(group.title)}", _escaped(group.verdict)]
+            parts.append(_markdown(group.table))
             if group.seeds is not None:
                 parts += ["#### Seed by seed", _markdown(group.seeds)]
-        return "\n\n".join([*parts, f"({CONVENTION})"])
+            parts.append(group.table.convention())
+        return "\n\n".join(filter(None, parts))
 
     def _remarks(self, prefix: str) -> list[str]:
         lines = [f"left out: {each.run}: {each.reason}" for each in self.left_out]
@@ -107,7 +108,7 @@ def compare_runs(paths: Iterable[str | os.PathLike[str]]) -> Comparison:
 
     Raises:
         FileNotFoundError: a folder does not exist.
-        ValueError: no folder, a folder that is no such run, or none with metrics.
+        ValueError: no folder, a folder that is not such a run, or none with metrics.
     """
     folders = list(dict.fromkeys(Path(os.path.normpath(path)) for path in paths))
     if not folders:
@@ -117,7 +118,9 @@ def compare_runs(paths: Iterable[str | os.PathLike[str]]) -> Comparison:
     outcomes = [each for found in read if not isinstance(found, LeftOut) for each in found]
     if not outcomes:
         reasons = "; ".join(f"{each.run}: {each.reason}" for each in left_out)
-        raise ValueError(f"none of the {len(folders)} runs has metrics to compare: {reasons}")
+        raise ValueError(
+            f"none of the {plural(len(folders), 'run')} has metrics to compare: {reasons}"
+        )
     grouped: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         key = (_frozen(outcome.question), outcome.split)
@@ -150,8 +153,10 @@ def _group(
                     f"{outcome.run} repeats {first.run} ({label}, seed {outcome.seed}, the same "
                     "settings) and is left out"
                 )
-        title = f"{label} ({len(once)} seed{'s' if len(once) > 1 else ''})"
+        title = f"{label} ({plural(len(once), 'seed')})"
         for outcome in once.values():
+            found = doubts(classes=question["known"], auroc=outcome.metrics["auroc"])
+            notes += [f"{outcome.run}: {text}" for text in found]
             records.append({**outcome.metrics, "method": title})
             seeds.append({**outcome.metrics, "method": f"{label}, seed {outcome.seed}"})
     table = ResultsTable.from_records(records, COLUMNS)
@@ -159,9 +164,26 @@ def _group(
         title=_title(outcomes[0], questions),
         question=question,
         runs=tuple(dict.fromkeys(outcome.run for outcome in outcomes)),
+        verdict=_verdict(table, [record["method"] for record in zero_shot]),
         table=table,
         seeds=ResultsTable.from_records(seeds, COLUMNS) if len(seeds) > len(table.rows) else None,
     )
+
+
+def _verdict(table: ResultsTable, zero_shot: Sequence[str]) -> str:
+    """The method of the highest HM (accuracy, where there is no HM) beside zero-shot, by means."""
+    means = {
+        method: {key: None if spread is None else spread.mean for key, spread in row.items()}
+        for method, row in table.rows.items()
+    }
+    before = next((means[method] for method in zero_shot), None)
+    adapted = {method: row for method, row in means.items() if method not in zero_shot}
+    if not adapted:
+        return ""
+    key = "hm" if any(row["hm"] is not None for row in adapted.values()) else "per_class_accuracy"
+    best = max(adapted, key=lambda method: adapted[method][key] or 0.0)
+    of = f"Best of {len(adapted)} by {COLUMNS[key]}, {best}. " if adapted.keys() - {best} else ""
+    return of + verdict(best, before, adapted[best])
 
 
 def _zero_shot(outcomes: Sequence[Outcome], notes: list[str]) -> list[Record]:
@@ -248,8 +270,8 @@ def _title(outcome: Outcome, questions: Sequence[Mapping[str, Any]]) -> str:
         where = str(question[key])
     kind = "test" if outcome.split == "test" else "training"
     words = [
-        f"{where}: {question[f'{outcome.split}_images']} {kind} images",
-        f"{len(question['known'])} known classes and {len(question['unknown'])} unknown",
+        f"{where}: {plural(question[f'{outcome.split}_images'], f'{kind} image')}",
+        f"{plural(len(question['known']), 'known class')} and {len(question['unknown'])} unknown",
         str(question["model"]) + (f" ({question['pretrained']})" if question["pretrained"] else ""),
     ]
     for key in _differing(questions):

@@ -20,11 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    binary_average_precision,
-    binary_roc,
-)
 
 from ueo_fast import mcm_score
 
@@ -129,6 +124,12 @@ def detection_metrics(scores: Tensor, is_known: Tensor) -> tuple[float, float, f
     Raises:
         ValueError: shapes that do not match, NaN scores, or only known or only unknown images.
     """
+    from torchmetrics.functional.classification import (  # slow to import, and not needed by all
+        binary_auroc,
+        binary_average_precision,
+        binary_roc,
+    )
+
     if scores.ndim != 1 or scores.shape != is_known.shape:
         raise ValueError(
             f"scores has shape {tuple(scores.shape)} and is_known {tuple(is_known.shape)}; "

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ueo_fast.finetune.files.atomic import atomic_file, failed_write, lock, sync_folder
 from ueo_fast.finetune.files.tensor_file import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG = "config.json"
 _PACKAGES = (
@@ -261,6 +261,8 @@ class RunFolder:
 
 def environment(threads: int) -> dict[str, Any]:
     """What a number may depend on besides the config: versions, processor, threads, time."""
+    import torch
+
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),

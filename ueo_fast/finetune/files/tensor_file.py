@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ueo_fast.finetune.files.atomic import atomic_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TensorFileError(ValueError):
@@ -33,6 +32,8 @@ def write_tensors(
     Raises:
         OSError: it could not be written; the message names the file, which is then as it was.
     """
+    import safetensors.torch
+
     own = {name: _compact(tensor) for name, tensor in tensors.items()}
     data = safetensors.torch.save(own, dict(metadata or {}))
     with atomic_file(path) as file:
@@ -53,6 +54,8 @@ def read_tensors(
         FileNotFoundError: there is none. Other subclasses of ``OSError``: it cannot be opened.
         TensorFileError: it is no safetensors file, is damaged, or is larger than ``limit``.
     """
+    import safetensors
+
     path = Path(path)
     if path.is_dir():
         raise TensorFileError(f"{path} is a folder; give the file in it")
@@ -93,5 +96,7 @@ def _looks_like(start: bytes) -> str:
 
 def _compact(tensor: Tensor) -> Tensor:
     """On the CPU, contiguous, in a storage of its own."""
+    import torch
+
     value = tensor.detach()
     return value.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()

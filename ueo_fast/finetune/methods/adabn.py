@@ -15,6 +15,7 @@ from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError, TrainerConfig
 from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.target import Target
+from ueo_fast.ranges import check_count
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class AdaBN(Method):
 
     name: ClassVar[str] = "adabn"
     title: ClassVar[str] = "AdaBN"
+
+    def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size, least=2)
 
     @torch.no_grad()
     def adapt(

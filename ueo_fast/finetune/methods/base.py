@@ -11,6 +11,7 @@ from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Objective
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig, train
 from ueo_fast.finetune.target import Target
+from ueo_fast.ranges import LARGEST_FACTOR, check_number
 
 
 class Method(ABC):
@@ -19,10 +20,23 @@ class Method(ABC):
     Attributes:
         name: how it is chosen, ``--method name``.
         title: how it is written in tables.
+        reads_labels: whether it needs the labels of the images.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    reads_labels: ClassVar[bool] = False
+
+    def check(self, config: TrainerConfig, images: int | None = None) -> None:  # noqa: B027
+        """Refuse a budget that leaves this method nothing to learn, before anything is loaded.
+
+        Args:
+            config: budget and optimiser.
+            images: how many there are, where that is known already.
+
+        Raises:
+            ValueError: a choice that cannot work; the message has the way out.
+        """
 
     @abstractmethod
     def adapt(
@@ -46,6 +60,21 @@ class Method(ABC):
         """
 
 
+def check_entropies(*, eps: float, **weights: float) -> None:
+    """Check the options of a loss of entropies when a method is made, not at its first step.
+
+    Args:
+        eps: added inside the logarithms.
+        weights: of the loss's terms, by name.
+
+    Raises:
+        TypeError, ValueError: one that is no number, or that float32 cannot work with.
+    """
+    check_number("eps", eps, sign="not negative")
+    for name, weight in weights.items():
+        check_number(name, weight, sign="any", most=LARGEST_FACTOR)
+
+
 def choices_of(method: Method) -> str:
     """The options of a method that is a dataclass, as far as they are numbers, words or None.
 
@@ -60,6 +89,26 @@ def choices_of(method: Method) -> str:
 
 class LossMethod(Method):
     """A method that is a loss of each batch, minimised by the common training loop."""
+
+    def check(self, config: TrainerConfig, images: int | None = None) -> None:
+        if config.prompt_lr == config.affine_lr == 0:
+            raise ValueError(
+                f"prompt_lr and affine_lr are both 0, so {self.title} has nothing to train: make "
+                "one of them positive, or choose method 'zeroshot'"
+            )
+        size = config.batch_size if images is None else min(config.batch_size, images)
+        if size == 1 and self.compares_images():
+            what = "batch_size is 1" if config.batch_size == 1 else "there is 1 image"
+            raise ValueError(
+                f"{what}, but {self.title} compares the images of a batch: the mean prediction of "
+                "a single image is its own, so that the terms of the loss cancel. Take batches of "
+                "at least 2 images (the authors' have 64), or a method that looks at each image "
+                "by itself (entmin)"
+            )
+
+    def compares_images(self) -> bool:
+        """Whether a batch of one image makes no sense, as its mean is the image itself."""
+        return False
 
     @abstractmethod
     def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
@@ -76,6 +125,7 @@ class LossMethod(Method):
         config: TrainerConfig | None = None,
         hooks: Hooks | None = None,
     ) -> History:
+        self.check(config or TrainerConfig(), len(target))
         objective = self.objective(classifier, target)
         objective.choices = choices_of(self)
         return train(

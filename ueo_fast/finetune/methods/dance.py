@@ -15,6 +15,7 @@ from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.methods.base import LossMethod
 from ueo_fast.finetune.target import Target
+from ueo_fast.ranges import check_number
 from ueo_fast.reference import compute_dtype
 
 
@@ -60,10 +61,9 @@ class DANCE(LossMethod):
     title: ClassVar[str] = "DANCE"
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if not self.margin >= 0:
-            raise ValueError(f"margin must not be negative, got {self.margin}")
+        check_number("temperature", self.temperature, sign="positive")
+        check_number("margin", self.margin, sign="not negative")
+        check_number("eps", self.eps, sign="not negative")
 
     @torch.no_grad()
     def objective(self, classifier: ClipClassifier, target: Target) -> Objective:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ueo_fast import ueo_loss
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.objective import Objective, Step
-from ueo_fast.finetune.methods.base import LossMethod
+from ueo_fast.finetune.methods.base import LossMethod, check_entropies
 from ueo_fast.finetune.target import Target
 
 
@@ -31,6 +31,9 @@ class EntMin(LossMethod):
 
     name: ClassVar[str] = "entmin"
     title: ClassVar[str] = "EntMin"
+
+    def __post_init__(self) -> None:
+        check_entropies(eps=self.eps)
 
     def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
         return _Entropy(self.eps)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ueo_fast import ueo_loss
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.objective import Objective, Step
-from ueo_fast.finetune.methods.base import LossMethod
+from ueo_fast.finetune.methods.base import LossMethod, check_entropies
 from ueo_fast.finetune.target import Target
 
 
@@ -33,6 +33,12 @@ class InfoMax(LossMethod):
 
     name: ClassVar[str] = "infomax"
     title: ClassVar[str] = "InfoMax"
+
+    def __post_init__(self) -> None:
+        check_entropies(eps=self.eps, trade_off=self.trade_off)
+
+    def compares_images(self) -> bool:
+        return self.trade_off != 0
 
     def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
         return _Information(self)

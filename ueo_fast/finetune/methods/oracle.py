@@ -10,11 +10,25 @@ from torch import Tensor
 from ueo_fast import ueo_loss
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.objective import Objective, Step
-from ueo_fast.finetune.methods.base import LossMethod
+from ueo_fast.finetune.methods.base import LossMethod, check_entropies
 from ueo_fast.finetune.target import Target
 
 DOUBT = 1e-3
 """What the weight of an unknown image is, and what is added to that of a known one."""
+
+
+def check_labels(labels: Tensor | None) -> Tensor:
+    """The labels that a method reads.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if labels is None:
+        raise ValueError(
+            "labels is None, but the oracle is told which images are of a known class: give "
+            "labelled images (class folders, or a list with labels), or take method 'ueo'"
+        )
+    return labels
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,13 @@ class Oracle(LossMethod):
 
     name: ClassVar[str] = "oracle"
     title: ClassVar[str] = "oracle"
+    reads_labels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_entropies(eps=self.eps, trade_off=self.trade_off)
+
+    def compares_images(self) -> bool:
+        return self.trade_off != 0
 
     def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
         """As :meth:`LossMethod.objective`.
@@ -43,13 +64,9 @@ class Oracle(LossMethod):
         Raises:
             ValueError: the target has no labels.
         """
-        if target.labels is None:
-            raise ValueError(
-                "labels is None, but the oracle is told which images are of a known class: give "
-                "labelled images (class folders, or a list with labels), or take method 'ueo'"
-            )
+        labels = check_labels(target.labels)
         classes = len(classifier.prompt.class_names)
-        known = (target.labels >= 0) & (target.labels < classes)
+        known = (labels >= 0) & (labels < classes)
         return _ToldEntropy(self, known.float() + DOUBT)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ueo_fast import ueo_loss
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.objective import Objective, Step
-from ueo_fast.finetune.methods.base import LossMethod
+from ueo_fast.finetune.methods.base import LossMethod, check_entropies
 from ueo_fast.finetune.target import Target
 from ueo_fast.reference import compute_dtype
 
@@ -44,6 +44,12 @@ class POUF(LossMethod):
 
     name: ClassVar[str] = "pouf"
     title: ClassVar[str] = "POUF"
+
+    def __post_init__(self) -> None:
+        check_entropies(eps=self.eps, information_weight=self.information_weight)
+
+    def compares_images(self) -> bool:
+        return True
 
     def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
         return _Transport(self)

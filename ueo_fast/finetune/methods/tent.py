@@ -17,7 +17,7 @@ from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig, train
-from ueo_fast.finetune.methods.base import Method, choices_of
+from ueo_fast.finetune.methods.base import Method, check_entropies, choices_of
 from ueo_fast.finetune.target import Target
 
 
@@ -50,6 +50,16 @@ class Tent(Method):
     name: ClassVar[str] = "tent"
     title: ClassVar[str] = "Tent"
 
+    def __post_init__(self) -> None:
+        check_entropies(eps=self.eps)
+
+    def check(self, config: TrainerConfig, images: int | None = None) -> None:
+        if config.affine_lr == 0:
+            raise ValueError(
+                "affine_lr is 0, but Tent trains the affine parameters and nothing else: give a "
+                "positive affine_lr"
+            )
+
     def objective(self, classifier: ClipClassifier, target: Target) -> OnlineEntropy:
         """The loss, which also records the predictions."""
         return OnlineEntropy(self.eps, len(target), len(classifier.prompt.class_names))
@@ -72,11 +82,7 @@ class Tent(Method):
                 image, or micro-batches.
         """
         config, hooks = config or TrainerConfig(), hooks or Hooks()
-        if config.affine_lr == 0:
-            raise ValueError(
-                "affine_lr is 0, but Tent trains the affine parameters and nothing else: give a "
-                "positive affine_lr"
-            )
+        self.check(config)
         size = config.batch_size
         if batch_norms(classifier):
             size = _without_single(len(target), size)

@@ -10,8 +10,9 @@ from torch import Tensor
 from ueo_fast import mcm_score, ueo_loss
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.objective import Objective, Step
-from ueo_fast.finetune.methods.base import LossMethod
+from ueo_fast.finetune.methods.base import LossMethod, check_entropies
 from ueo_fast.finetune.target import Target
+from ueo_fast.ranges import check_number
 
 Confidence = Literal["zeroshot", "online"]
 
@@ -48,6 +49,11 @@ class UEO(LossMethod):
                 f"confidence={self.confidence!r} is unknown: choose one of "
                 f"{', '.join(get_args(Confidence))}"
             )
+        check_entropies(eps=self.eps, trade_off=self.trade_off)
+        check_number("mcm_scale", self.mcm_scale, sign="positive")
+
+    def compares_images(self) -> bool:
+        return self.trade_off != 0
 
     def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
         frozen = target.confidence(self.mcm_scale) if self.confidence == "zeroshot" else None

@@ -13,6 +13,7 @@ from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.methods.base import LossMethod
 from ueo_fast.finetune.target import Target
+from ueo_fast.ranges import check_count
 
 UNCHOSEN = -1
 _ROWS = 16384
@@ -48,8 +49,7 @@ class UPL(LossMethod):
     title: ClassVar[str] = "UPL"
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1 image per class, got {self.k}")
+        check_count("k", self.k, least=1)
 
     def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
         cosines = target.zero_shot_cosines()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import shlex
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ueo_fast import __version__
+from ueo_fast.finetune.data.names import plural
+from ueo_fast.finetune.evaluation.results_table import LOWER_IS_BETTER, doubts, verdict
 from ueo_fast.finetune.files.atomic import atomic_file
 from ueo_fast.finetune.methods.registry import METHODS
 from ueo_fast.finetune.report import tables, text
 from ueo_fast.finetune.report.charts import window
 from ueo_fast.finetune.report.figures import score_charts, training_charts
-from ueo_fast.finetune.report.read_run import RunData, read_run
-from ueo_fast.finetune.report.thumbnails import thumbnails
+from ueo_fast.finetune.report.read_run import RunData, RunWarning, read_run
 
 MOST_LISTED = 100
 """Warnings and skipped files that are listed; of more, the number and the file that has them."""
@@ -30,12 +34,15 @@ FIRST_WARNINGS = 5
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the report of a run as one HTML page.
 
-    The page needs no network and no other file: styles, charts (SVG) and thumbnails (JPEG) are in
-    it. It has no script and forbids itself all that it does not bring, so that no name of a class
-    or a file can make it do something. It is some 150 to 500 kB, and less than 3 MB where every
-    name and message is long and nothing but markup: curves have at most 400 points, there are at
-    most 24 thumbnails of 160 pixels, long words lose their middle, and long tables end where they
-    are said to.
+    The page needs no network and no other file: styles, charts (SVG), thumbnails (JPEG) and one
+    script, which sorts its tables, are in it. It forbids itself everything else, so no name of a
+    class or a file can make it do something. Nothing but the run folder is read, and no image that
+    it names is opened: thumbnails were made by the run, and links lead only to images of its
+    ``images.json``.
+
+    A page has 150 to 800 kB, and less than 4 MB where every name and message is long and full of
+    markup: curves have at most 400 points, there are at most 24 thumbnails of 160 pixels, long
+    words lose their middle, and long tables are cut, with a line that names the file that has all.
 
     Args:
         run: a run folder of ``ueo-fast finetune``, finished or not.
@@ -68,8 +75,9 @@ def render(run: RunData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("percent", "points", "count", "score", "duration", "plural", "shown", "name"):
+    for name in ("percent", "points", "count", "score", "duration", "shown", "name"):
         environment.filters[name] = getattr(text, name)
+    environment.filters["plural"] = plural
     return environment.get_template("page.html").render(**_content(run))
 
 
@@ -77,7 +85,6 @@ def _content(run: RunData) -> dict[str, Any]:
     given, others = tables.options(run)
     rows = tables.class_rows(run)
     gained, lost = tables.gained_and_lost(rows)
-    known = run.problem.known if run.problem else ()
     before, after = tables.before_and_after(run)
     zero_shot_only = run.config.get("method") == "zeroshot"
     predictions = run.predictions
@@ -86,6 +93,12 @@ def _content(run: RunData) -> dict[str, Any]:
         "run": run,
         "version": __version__,
         "tables": tables,
+        "script": Markup(_SCRIPT),
+        "script_hash": base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode(),
+        "verdict": _verdict(run),
+        "lower_is_better": LOWER_IS_BETTER,
+        "known_names": frozenset(run.problem.known if run.problem else ()),
+        "warnings": (*_doubts(run), *run.warnings),
         "title": _title(run),
         "subject": _subject(run),
         "resume": shlex.join(["ueo-fast", "finetune", "--resume", "--out", str(run.path)]),
@@ -112,9 +125,40 @@ def _content(run: RunData) -> dict[str, Any]:
         "training_charts": list(markup(training_charts(run))),
         "window": window(len(run.steps)) if run.steps else 1,
         "training_seconds": sum(step.seconds for step in run.steps),
-        "most_confident": thumbnails(predictions.most_confident, known) if predictions else [],
-        "least_confident": thumbnails(predictions.least_confident, known) if predictions else [],
     }
+
+
+_SCRIPT = files("ueo_fast.finetune.report").joinpath("templates/sort.js").read_text("utf-8")
+
+
+def _verdict(run: RunData) -> str:
+    before, after = tables.before_and_after(run)
+    predictions = run.predictions
+    moved = None
+    if predictions is not None and run.config.get("method") != "zeroshot":
+        moved = (predictions.changed, len(predictions))
+    return verdict(
+        after.title if after else _title(run),
+        before.values if before else None,
+        after.values if after else None,
+        moved=moved,
+        counts=run.counts,
+    )
+
+
+def _doubts(run: RunData) -> list[RunWarning]:
+    """What makes the results doubtful, whichever method they are of."""
+    if run.problem is None or run.predictions is None:
+        return []
+    before, after = tables.before_and_after(run)
+    line = after or before
+    found = doubts(
+        classes=run.problem.known,
+        predicted=run.predictions.adapted_counts,
+        images=len(run.predictions),
+        auroc=line.values["auroc"] if line else None,
+    )
+    return [RunWarning(None, text) for text in found]
 
 
 def _title(run: RunData) -> str:

@@ -22,10 +22,14 @@ COLUMNS = (
     "zeroshot_mcm",
     "adapted_class",
     "adapted_mcm",
+    "known",
 )
 
 KEPT = 12
-"""Images kept whole at each end of the ranking by MCM score."""
+"""Images that are shown at each end of the ranking by MCM score."""
+
+LISTED = 1000
+"""Images that a table lists, from the lowest score on."""
 
 UNLABELLED, UNKNOWN, KNOWN = -1, 0, 1
 
@@ -42,6 +46,7 @@ class Prediction:
         zeroshot_mcm: that model's MCM score.
         adapted_class: the same of the adapted model.
         adapted_mcm: the same of the adapted model.
+        known: whether that score reaches the run's threshold; ``None`` where it has none.
     """
 
     image: str
@@ -51,6 +56,7 @@ class Prediction:
     zeroshot_mcm: float
     adapted_class: str
     adapted_mcm: float
+    known: bool | None
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,11 @@ class Predictions:
         zeroshot_counts: images per class that the zero-shot model predicts.
         adapted_counts: images per class that the adapted model predicts.
         changed: images that the two put into different classes.
-        most_confident: the images with the highest adapted MCM score, highest first.
-        least_confident: those with the lowest, lowest first.
+        known: images that count as known.
+        unknown: images that count as unknown.
+        unknown_right: those of them whose label is an unknown class.
+        most_confident: the :data:`KEPT` images with the highest adapted MCM score, highest first.
+        lowest: the :data:`LISTED` images with the lowest, lowest first.
     """
 
     zeroshot_mcm: NDArray[np.float64]
@@ -76,8 +85,16 @@ class Predictions:
     zeroshot_counts: Counter[str]
     adapted_counts: Counter[str]
     changed: int
+    known: int
+    unknown: int
+    unknown_right: int
     most_confident: tuple[Prediction, ...]
-    least_confident: tuple[Prediction, ...]
+    lowest: tuple[Prediction, ...]
+
+    @property
+    def likely_unknown(self) -> tuple[Prediction, ...]:
+        """The images to look at first: the lowest scores that do not count as known."""
+        return tuple(one for one in self.lowest[:KEPT] if not one.known)
 
     def __len__(self) -> int:
         return len(self.group)
@@ -96,8 +113,8 @@ def read_predictions(path: Path, known: Collection[str]) -> Predictions:
         known: names of the known classes; any other label is an unknown class.
 
     Raises:
-        ValueError: a column is missing, a line is short, or a score is no finite number; with the
-            file and the line.
+        ValueError: a column is missing, a line is short, a score is not a finite number, or
+            ``known`` is not true, false or empty; with the file and the line.
         OSError: the file cannot be read.
     """
     known = frozenset(known)
@@ -105,8 +122,9 @@ def read_predictions(path: Path, known: Collection[str]) -> Predictions:
     labels: Counter[str] = Counter()
     zeroshot_counts: Counter[str] = Counter()
     adapted_counts: Counter[str] = Counter()
-    changed = 0
-    highest, lowest = _Extremes(lambda score: score), _Extremes(lambda score: -score)
+    changed, unknown_right, verdicts = 0, 0, Counter[bool | None]()
+    highest = _Extremes(KEPT, lambda score: score)
+    lowest = _Extremes(LISTED, lambda score: -score)
     # A file name need not be UTF-8; what is not is kept as it was, so that the file is found.
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         lines = csv.reader(file)
@@ -124,6 +142,8 @@ def read_predictions(path: Path, known: Collection[str]) -> Predictions:
                 zeroshot_counts[one.zeroshot_class] += 1
                 adapted_counts[one.adapted_class] += 1
                 changed += one.zeroshot_class != one.adapted_class
+                verdicts[one.known] += 1
+                unknown_right += one.known is False and group[-1] == UNKNOWN
                 highest.offer(one)
                 lowest.offer(one)
         except (csv.Error, _BadLineError) as error:
@@ -139,8 +159,11 @@ def read_predictions(path: Path, known: Collection[str]) -> Predictions:
         zeroshot_counts=zeroshot_counts,
         adapted_counts=adapted_counts,
         changed=changed,
+        known=verdicts[True],
+        unknown=verdicts[False],
+        unknown_right=unknown_right,
         most_confident=highest.ranked(),
-        least_confident=lowest.ranked(),
+        lowest=lowest.ranked(),
     )
 
 
@@ -149,9 +172,10 @@ class _BadLineError(ValueError):
 
 
 class _Extremes:
-    """The :data:`KEPT` predictions whose key is highest; among equals, those that came first."""
+    """The ``count`` predictions whose key is highest; among equals, those that came first."""
 
-    def __init__(self, key: Callable[[float], float]) -> None:
+    def __init__(self, count: int, key: Callable[[float], float]) -> None:
+        self._count = count
         self._key = key
         self._heap: list[tuple[float, int, Prediction]] = []
         self._seen = 0
@@ -159,7 +183,7 @@ class _Extremes:
     def offer(self, one: Prediction) -> None:
         self._seen += 1
         entry = (self._key(one.adapted_mcm), -self._seen, one)
-        if len(self._heap) < KEPT:
+        if len(self._heap) < self._count:
             heapq.heappush(self._heap, entry)
         elif entry > self._heap[0]:
             heapq.heapreplace(self._heap, entry)
@@ -178,9 +202,11 @@ def _places(head: list[str]) -> list[int]:
 def _prediction(cells: list[str], places: list[int]) -> Prediction:
     if len(cells) <= max(places):
         raise _BadLineError(f"{len(cells)} cells, expected {max(places) + 1}")
-    image, path, label, zeroshot_class, zeroshot_mcm, adapted_class, adapted_mcm = (
+    image, path, label, zeroshot_class, zeroshot_mcm, adapted_class, adapted_mcm, known = (
         cells[place] for place in places
     )
+    if known not in _VERDICTS:
+        raise _BadLineError(f"known is {known!r}, expected true, false or nothing")
     return Prediction(
         image=image,
         path=path,
@@ -189,7 +215,11 @@ def _prediction(cells: list[str], places: list[int]) -> Prediction:
         zeroshot_mcm=_score("zeroshot_mcm", zeroshot_mcm),
         adapted_class=adapted_class,
         adapted_mcm=_score("adapted_mcm", adapted_mcm),
+        known=_VERDICTS[known],
     )
+
+
+_VERDICTS = {"true": True, "false": False, "": None}
 
 
 def _score(column: str, text: str) -> float:

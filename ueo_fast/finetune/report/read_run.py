@@ -7,13 +7,17 @@ stopped no predictions. A file that is there but broken is an error that names i
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ueo_fast.finetune.data.names import printable
 from ueo_fast.finetune.engine.hooks import EpochRecord, StepRecord
+from ueo_fast.finetune.evaluation.results_table import KnownCounts
 from ueo_fast.finetune.report.predictions import Predictions, read_predictions
+from ueo_fast.finetune.report.thumbnails import THUMBNAILS, Thumbnail, read_thumbnail
 
 T = TypeVar("T")
 
@@ -104,6 +108,9 @@ class RunData:
         predictions: ``predictions.csv``; ``None`` where the run did not come that far.
         stopped: why training ended early; empty where it did not.
         seconds: that the run took, or its last part if it was resumed; ``None`` if unknown.
+        counts: known and unknown images; ``None`` where the run did not come that far.
+        thumbnails: ``thumbnails.json``, by the path that ``predictions.csv`` has.
+        links: the same paths to ``file:`` URIs, of images that are in ``images.json``.
     """
 
     path: Path
@@ -117,6 +124,9 @@ class RunData:
     predictions: Predictions | None = None
     stopped: str = ""
     seconds: float | None = None
+    counts: KnownCounts | None = None
+    thumbnails: Mapping[str, Thumbnail] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -131,26 +141,33 @@ def read_run(path: Path) -> RunData:
         path: the folder; it must have a ``config.json``. It may be that of a run in progress.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it is none of a run.
+        FileNotFoundError: there is no such folder, or it is not that of a run.
         NotADirectoryError: ``path`` is a file.
         ValueError: a file is broken; with its name and the line. Or the run is of another kind.
     """
     if path.is_file():
         raise NotADirectoryError(f"{path} is a file; give the run folder that holds it")
     if not (path / "config.json").is_file():
-        what = "has no config.json, so it is no run folder" if path.is_dir() else "does not exist"
+        what = (
+            "has no config.json, so it is not a run folder" if path.is_dir() else "does not exist"
+        )
         raise FileNotFoundError(
             f"{path} {what}; give a folder that ueo-fast finetune wrote (its --out)"
         )
     config = _read(path / "config.json", dict)
     if "method" not in config:
         raise ValueError(
-            f"{path / 'config.json'} names no method, so this is no run of ueo-fast finetune (one "
-            "of ueo-fast demo has its results in results.md)"
+            f"{path / 'config.json'} names no method, so this is not a run of ueo-fast finetune "
+            "(the results of ueo-fast demo are in its results.md)"
         )
     problem = _read_if_there(path / "problem.json", _problem)
-    stopped, seconds = _read_if_there(path / "finished.json", _finished) or ("", None)
+    stopped, seconds, threshold = _read_if_there(path / "finished.json", _finished) or _NOT_FINISHED
     predictions_file = path / "predictions.csv"
+    predictions = (
+        read_predictions(predictions_file, problem.known if problem else ())
+        if predictions_file.is_file()
+        else None
+    )
     steps = _read_lines(path / "train.jsonl", _record(StepRecord))
     epochs = _read_lines(path / "epochs.jsonl", _record(EpochRecord))
     metrics = _read_lines(path / "metrics.jsonl", lambda value: _metrics_line(value, problem))
@@ -164,13 +181,16 @@ def read_run(path: Path) -> RunData:
         epochs=tuple(value for _, value in sorted({e.epoch: e for e in epochs}.items())),
         warnings=tuple(_read_lines(path / "warnings.jsonl", _warning)),
         metrics=tuple(by_place.values()),
-        predictions=(
-            read_predictions(predictions_file, problem.known if problem else ())
-            if predictions_file.is_file()
-            else None
-        ),
+        predictions=predictions,
         stopped=stopped,
         seconds=seconds,
+        counts=(
+            None
+            if predictions is None or threshold is None
+            else KnownCounts(predictions.known, predictions.unknown, *threshold)
+        ),
+        thumbnails=_read_if_there(path / THUMBNAILS, _thumbnails) or {},
+        links=_read_if_there(path / "images.json", lambda lists: _links(lists, predictions)) or {},
     )
 
 
@@ -239,11 +259,48 @@ def _problem(value: dict[str, Any]) -> ProblemData:
     )
 
 
-def _finished(value: dict[str, Any]) -> tuple[str, float | None]:
-    seconds = value.get("seconds")
-    return str(value.get("stopped") or ""), (
-        None if seconds is None else float(_typed(seconds, (int, float), "seconds"))
+Finished = tuple[str, float | None, tuple[float | None, str] | None]
+_NOT_FINISHED: Finished = ("", None, None)
+
+
+def _finished(value: dict[str, Any]) -> Finished:
+    seconds, threshold = value.get("seconds"), value.get("threshold")
+    return (
+        str(value.get("stopped") or ""),
+        None if seconds is None else float(_typed(seconds, (int, float), "seconds")),
+        None
+        if threshold is None
+        else (
+            _fraction(_typed(threshold, dict, "threshold")["value"], "threshold"),
+            _typed(threshold["rule"], str, "rule"),
+        ),
     )
+
+
+def _thumbnails(value: dict[str, Any]) -> dict[str, Thumbnail]:
+    return {path: read_thumbnail(_typed(one, dict, path)) for path, one in value.items()}
+
+
+_LONGEST_LINK = 1000
+
+
+def _links(lists: dict[str, Any], predictions: Predictions | None) -> dict[str, str]:
+    """Of the images that a page names: where the run's own list says that they are.
+
+    No file is looked at. A path that is not absolute, or that names another machine, gets no link.
+    """
+    if predictions is None:
+        return {}
+    wanted = {one.path for one in (*predictions.lowest, *predictions.most_confident)}
+    part = lists["train"] if lists.get("test") is None else lists["test"]
+    links = {}
+    for path in _typed(_typed(part, dict, "images")["paths"], list, "paths"):
+        name = printable(_typed(path, str, "paths"))
+        if name in wanted and os.path.isabs(path) and not path.startswith(("//", "\\\\")):
+            link = Path(path).as_uri()  # percent-encoded
+            if len(link) <= _LONGEST_LINK:
+                links[name] = link
+    return links
 
 
 def _warning(value: dict[str, Any]) -> RunWarning:

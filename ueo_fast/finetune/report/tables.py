@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ueo_fast.finetune.evaluation.results_table import direction
 from ueo_fast.finetune.report.predictions import Predictions
 from ueo_fast.finetune.report.read_run import MetricsLine, RunData
 from ueo_fast.finetune.report.text import percent, points, value_text
@@ -19,7 +20,6 @@ METRICS: Mapping[str, str] = {
     "aupr": "AUPR",
     "fpr95": "FPR95",
 }
-LOWER_IS_BETTER = frozenset({"fpr95"})
 DIFFERENCE = "points"
 
 SPLITS: Mapping[str, str] = {
@@ -94,6 +94,11 @@ class ClassRow:
         """Points of a hundred, or ``None``."""
         defined = self.before is not None and self.after is not None
         return 100 * (self.after - self.before) if defined else None  # type: ignore[operator]
+
+    @property
+    def difference(self) -> Cell:
+        """The same as it is written."""
+        return difference("accuracy", self.before, self.after)
 
 
 def options(run: RunData) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -222,7 +227,7 @@ def _metrics_table(split: str, lines: list[MetricsLine]) -> MetricsTable:
         for key, row in cells.items():
             row.append(Cell(percent(line.values[key])))
             if base is not None and line is not base:
-                row.append(_difference(key, base.values[key], line.values[key]))
+                row.append(difference(key, base.values[key], line.values[key]))
     return MetricsTable(
         split,
         lines[-1].known_images,
@@ -232,11 +237,9 @@ def _metrics_table(split: str, lines: list[MetricsLine]) -> MetricsTable:
     )
 
 
-def _difference(key: str, before: float | None, after: float | None) -> Cell:
-    text = points(before, after)
-    if before is None or after is None or text == "0.0":
-        return Cell(text)
-    return Cell(text, "better" if (after > before) != (key in LOWER_IS_BETTER) else "worse")
+def difference(key: str, before: float | None, after: float | None) -> Cell:
+    """Of a metric, in points; what is equal as it is written has no direction."""
+    return Cell(points(before, after), direction(key, before, after))
 
 
 def _flags(command: Any) -> Iterator[str]:

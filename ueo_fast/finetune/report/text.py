@@ -45,12 +45,6 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def plural(number: int, word: str) -> str:
-    """``"1 image"``, ``"2 images"``, ``"2 classes"``."""
-    ending = "es" if word.endswith("s") else "s"
-    return f"{count(number)} {word if number == 1 else word + ending}"
-
-
 def value_text(value: Any) -> str:
     """A value of a JSON file, as a flag would be written."""
     if isinstance(value, str):

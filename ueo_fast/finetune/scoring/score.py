@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.image_list import ImageList
 from ueo_fast.finetune.data.names import plural, shown
+from ueo_fast.finetune.evaluation.predict import cosine_error
+from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.scoring.score_batches import score_batches
 from ueo_fast.finetune.scoring.score_pass import (
     OnProgress,
@@ -19,17 +21,26 @@ from ueo_fast.finetune.scoring.score_pass import (
     check_images,
     fill_spool,
     ordered_scores,
+    spooled_auroc,
 )
 from ueo_fast.finetune.scoring.score_rows import RowMaker
 from ueo_fast.finetune.scoring.score_spool import ScoreSpool
 from ueo_fast.finetune.scoring.score_unreadable import UnreadableList
-from ueo_fast.finetune.scoring.score_writer import ROWS, check_output, score_writer, unreadable_path
+from ueo_fast.finetune.scoring.score_writer import (
+    ROWS,
+    Scales,
+    check_output,
+    score_writer,
+    unreadable_path,
+)
 from ueo_fast.finetune.scoring.thresholds import (
     Kind,
     Threshold,
+    lowest_known,
     parse_threshold,
     threshold_of_sorted,
 )
+from ueo_fast.ranges import check_count, check_number
 
 
 class ThresholdError(ValueError):
@@ -43,7 +54,8 @@ class ScoreSummary:
     Attributes:
         out: the table.
         images: rows in it.
-        known: images with ``score >= threshold``.
+        known: images whose score reaches ``threshold``, to within rounding
+            (:func:`~ueo_fast.finetune.scoring.thresholds.lowest_known`).
         unreadable: the first few images that were left out, as (name, reason).
         unreadable_count: all of them.
         unreadable_out: CSV that lists all of them; ``None`` if there are none.
@@ -51,6 +63,7 @@ class ScoreSummary:
         kind: how it was chosen.
         lowest: score.
         highest: score.
+        scales: what multiplied the cosines in the probabilities and in the scores.
         warnings: what makes the verdict doubtful, one sentence each.
     """
 
@@ -64,6 +77,7 @@ class ScoreSummary:
     kind: Kind
     lowest: float
     highest: float
+    scales: Scales
     warnings: tuple[str, ...]
 
     @property
@@ -78,6 +92,8 @@ class ScoreSummary:
             f"{plural(self.images, 'image')} scored: {self.known} known, {self.unknown} unknown",
             f"known from MCM {self.threshold:.9g}{how} on; scores from {self.lowest:.9g} to "
             f"{self.highest:.9g}",
+            f"MCM at scale {self.scales.mcm_scale:g}, probabilities at the model's own scale "
+            f"{self.scales.probability_scale:.6g}: the two cannot be compared",
         ]
         if self.unreadable_count:
             lines.append(
@@ -115,8 +131,10 @@ def score_images(
     The table has one row per image that can be read, in the order of ``images``: ``image`` (name),
     ``path``, ``class_1``, ``probability_1`` ... of the k most probable classes (softmax of the
     model's logits), ``mcm`` (largest softmax of ``mcm_scale`` times the cosines, in double
-    precision), ``known`` (``mcm >= threshold``) and ``label`` (with ``labels``: the known class, or
-    what the data says about an unknown one; else empty).
+    precision), ``known`` (whether ``mcm`` reaches the threshold, to within rounding), ``label``
+    (with ``labels``: the known class, or what the data says about an unknown one; else empty), and
+    in every row what multiplied the cosines in the two kinds of softmax: ``probability_scale`` and
+    ``mcm_scale``.
 
     Memory does not grow with the number of images, but for the names in ``images``: predictions
     wait in a temporary file beside ``out`` (24 + 8 k bytes per image, and 8 for the threshold)
@@ -155,8 +173,8 @@ def score_images(
     out = Path(out)
     names = tuple(classifier.prompt.class_names)
     choice = parse_threshold(threshold)
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    check_count("top_k", top_k, least=1)
+    check_number("mcm_scale", mcm_scale, sign="positive")
     check_images(images, dataset)
     check_choice(choice, labels, len(images), len(names))
     check_output(out, overwrite=overwrite)
@@ -186,8 +204,13 @@ def score_images(
             )
         except ValueError as error:  # hours of work are not thrown away for it
             failure = error
-        maker = RowMaker(images, names, labels, value)
-        with score_writer(out, names, top_k) as writer:
+        cutoff = None
+        if value is not None:
+            rounding = cosine_error(precision, classifier.logit_scale.device)
+            cutoff = lowest_known(value, mcm_scale, rounding)
+        maker = RowMaker(images, names, labels, cutoff)
+        scales = Scales(float(classifier.logit_scale), mcm_scale)
+        with score_writer(out, names, top_k, scales) as writer:
             for rows in spool.blocks(ROWS):
                 writer.write(maker.rows(rows))
             listed = unreadable.save(unreadable_path(out))  # first, so that no table lacks its list
@@ -203,6 +226,12 @@ def score_images(
                 f"with {plural(len(names), 'class')} and mcm_scale={mcm_scale:g} their scores lie "
                 f"between {maker.lowest:.6g} and {maker.highest:.6g}"
             )
+        warnings += doubts(
+            classes=names,
+            predicted=maker.predicted,
+            images=len(spool),
+            auroc=spooled_auroc(spool, labels),
+        )
         return ScoreSummary(
             out=out,
             images=len(spool),
@@ -214,6 +243,7 @@ def score_images(
             kind=choice.kind,
             lowest=maker.lowest,
             highest=maker.highest,
+            scales=scales,
             warnings=tuple(warnings),
         )
 

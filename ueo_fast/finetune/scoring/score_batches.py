@@ -23,6 +23,7 @@ class ScoredBatch(NamedTuple):
         classes: (B, k) int64, the most probable first.
         probabilities: (B, k) float32, softmax of the logits.
         failures: the images of the batch that have none.
+        cosines: (B, C) float32.
     """
 
     positions: Tensor
@@ -30,6 +31,7 @@ class ScoredBatch(NamedTuple):
     classes: Tensor
     probabilities: Tensor
     failures: tuple[Failure, ...]
+    cosines: Tensor
 
 
 def score_batches(
@@ -73,12 +75,14 @@ def score_batches(
             for row in positions[~finite].tolist()
         )
         # In double, as in the metrics: at scale 1 the scores differ in their last digits.
-        cosines = cosines[finite].double()
-        probabilities, classes = (logit_scale * cosines).softmax(dim=1).topk(top_k, dim=1)
+        cosines = cosines[finite]
+        exact = cosines.double()
+        probabilities, classes = (logit_scale * exact).softmax(dim=1).topk(top_k, dim=1)
         yield ScoredBatch(
             positions[finite],
-            mcm_score(cosines, mcm_scale),
+            mcm_score(exact, mcm_scale),
             classes,
             probabilities.float(),
             (*failures, *broken),
+            cosines,
         )

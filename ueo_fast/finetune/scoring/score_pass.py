@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ueo_fast.finetune.data.image_list import ImageList
 from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.scoring.score_batches import ScoredBatch
-from ueo_fast.finetune.scoring.score_spool import ScoreSpool
+from ueo_fast.finetune.scoring.score_spool import BLOCK, ScoreSpool
 from ueo_fast.finetune.scoring.score_unreadable import UnreadableList
 from ueo_fast.finetune.scoring.thresholds import Threshold, needs_labels_message, require_mixture
 
@@ -108,3 +108,24 @@ def ordered_scores(
         return spool.ordered_scores()
     known = (labels >= 0).cpu().numpy()
     return spool.ordered_scores(lambda positions: known[positions])
+
+
+def spooled_auroc(spool: ScoreSpool, labels: Tensor | None) -> float | None:
+    """AUROC of the scores, known as positive; ``None`` without labels of both kinds.
+
+    The share of pairs of a known and an unknown image in which the known one has the higher score;
+    equal scores count half.
+    """
+    if labels is None:
+        return None
+    is_known = (labels >= 0).cpu().numpy()
+    known = spool.ordered_scores(lambda positions: is_known[positions])
+    unknown = spool.ordered_scores(lambda positions: ~is_known[positions])
+    if not len(known) or not len(unknown):
+        return None
+    twice_above = 0
+    for start in range(0, len(unknown), BLOCK):
+        block = unknown[start : start + BLOCK]
+        below = np.searchsorted(known, block, "left") + np.searchsorted(known, block, "right")
+        twice_above += int((2 * len(known) - below).sum())
+    return twice_above / (2 * len(known) * len(unknown))

@@ -19,10 +19,11 @@ class RowMaker:
         images: what the positions refer to.
         class_names: of the known classes.
         labels: (N,) position in ``class_names``, -1 for unknown; ``None``: no labels.
-        threshold: from this score on an image is known; ``None``: nobody knows.
+        lowest_known: from this score on an image is known; ``None``: nobody knows.
 
     Attributes:
-        known: rows so far with ``score >= threshold``.
+        known: rows so far with ``score >= lowest_known``.
+        predicted: positions of the classes that some image was put into.
         lowest: score so far.
         highest: score so far.
     """
@@ -32,21 +33,23 @@ class RowMaker:
         images: ImageList,
         class_names: tuple[str, ...],
         labels: Tensor | None,
-        threshold: float | None,
+        lowest_known: float | None,
     ) -> None:
         self.known = 0
+        self.predicted: set[int] = set()
         self.lowest, self.highest = math.inf, -math.inf
         self._images = images
         self._class_names = class_names
         self._labels = labels
-        self._threshold = threshold
+        self._lowest_known = lowest_known
 
     def rows(self, rows: NDArray[Any]) -> ScoreRows:
         """Rows of a :class:`ScoreSpool`, at least one, as the table wants them."""
         positions, scores = rows["position"].tolist(), rows["score"]
-        known = None if self._threshold is None else scores >= self._threshold
+        known = None if self._lowest_known is None else scores >= self._lowest_known
         if known is not None:
             self.known += int(known.sum())
+        self.predicted.update(rows["classes"][:, 0].tolist())
         self.lowest = min(self.lowest, float(scores.min()))
         self.highest = max(self.highest, float(scores.max()))
         return ScoreRows(

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Protocol
+from typing import IO, Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,19 @@ class ScoreRows:
     labels: Sequence[str | None]
 
 
+class Scales(NamedTuple):
+    """What multiplied the cosines in the softmax of each kind of probability: the inverse of its
+    temperature. It stands in every row, as the two kinds cannot be compared.
+
+    Attributes:
+        probability_scale: of ``probability_1``, ...; the model's own.
+        mcm_scale: of ``mcm``.
+    """
+
+    probability_scale: float
+    mcm_scale: float
+
+
 class ScoreWriter(Protocol):
     """Takes the table block by block."""
 
@@ -53,9 +66,10 @@ class ScoreWriter(Protocol):
 
 
 def column_names(top_k: int) -> list[str]:
-    """``image, path, class_1, probability_1, ..., mcm, known, label``."""
+    """``image, path, class_1, probability_1, ..., mcm, known, label``, and the scales of
+    :class:`Scales`."""
     pairs = [f"{what}_{i + 1}" for i in range(top_k) for what in ("class", "probability")]
-    return ["image", "path", *pairs, "mcm", "known", "label"]
+    return ["image", "path", *pairs, "mcm", "known", "label", *Scales._fields]
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:
@@ -87,7 +101,9 @@ def unreadable_path(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def score_writer(out: Path, class_names: Sequence[str], top_k: int) -> Iterator[ScoreWriter]:
+def score_writer(
+    out: Path, class_names: Sequence[str], top_k: int, scales: Scales
+) -> Iterator[ScoreWriter]:
     """A writer whose file takes the place of ``out`` when the block ends without an error.
 
     Text is UTF-8 in both formats. A path whose bytes are no UTF-8 is written with these bytes as
@@ -104,6 +120,7 @@ def score_writer(out: Path, class_names: Sequence[str], top_k: int) -> Iterator[
         out: as checked by :func:`check_output`.
         class_names: of the known classes.
         top_k: k, the number of classes per row.
+        scales: the same in each row.
 
     Raises:
         OSError: the file cannot be written; what was there before is kept.
@@ -112,9 +129,9 @@ def score_writer(out: Path, class_names: Sequence[str], top_k: int) -> Iterator[
     with atomic_file(out) as file:
         if out.suffix.lower() == ".csv":
             with csv_file(file) as table:
-                yield _CsvWriter(table, names, top_k)
+                yield _CsvWriter(table, names, top_k, scales)
         else:
-            with contextlib.closing(_ParquetWriter(file, names, top_k)) as writer:
+            with contextlib.closing(_ParquetWriter(file, names, top_k, scales)) as writer:
                 yield writer
 
 
@@ -129,8 +146,15 @@ def csv_file(file: IO[bytes]) -> Iterator[io.TextIOWrapper]:
 
 
 class _CsvWriter:
-    def __init__(self, table: io.TextIOWrapper, class_names: NDArray[np.object_], k: int) -> None:
+    def __init__(
+        self,
+        table: io.TextIOWrapper,
+        class_names: NDArray[np.object_],
+        k: int,
+        scales: Scales,
+    ) -> None:
         self._writer = csv.writer(table)
+        self._scales = scales
         self._class_names = class_names
         self._writer.writerow(column_names(k))
 
@@ -151,20 +175,26 @@ class _CsvWriter:
                 rows.scores.tolist(),
                 known,
                 ["" if label is None else label for label in rows.labels],
+                *([scale] * len(rows.images) for scale in self._scales),
                 strict=True,
             )
         )
 
 
 class _ParquetWriter:
-    def __init__(self, file: BinaryIO, class_names: NDArray[np.object_], k: int) -> None:
+    def __init__(
+        self, file: BinaryIO, class_names: NDArray[np.object_], k: int, scales: Scales
+    ) -> None:
+        self._scales = scales
         self._pa, parquet = _require_pyarrow()
         self._class_names = class_names
         pa = self._pa
-        types = {"probability": pa.float32(), "mcm": pa.float64(), "known": pa.bool_()}
-        self._schema = pa.schema(
-            [(name, types.get(name.split("_")[0], pa.string())) for name in column_names(k)]
-        )
+        types = {
+            **{f"probability_{i + 1}": pa.float32() for i in range(k)},
+            **dict.fromkeys(("mcm", *Scales._fields), pa.float64()),
+            "known": pa.bool_(),
+        }
+        self._schema = pa.schema([(name, types.get(name, pa.string())) for name in column_names(k)])
         self._table = parquet.ParquetWriter(file, self._schema, compression="zstd")
 
     def write(self, rows: ScoreRows) -> None:
@@ -178,6 +208,7 @@ class _ParquetWriter:
             np.ascontiguousarray(rows.scores),
             [None] * len(rows.images) if rows.known is None else rows.known,
             rows.labels,
+            *([scale] * len(rows.images) for scale in self._scales),
         ]
         arrays = [
             self._pa.array(column, field.type)

@@ -1,7 +1,8 @@
 """From which score on an image counts as known: four ways to choose the threshold.
 
 Convention, as in :mod:`ueo_fast.finetune.evaluation.metrics`: known is positive, and an image is
-known where ``score >= threshold``. All of them are exact: they look at every score, not at a
+known where its score reaches the threshold, to within what rounding does to a score
+(:func:`lowest_known`). All of them are exact: they look at every score, not at a
 histogram (but for the mixture, which sees at most :data:`MIXTURE_POINTS` quantiles). They take the
 scores in ascending order, so that a sorted file on disk serves as well as an array, and read them
 block by block: memory does not grow with the number of images.
@@ -107,7 +108,7 @@ def choose_threshold(
         on_warning: told in a sentence where the threshold means little; default: a Python warning.
 
     Returns:
-        t, such that an image is known where ``score >= t``.
+        t; an image is known from ``lowest_known(t, ...)`` on.
 
     Raises:
         ValueError: scores that are NaN, too few or all equal, no label of a known image where
@@ -162,6 +163,27 @@ def threshold_of_sorted(
             f"{float(ordered[0])!r} (with a single class the MCM score is always 1); {WAY_OUT}"
         )
     return _otsu(ordered) if threshold.kind == "otsu" else _mixture(ordered, warn)
+
+
+def lowest_known(threshold: float, mcm_scale: float, cosine_error: float) -> float:
+    """The lowest score that counts as reaching ``threshold``; every verdict is taken with it.
+
+    The cosines of one image differ by rounding from one batch size to another, and its score with
+    them, so the very image that set a threshold may come out below it. With every cosine off by at
+    most ``e`` the odds ``p / (1 - p)`` of a score change by at most a factor of
+    ``exp(2 * e * mcm_scale)``; a score that is lower by no more than that counts as equal.
+
+    Args:
+        threshold: of any kind, in 0..1.
+        mcm_scale: multiplies the cosines in the score.
+        cosine_error: ``e``, from :func:`~ueo_fast.finetune.evaluation.predict.cosine_error`.
+
+    Returns:
+        A number in 0..``threshold``; an image is known where ``score >= lowest_known(...)``.
+    """
+    factor = math.exp(min(2 * cosine_error * mcm_scale, 700.0))  # e^710 overflows
+    rest = 1 - threshold + math.ulp(1.0)  # the score itself is rounded, to 1 at the most
+    return min(threshold, threshold / (threshold + rest * factor))
 
 
 def needs_labels_message(found: str) -> str:

@@ -1,0 +1,67 @@
+"""Ranges of the numbers that users choose. Without PyTorch, so that a command line can be checked
+before anything is loaded."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Literal
+
+LARGEST = 1e30
+"""Numbers beyond this, and factors closer to 0 than its inverse, would not survive float32."""
+
+LARGEST_FACTOR = 1e6
+"""Of learning rates and weights of loss terms: with more, the first step already overflows."""
+
+MOST = 1_000_000_000
+"""Of what is counted: images in a batch, steps, epochs."""
+
+MOST_THREADS = 1024
+"""Far more than that end in a crash of the thread library, without a message."""
+
+MOST_WORKERS = 1024
+"""Processes that a run may ask for; how many are started depends on the machine."""
+
+
+def check_count(name: str, value: int, least: int = 1, most: int = MOST) -> int:
+    """A whole number of things.
+
+    Raises:
+        TypeError: ``value`` is not a whole number.
+        ValueError: it is below ``least`` or above ``most``.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be a whole number, got {kind} {value!r}: convert with int()")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:,}, got {value}")
+    return int(value)
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    sign: Literal["any", "positive", "not negative"],
+    most: float = LARGEST,
+) -> float:
+    """A number of a magnitude up to ``most``; with a sign asked for, also 0 or at least 1e-30."""
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            kind = type(value).__name__
+            raise TypeError(f"{name} must be a number, got {kind} {value!r}: convert with float()")
+        value = float(value)
+    # Comparisons only: while torch.compile traces, the number may be a symbol.
+    if sign == "any":
+        fits = -most <= value <= most
+        wanted = f"from {-most:g} to {most:g}"
+    elif sign == "positive":
+        fits = 1 / LARGEST <= value <= most
+        wanted = f"from 1e-30 to {most:g}"
+    else:
+        fits = value == 0 or 1 / LARGEST <= value <= most
+        wanted = f"0 or from 1e-30 to {most:g}"
+    if not fits:
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+    return float(value)
