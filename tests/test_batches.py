@@ -348,7 +348,11 @@ def test_a_tensor_is_loaded_in_order() -> None:
         tolerant_loader(numbered(5), 0)
 
 
-def test_a_config_from_elsewhere_does_not_start_more_workers_than_the_machine_can_use() -> None:
+def test_a_config_from_elsewhere_does_not_start_more_workers_than_the_machine_can_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("loader", "batches"):  # to see the DataLoader itself
+        monkeypatch.setattr(f"ueo_fast.finetune.data.{module}.loaded", lambda loader: loader)
     affinity = getattr(os, "sched_getaffinity", None)
     most = 4 * (os.cpu_count() or 1 if affinity is None else len(affinity(0)))
     assert [started_workers(count) for count in (0, 1, 10**8)] == [0, 1, most]

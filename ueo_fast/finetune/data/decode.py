@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # lists of images need this module, but no numpy
 
     Levels = npt.NDArray[np.float64]
 
-# All that is ever opened, whatever a file is called: what Pillow decodes itself, and HEIF by
-# pillow-heif. Not EPS and WMF, which other programs draw, nor what hides a second file of any size
-# (ICO, ICNS, FITS). TGA is last, as it has no mark to know it by.
+# The only formats that are ever opened: those that Pillow decodes itself, and HEIF with
+# pillow-heif. Not EPS and WMF, which start other programs, nor formats that contain another file
+# of any size (ICO, ICNS, FITS). TGA comes last, because it has no signature.
 _FORMATS = (
     *("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000"),
     *("PPM", "PSD", "PCX", "SGI", "SUN", "DDS", "QOI", "XBM", "TGA"),
@@ -47,15 +47,15 @@ UNREADABLE: dict[str, str] = {
 """Extensions of image files that cannot be read, or not without a package, and why."""
 
 MOST_BYTES = 2**30
-"""Memory that an image may take while it is decoded."""
+"""Memory limit for decoding one image."""
 _MAX_ASPECT = 1000
 """Resizing enlarges the short side to the model's size, and the long side with it."""
 _BAND = 2**20
 """Pixels that are converted at a time."""
 
-# Bytes per pixel that Pillow keeps; 4 for all other modes. (Measured, as those below are.)
+# Bytes per pixel that Pillow stores; 4 in all other modes. Measured, like those below.
 _KEPT = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
-# What the decoder holds besides, whole images too.
+# Bytes per pixel of the decoder's own buffers.
 _HELD = {"WEBP": 12, "AVIF": 8, "HEIF": 8, "JPEG2000": 16}
 
 
@@ -99,7 +99,7 @@ def readable_extensions() -> frozenset[str]:
 def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
     """Decode an image file as 8-bit RGB.
 
-    What a file is, its content says, not its name; only raw files of cameras are known by their
+    The format is detected from the content; only camera raw files are recognised by their
     extension, and refused. The camera's orientation (EXIF) is applied. Grey, palette and CMYK are
     converted as Pillow does (Adobe's inverted CMYK included). What is transparent lies on white.
     Of an animation the first frame is taken. Grey levels of more than 8 bits are scaled, not
