@@ -10,7 +10,6 @@ from typing import Any
 
 from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.evaluation.finished_run import LeftOut, Outcome, read_outcomes
-from ueo_fast.finetune.evaluation.metrics import doubts
 from ueo_fast.finetune.evaluation.results_table import ResultsTable, verdict
 
 COLUMNS: Mapping[str, str] = {
@@ -141,6 +140,8 @@ def compare_runs(paths: Iterable[str | os.PathLike[str]]) -> Comparison:
 def _group(
     outcomes: Sequence[Outcome], questions: Sequence[Mapping[str, Any]], notes: list[str]
 ) -> Group:
+    from ueo_fast.finetune.evaluation.metrics import doubts  # with PyTorch
+
     question = outcomes[0].question
     zero_shot = _zero_shot([outcome for outcome in outcomes if outcome.is_zero_shot], notes)
     adapted = [outcome for outcome in outcomes if not outcome.is_zero_shot]
