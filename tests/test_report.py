@@ -376,10 +376,10 @@ def test_of_many_images_the_table_has_the_lowest_and_says_so(tmp_path):
 
 
 def test_one_image_is_one_image(tmp_path):
-    run = ReportRun(images=1, unknown=(), skipped=(), warnings=("x",))
+    run = ReportRun(known=("a",), images=1, unknown=(), skipped=(), warnings=("x",))
     page = report_of(tmp_path, run)
     assert "1 image" in section(page, "images").text
-    assert not re.search(r"\b1 (images|warnings|files|options|steps)\b", page.text)
+    assert not re.search(r"\b1 (images|warnings|files|options|steps|classes)\b", page.text)
     assert "the scores allow no threshold (otsu)" in page.one("p", **{"class": "lead"}).text
 
 
