@@ -260,7 +260,7 @@ class FinetuneConfig:
         self._check_train()
         self._check_used()
         split_template(self.prompt_template)
-        self.trainer()
+        self._check_rates(self.trainer())
 
     def _check_ranges(self) -> None:
         for name in ("epochs", "batch_size", "eval_batch_size", "top_k"):
@@ -334,6 +334,18 @@ class FinetuneConfig:
             raise ValueError(
                 f"method={self.method!r} trains {only[self.method]}, so it has no use for "
                 f"train={self.train!r}: leave it out"
+            )
+
+    def _check_rates(self, trainer: TrainerConfig) -> None:
+        if self.method == "tent" and trainer.affine_lr == 0:
+            raise ValueError(
+                "affine_lr is 0, but tent trains the affine parameters and nothing else: give a "
+                "positive affine_lr"
+            )
+        if self.method not in ("zeroshot", "adabn") and trainer.prompt_lr == trainer.affine_lr == 0:
+            raise ValueError(
+                f"nothing to train: of prompt_lr={self.prompt_lr} and affine_lr={self.affine_lr} "
+                f"none is positive for train={self.train!r}"
             )
 
     def _check_used(self) -> None:
