@@ -256,6 +256,10 @@ class FinetuneConfig:
             raise ValueError("resume needs --out, the folder of the run to go on with")
         if not self.resume:
             self._check_data()
+        if self.out == "":
+            raise ValueError(
+                "out is empty: name a folder, or leave it out for a new one under runs/"
+            )
         self._check_ranges()
         self._check_train()
         self._check_used()

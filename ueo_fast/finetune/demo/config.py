@@ -141,6 +141,10 @@ class DemoConfig:
             )
         for seed in self.seeds:
             check_count("seeds", seed, 0, 2**63 - 1)
+        if self.out == "":
+            raise ValueError(
+                "out is empty: name a folder, or leave it out for a new one under runs/"
+            )
         if self.severity is not None and not 0.0 <= self.severity <= 1.0:
             raise ValueError(f"severity must lie in [0, 1], got {self.severity}")
         if not 2 <= self.known_classes <= 9:
