@@ -264,10 +264,14 @@ def test_every_number_option_is_tried():
         ("--workers 100000000", "workers must be at most 1,024, got 100000000"),
         ("--threads 0", "threads must be at least 1, got 0"),
         ("--trade-off 1e31", "trade_off must be from -1e+06 to 1e+06, got 1e+31"),
+        ("--prompt-lr 0 --affine-lr 0", "nothing to train"),
+        ("--train affine --affine-lr 0", "nothing to train: of prompt_lr=0.0001 and affine_lr=0.0"),
+        ("--train prompt --prompt-lr 0 --method upl", "nothing to train"),
+        ("--method tent --affine-lr 0", "affine_lr is 0, but tent trains"),
         ("--momentum 1", "momentum must lie in [0, 1), got 1.0"),
     ],
 )
-def test_the_message_has_the_range(words, message, capsys):
+def test_what_cannot_work_is_said_with_the_range_or_the_reason(words, message, capsys):
     assert message in refused(capsys, *words.split())
 
 

@@ -16,6 +16,7 @@ from photo_folder import CORRUPT, KNOWN, ODD, picture
 from report_page import parse_file
 
 from ueo_fast.cli import main
+from ueo_fast.finetune.clip.delta import read_delta
 from ueo_fast.finetune.data.benchmark_facts import class_names
 from ueo_fast.finetune.demo.digits import load_digits
 from ueo_fast.finetune.scoring.thresholds import choose_threshold
@@ -55,6 +56,17 @@ def test_metrics_are_there_before_and_after(place):
     for record in records:
         assert record["positive_class"] == "known"
         assert record["known_images"] + record["unknown_images"] == 8 * 6 + len(ODD)
+
+
+def test_a_preset_and_a_temperature_are_the_runs_own(place, capsys):
+    words = ["--epochs", "1", "--preset", "authors", "--logit-scale", "30"]
+    assert finetune(place, "authors", *words) == 0
+    kept = json.loads((place / "authors" / "config.json").read_text())
+    wanted = {"eps": 1e-5, "affine_scope": "authors", "seed": 2023, "logit_scale": 30.0}
+    assert {name: kept[name] for name in wanted} == wanted
+    assert read_delta(place / "authors" / "delta.safetensors").logit_scale == 30
+    assert main(["finetune", "--resume", "--out", str(place / "authors"), "--preset=authors"]) == 2
+    assert "logit_scale=100.0 differs from 30.0" in capsys.readouterr().err
 
 
 def test_metrics_are_printed_before_during_and_after(place, capsys):

@@ -267,11 +267,15 @@ class FinetuneConfig:
             raise ValueError("resume needs --out, the folder of the run to go on with")
         if not self.resume:
             self._check_data()
+        if self.out == "":
+            raise ValueError(
+                "out is empty: name a folder, or leave it out for a new one under runs/"
+            )
         self._check_ranges()
         self._check_train()
         self._check_used()
         split_template(self.prompt_template)
-        self.trainer()
+        self._check_rates(self.trainer())
 
     def _check_ranges(self) -> None:
         for name in ("epochs", "batch_size", "eval_batch_size", "top_k"):
@@ -345,6 +349,18 @@ class FinetuneConfig:
             raise ValueError(
                 f"method={self.method!r} trains {only[self.method]}, so it has no use for "
                 f"train={self.train!r}: leave it out"
+            )
+
+    def _check_rates(self, trainer: TrainerConfig) -> None:
+        if self.method == "tent" and trainer.affine_lr == 0:
+            raise ValueError(
+                "affine_lr is 0, but tent trains the affine parameters and nothing else: give a "
+                "positive affine_lr"
+            )
+        if self.method not in ("zeroshot", "adabn") and trainer.prompt_lr == trainer.affine_lr == 0:
+            raise ValueError(
+                f"nothing to train: of prompt_lr={self.prompt_lr} and affine_lr={self.affine_lr} "
+                f"none is positive for train={self.train!r}"
             )
 
     def _check_used(self) -> None:
