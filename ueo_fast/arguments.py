@@ -136,6 +136,8 @@ def _check_range(name: str, value: Tensor, positive: bool) -> None:
     )
 
 
+_USUAL_NUMBERS = (float, int)  # a tuple: making a union takes longer than the check
+
 LARGEST = 1e30
 """Numbers beyond this, and factors closer to 0 than its inverse, would not survive float32."""
 
@@ -144,7 +146,7 @@ def check_number(
     name: str, value: float, *, sign: Literal["any", "positive", "not negative"]
 ) -> float:
     """A number of a magnitude up to 1e30; with a sign asked for, also 0 or at least 1e-30."""
-    if not isinstance(value, float | int) or isinstance(value, bool):
+    if not isinstance(value, _USUAL_NUMBERS) or isinstance(value, bool):
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             kind = type(value).__name__
             raise TypeError(f"{name} must be a number, got {kind} {value!r}: convert with float()")
