@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ueo_fast import backends
-from ueo_fast.ranges import check_number as check_number
 from ueo_fast.reference import compute_dtype
 
 _FLOATING = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})

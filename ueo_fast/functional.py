@@ -30,13 +30,14 @@ class UEOStats(NamedTuple):
     marginal: Tensor
 
 
+_HAS_RANKS = distributed.is_available()
 _ranks_were_named = False
 
 
 def _name_ranks() -> None:
     """Warn, once, where several processes might each pass their part of a batch."""
     global _ranks_were_named
-    if _ranks_were_named or not (distributed.is_available() and distributed.is_initialized()):
+    if not _HAS_RANKS or _ranks_were_named or not distributed.is_initialized():
         return
     if distributed.get_world_size() == 1:
         return
