@@ -92,6 +92,8 @@ def checksum(values: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
         values: the metadata; a ``checksum`` in it is left out.
         tensors: on the CPU.
     """
+    import torch
+
     kept = {key: value for key, value in values.items() if key != "checksum"}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for name in sorted(tensors):
