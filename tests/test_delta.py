@@ -261,13 +261,10 @@ def test_another_base_is_refused_and_untouched(tmp_path, kind):
 
 def rewrite(path, **changes: Any) -> None:
     """A delta whose writer did other things than ours, with a checksum that fits."""
-    from ueo_fast.finetune.clip import delta as module
-
     tensors, values = read_tensors(path)
     tensors = changes.pop("tensors", lambda same: same)(tensors)
     values = {key: value for key, value in {**values, **changes}.items() if value is not None}
-    values["checksum"] = module._checksum(values, tensors)
-    write_tensors(path, tensors, values)
+    write_tensors(path, tensors, values, checked=True)
 
 
 def with_tensor(name, change):
