@@ -89,6 +89,7 @@ def make_run(folder: Path, run: ReportRun | None = None) -> Path:
             "test_images": run.images,
             "labelled": run.labelled,
             "skipped": [{"image": name, "reason": reason} for name, reason in run.skipped],
+            "left_out": {"train": {".txt": 3, "hidden": 1}},
         },
     )
     if run.method not in ("zeroshot", "adabn"):

@@ -257,7 +257,7 @@ def test_adabn_that_fails_leaves_the_classifier_as_it_was(training, monkeypatch)
 
 
 def test_adabn_needs_batch_norm():
-    with pytest.raises(ValueError, match=r"visual tower has no BatchNorm .*leave the method out"):
+    with pytest.raises(ValueError, match=r"visual tower has no BatchNorm .*choose another method"):
         AdaBN().adapt(make_classifier("vit"), Target(make_images()))
 
 

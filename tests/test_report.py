@@ -163,6 +163,7 @@ def test_options_of_the_command_come_first(ordinary):
     words = part.text
     for text in ("broken.jpg the file is empty", "kettle umbrella", "threads used 2", "torch 2"):
         assert text in words
+    assert "left out: .txt 3" in words
 
 
 def test_thumbnails_are_the_extremes_small_and_of_every_kind_of_file(ordinary):

@@ -29,6 +29,7 @@ def test_everything_is_read(run):
     assert data.environment["threads"] == 2
     assert data.problem.unknown == ("kettle", "umbrella")
     assert data.problem.skipped[0].reason == "the file is empty"
+    assert data.problem.left_out == ((".txt", 3), ("hidden", 1))
     assert [step.step for step in data.steps] == list(range(1, 41))
     assert data.steps[0].learning_rates.keys() == {"prompt", "affine"}
     assert [epoch.epoch for epoch in data.epochs] == [1, 2, 3, 4]

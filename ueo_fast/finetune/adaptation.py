@@ -299,7 +299,7 @@ def adapt(
         )
     config = config or TrainerConfig()
     chosen = make_method(method) if isinstance(method, str) else method
-    chosen.check(config)
+    chosen.check(config, tower=getattr(model, "visual", None))
     classifier = make_classifier(
         model, tokenizer, class_names, template=template, scope=scope, patch=patch
     )
@@ -515,7 +515,7 @@ def _labels(images: ImageList, known: Sequence[str], *, needs_labels: bool) -> T
     """Of a folder or list. Nothing but metrics and the oracle needs them, so that images can do
     without where they cannot be used: a photograph beside the class folders."""
     try:
-        return match_labels(images, known)
+        return match_labels(images, known, on_note=_warn if needs_labels else None)
     except ValueError:
         if needs_labels:
             raise

@@ -98,7 +98,9 @@ def _run(
     clip: LoadedClip | None = None
     with _threads(config.threads) as threads:
         try:
-            clip = _load(config, folder, given)
+            loaded = _load(config, folder, given)
+            config.make_method().check(config.trainer(), tower=loaded.model.visual)
+            clip = loaded
             if not (folder.path / "config.json").exists():
                 folder.write_json("config.json", config.as_dict())
             if not (folder.path / BASE).exists():

@@ -130,9 +130,8 @@ class DemoConfig:
     threads: int = field(
         default=1,
         metadata=_help(
-            "CPU threads of the adaptation: 2 save a third of the time on two free cores and may "
-            "change its last digits. Pre-training always takes one, so that every number starts "
-            "from the same model"
+            "CPU threads of the adaptation; another number may change its last digits. "
+            "Pre-training always uses one, so that every number starts from the same model"
         ),
     )
 

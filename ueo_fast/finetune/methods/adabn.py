@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ueo_fast.finetune.clip.model import ClipClassifier
@@ -43,6 +44,15 @@ class AdaBN(Method):
     def __post_init__(self) -> None:
         check_count("batch_size", self.batch_size, least=2)
 
+    def check(
+        self, config: TrainerConfig, images: int | None = None, tower: nn.Module | None = None
+    ) -> None:
+        if tower is not None and not _with_statistics(tower):
+            raise ValueError(
+                "AdaBN re-estimates BatchNorm statistics, but this visual tower has no BatchNorm "
+                "(a ViT, for example): choose another method, or a ResNet tower"
+            )
+
     @torch.no_grad()
     def adapt(
         self,
@@ -60,17 +70,9 @@ class AdaBN(Method):
             NonFiniteLossError: a statistic became NaN or infinite.
             Whatever is raised, ``classifier`` is as it was.
         """
-        layers = [
-            module
-            for module in classifier.model.visual.modules()
-            if isinstance(module, _BatchNorm) and module.track_running_stats
-        ]
-        if not layers:
-            raise ValueError(
-                "AdaBN re-estimates BatchNorm statistics, but this visual tower has no BatchNorm "
-                "(a ViT, for example): leave the method out, or take a ResNet tower"
-            )
         config = config or TrainerConfig()
+        self.check(config, len(target), classifier.model.visual)
+        layers = _with_statistics(classifier.model.visual)
         loader = even_loader(
             target.images, self.batch_size, seed=config.seed, num_workers=config.num_workers
         )
@@ -105,3 +107,11 @@ class AdaBN(Method):
                 layer.momentum = momentum
                 layer.train(mode)
         return History()
+
+
+def _with_statistics(tower: nn.Module) -> list[_BatchNorm]:
+    return [
+        module
+        for module in tower.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]

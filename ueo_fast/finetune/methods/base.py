@@ -6,6 +6,8 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+from torch import nn
+
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Objective
@@ -27,12 +29,15 @@ class Method(ABC):
     title: ClassVar[str]
     reads_labels: ClassVar[bool] = False
 
-    def check(self, config: TrainerConfig, images: int | None = None) -> None:  # noqa: B027
-        """Refuse a budget that leaves this method nothing to learn, before anything is loaded.
+    def check(  # noqa: B027
+        self, config: TrainerConfig, images: int | None = None, tower: nn.Module | None = None
+    ) -> None:
+        """Refuse a budget or a model with which this method cannot work, as soon as it is known.
 
         Args:
             config: budget and optimiser.
-            images: how many there are, where that is known already.
+            images: how many there are, if that is known already.
+            tower: the visual tower, if it is loaded already.
 
         Raises:
             ValueError: a choice that cannot work; the message has the way out.
@@ -90,7 +95,9 @@ def choices_of(method: Method) -> str:
 class LossMethod(Method):
     """A method that is a loss of each batch, minimised by the common training loop."""
 
-    def check(self, config: TrainerConfig, images: int | None = None) -> None:
+    def check(
+        self, config: TrainerConfig, images: int | None = None, tower: nn.Module | None = None
+    ) -> None:
         if config.prompt_lr == config.affine_lr == 0:
             raise ValueError(
                 f"prompt_lr and affine_lr are both 0, so {self.title} has nothing to train: make "

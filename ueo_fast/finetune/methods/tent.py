@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ueo_fast import ueo_loss
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig, train
@@ -53,11 +52,27 @@ class Tent(Method):
     def __post_init__(self) -> None:
         check_entropies(eps=self.eps)
 
-    def check(self, config: TrainerConfig, images: int | None = None) -> None:
+    def check(
+        self, config: TrainerConfig, images: int | None = None, tower: nn.Module | None = None
+    ) -> None:
         if config.affine_lr == 0:
             raise ValueError(
                 "affine_lr is 0, but Tent trains the affine parameters and nothing else: give a "
                 "positive affine_lr"
+            )
+        if tower is None or not batch_norms(tower):
+            return
+        if config.batch_size < 2 or (images is not None and images < 2):
+            count = "batch_size is 1" if config.batch_size < 2 else "there is 1 image"
+            raise ValueError(
+                f"{count}, but this tower has BatchNorm, whose statistics Tent takes from each "
+                "batch: they need at least 2 images per batch"
+            )
+        micro = config.micro_batch_size
+        if micro is not None and micro < config.batch_size:
+            raise ValueError(
+                f"micro_batch_size is {micro}, but this tower has BatchNorm, whose statistics Tent "
+                "takes from the whole batch: leave micro_batch_size out, or take smaller batches"
             )
 
     def objective(self, classifier: ClipClassifier, target: Target) -> OnlineEntropy:
@@ -82,10 +97,11 @@ class Tent(Method):
                 image, or micro-batches.
         """
         config, hooks = config or TrainerConfig(), hooks or Hooks()
-        self.check(config)
+        tower = classifier.model.visual
+        self.check(config, len(target), tower)
         size = config.batch_size
-        if batch_norms(classifier):
-            size = _without_single(len(target), size)
+        while batch_norms(tower) and len(target) % size == 1:
+            size += 1
         if size != config.batch_size:
             hooks.on_warning(
                 f"batch_size raised from {config.batch_size} to {size}: the last batch of "
@@ -114,23 +130,9 @@ class Tent(Method):
         return history
 
 
-def batch_norms(classifier: ClipClassifier) -> list[_BatchNorm]:
-    """The BatchNorms of the visual tower."""
-    return [
-        module for module in classifier.model.visual.modules() if isinstance(module, _BatchNorm)
-    ]
-
-
-def _without_single(count: int, batch_size: int) -> int:
-    """The smallest batch size from ``batch_size`` on that leaves no batch of one image."""
-    if count < 2 or batch_size < 2:
-        raise ValueError(
-            f"{plural(count, 'image')} in batches of batch_size={batch_size}: this tower has "
-            "BatchNorm, whose statistics need at least 2 images per batch"
-        )
-    while count % batch_size == 1:
-        batch_size += 1
-    return batch_size
+def batch_norms(tower: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorms of a visual tower."""
+    return [module for module in tower.modules() if isinstance(module, _BatchNorm)]
 
 
 class OnlineEntropy(Objective):
@@ -149,7 +151,7 @@ class OnlineEntropy(Objective):
         self.register_buffer("online", torch.full((images, classes), math.nan, device="cpu"))
 
     def prepare(self, classifier: ClipClassifier) -> None:
-        for layer in batch_norms(classifier):
+        for layer in batch_norms(classifier.model.visual):
             layer.train()
 
     def forward(self, step: Step) -> Tensor:

@@ -43,6 +43,7 @@ class ProblemData:
         test_images: images that were tested on.
         labelled: whether the test images have labels.
         skipped: images that could not be read.
+        left_out: kinds of other files that were left out, and how many of each.
     """
 
     known: tuple[str, ...]
@@ -51,6 +52,7 @@ class ProblemData:
     test_images: int
     labelled: bool
     skipped: tuple[Skipped, ...]
+    left_out: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,11 @@ def _problem(value: dict[str, Any]) -> ProblemData:
         labelled=_typed(value["labelled"], bool, "labelled"),
         skipped=tuple(
             Skipped(str(one["image"]), str(one["reason"])) for one in value.get("skipped", ())
+        ),
+        left_out=tuple(
+            (str(kind), _typed(count, int, "left_out"))
+            for kinds in _typed(value.get("left_out", {}), dict, "left_out").values()
+            for kind, count in _typed(kinds, dict, "left_out").items()
         ),
     )
 
