@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ueo_fast.finetune.clip.template import split_template
@@ -387,8 +388,8 @@ class FinetuneConfig:
             assert self.out is not None
             RunFolder.open(self.out)
             return
-        if self.out is not None and os.path.lexists(self.out):
-            RunFolder.create(self.out, prefix="finetune")  # refuses what is not an empty folder
+        if self.out is not None:
+            RunFolder.check_free(Path(self.out))
         if self.dataset is not None:
             assert self.domain is not None
             assert self.root is not None

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CONFIG = "config.json"
+_PARTIAL = ".*.partial"  # see atomic_file
 _PACKAGES = (
     "ueo_fast",
     "torch",
@@ -90,22 +91,33 @@ class RunFolder:
             path = _make_numbered(Path("runs") / time.strftime(f"{prefix}-%Y%m%d-%H%M%S"))
         else:
             path = Path(out)
-            if path.exists() and not path.is_dir():
-                raise FileExistsError(f"{path} is a file; --out names a folder")
+            cls.check_free(path)
             path.mkdir(parents=True, exist_ok=True)
         with _locked(path):  # before looking into it: another process may be about to write
             folder = cls(path)
             folder._remove_partial_files()
-            if any(path.iterdir()):
-                raise FileExistsError(
-                    f"{path} is not empty, and nothing is overwritten: choose another --out, or "
-                    "leave it out for a new folder under runs/"
-                )
+            cls.check_free(path)
             try:
                 yield folder
             finally:
                 with contextlib.suppress(OSError):
                     path.rmdir()  # refuses a folder that is not empty
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Refuse what :meth:`create` cannot take, and change nothing.
+
+        Raises:
+            FileExistsError: ``path`` is a file, or has something in it.
+        """
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(f"{path} is a file; --out names a folder")
+        partial = {leftover.name for leftover in path.glob(_PARTIAL)}
+        if path.is_dir() and any(entry.name not in partial for entry in path.iterdir()):
+            raise FileExistsError(
+                f"{path} is not empty, and nothing is overwritten: choose another --out, or "
+                "leave it out for a new folder under runs/"
+            )
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -151,7 +163,7 @@ class RunFolder:
 
     def _remove_partial_files(self) -> None:
         """Those that a killed process left; the lock is held, so nobody is writing them."""
-        for partial in self.path.glob(".*.partial"):
+        for partial in self.path.glob(_PARTIAL):
             remove_leftover(partial)
 
     def write_text(self, name: str, text: str) -> Path:
