@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -53,8 +54,17 @@ class Command:
             if told is None:
                 raise
             status, message = told
-            print(f"ueo-fast {self.name}: {message}", file=sys.stderr)
+            print(f"ueo-fast {self.name}: {harmless(message)}", file=sys.stderr)
             return status
+
+
+def harmless(text: str) -> str:
+    """Spell out what a terminal obeys: names and notes may come from a run folder of others."""
+    return _OBEYED.sub(lambda sign: repr(sign[0])[1:-1], text)
+
+
+# Control characters but for tab and line feed, and marks that reverse the text.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def _told(error: Exception) -> tuple[int, str] | None:
@@ -107,7 +117,7 @@ class Info:
 def _short_warnings() -> Iterator[None]:
     """Warnings as a sentence, without the line of ours that gave them."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {harmless(str(message))}\n"
     try:
         yield
     finally:
