@@ -23,19 +23,20 @@ if TYPE_CHECKING:  # lists of images need this module, but no numpy
 # pillow-heif. Not EPS and WMF, which start other programs, nor formats that contain another file
 # of any size (ICO, ICNS, FITS). TGA comes last, because it has no signature.
 _FORMATS = (
-    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000"),
+    *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000"),
     *("PPM", "PSD", "PCX", "SGI", "SUN", "DDS", "QOI", "XBM", "TGA"),
 )
 _HEIF = "HEIC needs pillow-heif: pip install pillow-heif (the extra [recipe] brings it)"
 _AVIF = "AVIF needs a Pillow that was built with it: pip install --upgrade pillow"
 _RAW = (
-    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".gpr", ".iiq"),
-    *(".k25", ".kdc", ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw"),
-    *(".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
+    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".eip", ".erf", ".fff"),
+    *(".gpr", ".iiq", ".k25", ".kdc", ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef"),
+    *(".raf", ".raw", ".rw2", ".rwl", ".rwz", ".sr2", ".srf", ".srw", ".x3f"),
 )
 _OTHERS = (
-    *(".ai", ".dcm", ".emf", ".eps", ".exr", ".fit", ".fits", ".hdr", ".icns", ".ico", ".jxl"),
-    *(".jxr", ".ps", ".psb", ".svg", ".wmf", ".xcf"),
+    *(".ai", ".bpg", ".cur", ".dcm", ".djvu", ".emf", ".eps", ".exr", ".fit", ".fits", ".flif"),
+    *(".hdp", ".hdr", ".icns", ".ico", ".jls", ".jph", ".jxl", ".jxr", ".pct", ".pict", ".ps"),
+    *(".psb", ".svg", ".svgz", ".wdp", ".wmf", ".xcf", ".xpm"),
 )
 UNREADABLE: dict[str, str] = {
     **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), _HEIF),
@@ -90,7 +91,7 @@ def formats() -> tuple[str, ...]:
 @cache
 def readable_extensions() -> frozenset[str]:
     """Extensions of the image files that can be read here, lower case with the dot."""
-    readable = formats()  # first: it registers more of them
+    readable = {*formats(), "MPO"}  # first: it registers more. To Pillow an MPO is a JPEG.
     return frozenset(
         extension for extension, name in Image.registered_extensions().items() if name in readable
     )
