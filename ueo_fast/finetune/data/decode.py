@@ -120,10 +120,7 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
         if _extension(path) in _RAW:
             raise ValueError(UNREADABLE[_extension(path)])
         with Image.open(path, formats=formats()) as image:
-            if max(image.size) > _MAX_ASPECT * min(image.size):
-                raise ValueError(
-                    f"sides of {image.width} x {image.height} pixels, more than {_MAX_ASPECT} to 1"
-                )
+            _check_sides(image)
             _check_memory(image)
             image.load()
             # Its EXIF may be broken where its pixels are not.
@@ -144,6 +141,7 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
         UnreadableImageError: of ``name``; the image cannot be decoded.
     """
     try:
+        _check_sides(image)
         if isinstance(image, ImageFile.ImageFile):  # else it is decoded already
             _check_memory(image)
         image.load()
@@ -154,6 +152,12 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
         raise
     except Exception as error:
         raise UnreadableImageError(name, _reason(name, error)) from error
+
+
+def _check_sides(image: Image.Image) -> None:
+    if 0 in image.size or max(image.size) > _MAX_ASPECT * min(image.size):
+        limit = "without area" if 0 in image.size else f"more than {_MAX_ASPECT} to 1"
+        raise ValueError(f"sides of {image.width} x {image.height} pixels, {limit}")
 
 
 def _check_memory(image: Image.Image) -> None:
