@@ -95,7 +95,7 @@ class Prediction:
         parts = [f"{len(self)} images"]
         if self.known is not None:
             known = int(self.known.sum())
-            parts.append(f"{known} known from MCM {self.threshold:.9g} on")
+            parts.append(f"{known} known (MCM of {self.threshold:.9g} or more)")
         if self.unreadable:
             parts.append(f"{len(self.unreadable)} unreadable")
         return f"Prediction({', '.join(parts)})"
