@@ -117,6 +117,7 @@ def test_no_file_that_a_run_names_is_opened(tmp_path, monkeypatch, target, every
         "javascript:alert(1)",
         "https://host/x.png",
         "//host/share/x.png",
+        "relative/x.png",
         "",
     ],
 )

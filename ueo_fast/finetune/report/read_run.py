@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from ueo_fast.finetune.data.names import printable
 from ueo_fast.finetune.engine.hooks import EpochRecord, StepRecord
@@ -275,22 +274,23 @@ def _links(
 ) -> dict[str, str]:
     """Of the images that a page names: where the run's own list says that they are.
 
-    Relative paths start at ``folder``, where the run was started. No file is looked at. A path that
-    is not absolute then, or that names another machine, gets no link.
+    The page names them as the user did, perhaps relative to ``folder``, where the run was started.
+    No file is looked at. A path in the list that is not absolute, or that names another machine,
+    gets no link.
     """
-    start = folder if isinstance(folder, str) else ""
+    start = printable(folder) if isinstance(folder, str) else ""
     if predictions is None:
         return {}
-    wanted = {one.path for one in (*predictions.lowest, *predictions.most_confident)}
+    wanted = {
+        os.path.normpath(os.path.join(start, one.path)): one.path
+        for one in (*predictions.lowest, *predictions.most_confident)
+    }
     part = lists["train"] if lists.get("test") is None else lists["test"]
     links = {}
     for path in _typed(_typed(part, dict, "images")["paths"], list, "paths"):
-        name = printable(_typed(path, str, "paths"))
-        if name not in wanted or not path or urlsplit(path).scheme:
-            continue
-        place = os.path.normpath(os.path.join(start, path))
-        if os.path.isabs(place) and not place.startswith(("//", "\\\\")):
-            link = Path(place).as_uri()  # percent-encoded
+        name = wanted.get(printable(_typed(path, str, "paths")))
+        if name is not None and os.path.isabs(path) and not path.startswith(("//", "\\\\")):
+            link = Path(path).as_uri()  # percent-encoded
             if len(link) <= _LONGEST_LINK:
                 links[name] = link
     return links
