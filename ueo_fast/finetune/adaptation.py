@@ -513,7 +513,7 @@ def _views(
 
 def _labels(images: ImageList, known: Sequence[str], *, needs_labels: bool) -> Tensor | None:
     """Of a folder or list. Nothing but metrics and the oracle needs them, so that images can do
-    without where they cannot be used: a photograph beside the class folders."""
+    without where they cannot be used: a photograph outside the class folders."""
     try:
         return match_labels(images, known, on_note=_warn if needs_labels else None)
     except ValueError:
