@@ -211,7 +211,7 @@ def test_one_image_has_no_verdict_unless_a_threshold_is_given():
     one = result.predict(make_images(1))
     assert (one.known, one.threshold, one.names) == (None, None, ("0",))
     assert result.predict(make_images(1), threshold=0.1).known.tolist() == [True]
-    with pytest.raises(ValueError, match="splits the scores in two, but there are 1"):
+    with pytest.raises(ValueError, match="so it needs at least 2, got 1"):
         result.predict(make_images(1), threshold="otsu")
     assert repr(one) == "Prediction(1 image)"
 
@@ -235,7 +235,7 @@ def test_results_are_shown_in_a_line(photos):
     assert f"{readable} images, 1 unreadable, {len(result.history)} steps" in repr(result)
     assert repr(result.target) == f"Target({readable} images, augmented, cosines, labels)"
     assert repr(result.predict(threshold=0.1)) == (
-        f"Prediction({readable} images, {readable} known from MCM 0.1 on)"
+        f"Prediction({readable} images, {readable} known (MCM of 0.1 or more))"
     )
     assert repr(read_images(photos)).endswith(", labelled)")
 

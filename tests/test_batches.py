@@ -306,14 +306,14 @@ class Fatal(Broken):
 @pytest.mark.parametrize(
     ("broken", "num_workers", "said"),
     [
-        (4, 2, r"was ended, mostly for lack of memory: DataLoader worker \(pid"),
+        (4, 2, r"was ended, most likely for lack of memory: DataLoader worker \(pid"),
         (5, 2, "no memory is left"),
         (4, 0, "no memory is left"),
     ],
 )
 def test_a_lack_of_memory_says_how_to_go_on(broken: int, num_workers: int, said: str) -> None:
     images = Fatal(8, [broken])
-    way_out = rf"{said}.*Take fewer processes \(--workers 1, or 0; in Python num_workers\)"
+    way_out = rf"{said}.*Use fewer processes \(--workers 1, or 0; in Python num_workers\)"
     with pytest.raises(LoadingError, match=way_out), loading_errors():
         list(tolerant_loader(images, 2, num_workers=num_workers))
     with pytest.raises(LoadingError, match=way_out), loading_errors():

@@ -188,7 +188,7 @@ def test_a_lack_of_memory_says_how_to_go_on(place, monkeypatch, tmp_path, capsys
         run = ["--run", str(place / "run"), "--workers", "0", "--data", str(place / "photos")]
         for words in (["evaluate", *run], ["score", *run, "--out", str(tmp_path / "s.csv")]):
             assert main(words) == 1
-            assert "no memory is left. Take fewer processes (--workers 1" in capsys.readouterr().err
+            assert "no memory is left. Use fewer processes (--workers 1" in capsys.readouterr().err
         out = tmp_path / "memory"
         assert finetune(place, str(out), "--epochs", "1") == 1
         error = capsys.readouterr().err

@@ -282,13 +282,13 @@ def test_errors_name_the_folder(tmp_path):
     good = make_run(tmp_path / "runs" / "good")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist; give folders of runs"):
         compare_runs([good, tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match=r"runs is no run .* but good in it may be: give .*/\*"):
+    with pytest.raises(ValueError, match=r"runs is not a run .* but good in it may be: give .*/\*"):
         compare_runs([tmp_path / "runs"])
-    with pytest.raises(ValueError, match=r"config\.json is no run of ueo-fast finetune"):
+    with pytest.raises(ValueError, match=r"config\.json is not a run of ueo-fast finetune"):
         compare_runs([good / "config.json"])
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "config.json").write_text(json.dumps({"tower": "bn", "seeds": [0]}))
-    with pytest.raises(ValueError, match=r"demo is no run .* has no method, model and seed"):
+    with pytest.raises(ValueError, match=r"demo is not a run .* has no method, model and seed"):
         compare_runs([tmp_path / "demo"])
     (tmp_path / "demo" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"demo/config\.json, line 1: Expecting property name"):

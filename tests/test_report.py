@@ -324,6 +324,22 @@ def test_links_lead_to_the_files_percent_encoded(ordinary):
         assert re.fullmatch(r"[A-Za-z0-9/._~%-]+", uri.path)
 
 
+def test_relative_paths_are_linked_from_where_the_run_was_started(tmp_path, monkeypatch):
+    started = tmp_path / "a folder"
+    started.mkdir()
+    monkeypatch.chdir(started)
+    run = make_run(started)
+    table = (run / "predictions.csv").read_text(encoding="utf-8")
+    (run / "predictions.csv").write_text(table.replace(f"{started}/", ""), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    page = parse_file(write_report(run))
+    links = section(page, "images").one("table", **{"class": "images sortable"}).find("a")
+    names = [row[0] for row in images_table(page)[1]]
+    found = [unquote(urlsplit(link.attributes["href"]).path) for link in links]
+    assert found == [str(started / "images" / name) for name in names]
+    assert len(found) == 60
+
+
 def test_a_page_begins_with_the_verdict(ordinary):
     run, page = ordinary
     before, _, after = metrics_of(run)

@@ -10,6 +10,7 @@ import warnings
 
 import numpy as np
 import pytest
+from report_page import parse_file, section
 from report_run import ReportRun, make_run
 
 from ueo_fast.finetune.data.names import printable
@@ -80,6 +81,21 @@ def test_few_images_are_at_both_ends(run):
     assert {p.image for p in found.most_confident} == {p.image for p in found.lowest}
     assert len(found.most_confident) == 3
     write_report(run)
+
+
+def test_of_few_images_each_is_likely_known_or_likely_unknown(run):
+    head = (run / "predictions.csv").read_text(encoding="utf-8").splitlines()[0]
+    rows = [f"{i}.png,{i}.png,,a,0.5,a,0.{9 - i},1.0,{str(i < 2).lower()}" for i in range(5)]
+    (run / "predictions.csv").write_text("\n".join([head, *rows]), encoding="utf-8")
+    found = read_run(run).predictions
+    assert [one.image for one in found.likely_known] == ["0.png", "1.png"]
+    assert [one.image for one in found.likely_unknown] == ["4.png", "3.png", "2.png"]
+    page = parse_file(write_report(run))
+    for name, images in (("images", found.likely_known), ("unknown", found.likely_unknown)):
+        items = section(page, name).one("ul", **{"class": "gallery"}).find("li")
+        assert [li.one("div", **{"class": "file"}).text for li in items] == [
+            one.image for one in images
+        ]
 
 
 def test_no_images_at_all(run):

@@ -171,7 +171,7 @@ def test_an_object_becomes_a_dataclass():
     assert as_record(Outer)({**SOUND, "one": None, "text": "t"}).text == "t"
     exact = as_record(Inner, all_of=["name", "numbers"])
     assert exact({"name": "a", "numbers": []}) == Inner("a", ())
-    with pytest.raises(ValueError, match="'later' is no option of this version of ueo_fast"):
+    with pytest.raises(ValueError, match="'later' is not an option of this version of ueo_fast"):
         exact({"name": "a", "numbers": [], "later": 1})
     with pytest.raises(KeyError, match="numbers"):
         exact({"name": "a"})

@@ -173,8 +173,8 @@ def test_what_was_chosen_elsewhere_is_taken_as_it_is():
 @pytest.mark.parametrize(
     ("kind", "scores", "is_known", "message"),
     [
-        ("otsu", [], None, "splits the scores in two, but there are 0; score more images, or give"),
-        ("gmm", [0.5], None, "splits the scores in two, but there are 1; score more images"),
+        ("otsu", [], None, "so it needs at least 2, got 0; score more images, or give"),
+        ("gmm", [0.5], None, "so it needs at least 2, got 1; score more images"),
         ("otsu", [0.5] * 4, None, "but all 4 are 0.5 (with a single class the MCM score is always"),
         ("gmm", [1.0] * 4, None, "but all 4 are 1.0 (with a single class"),
         ("otsu", [0.1, math.nan], None, "scores has NaN or infinity; none can be ranked"),

@@ -137,8 +137,8 @@ _ALL = (
             "Watch a real CLIP being adapted to unlabelled images with unknown classes among them. "
             "A tiny CLIP learns to read handwritten digits; then the images change and some digits "
             "are taken off the list of classes. Zero-shot, AdaBN, EntMin, InfoMax and UEO are "
-            "compared from the same start. Nothing is downloaded; the defaults take one "
-            "to two minutes on two cores."
+            "compared from the same start. Nothing is downloaded; the defaults take about "
+            "three minutes on one core."
         ),
         config="demo.config:DemoConfig",
         entry="demo.run:run_demo",
@@ -159,9 +159,9 @@ _ALL = (
     ),
     Command(
         name="evaluate",
-        summary="zero-shot beside adapted on labelled images",
+        summary="compare zero-shot and adapted on labelled images",
         description=(
-            "Metrics of a run's adapted CLIP beside zero-shot CLIP, on images with labels (class "
+            "Metrics of a run's adapted CLIP next to zero-shot CLIP, on images with labels (class "
             "folders, or a list or CSV with labels). Labels that are not among the run's classes "
             "are unknown images."
         ),

@@ -95,7 +95,7 @@ class Prediction:
         parts = [plural(len(self), "image")]
         if self.known is not None:
             known = int(self.known.sum())
-            parts.append(f"{known} known from MCM {self.threshold:.9g} on")
+            parts.append(f"{known} known (MCM of {self.threshold:.9g} or more)")
         if self.unreadable:
             parts.append(f"{len(self.unreadable)} unreadable")
         return f"Prediction({', '.join(parts)})"
@@ -530,7 +530,7 @@ def _check_given_labels(labels: object, classes: int) -> None:
 
 def _labels(images: ImageList, known: Sequence[str], *, needs_labels: bool) -> Tensor | None:
     """Of a folder or list. Nothing but metrics and the oracle needs them, so that images can do
-    without where they cannot be used: a photograph beside the class folders."""
+    without where they cannot be used: a photograph outside the class folders."""
     try:
         return match_labels(images, known, on_note=_warn if needs_labels else None)
     except ValueError:

@@ -163,7 +163,7 @@ def load_base(
         return loaded
     if not base.name:
         raise ValueError(
-            "the base model has no name, because the one who saved this had none; name it: "
+            "the base model has no name, because it was not loaded by name (load_clip); name it: "
             f"{option('model', 'NAME')}"
         )
     if not is_known(base):

@@ -136,7 +136,7 @@ def identify(model: str) -> str:
         return _LOCAL + str(folder.absolute())
     names = open_clip.list_models()
     raise ValueError(
-        f"model={model!r} is no folder and no model of open_clip{_closest(cleaned, names)}. "
+        f"model={model!r} is neither a folder nor a model of open_clip{_closest(cleaned, names)}. "
         f"`python -c 'import open_clip; print(open_clip.list_models())'` lists all {len(names)}"
     )
 
@@ -391,7 +391,7 @@ def _check_folder(folder: Path) -> None:
         raise FileNotFoundError(f"the model's folder {folder} does not exist")
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(
-            f"the folder {folder} has no {CONFIG}, so it is no model of open_clip; "
+            f"the folder {folder} has no {CONFIG}, so it is not an open_clip model; "
             "open_clip.push_to_hf_hub's save_for_hf writes such folders"
         )
     if not any(path.suffix in _FOLDER_SUFFIXES for path in folder.iterdir()):
@@ -453,7 +453,7 @@ def plain_checkpoint(source: Source) -> Iterator[Source]:
 
     A checkpoint of a wrapped model (``module.``, ``_orig_mod.``, both, anywhere in its names, or an
     attribute that held the model in front of all of them) is written anew, without these names,
-    into a temporary folder. NumPy scalars beside the weights may be read. Nothing in a file is run.
+    into a temporary folder. NumPy scalars next to the weights may be read. No code in a file runs.
     """
     safe = torch.serialization.safe_globals(_NUMPY)
     with tempfile.TemporaryDirectory() as folder, safe:

@@ -75,7 +75,7 @@ class FinetuneConfig:
         default=False,
         metadata=_help(
             "go on with the run in --out where it was stopped, with its own options, kept in its "
-            "config.json. Other options are not needed beside it: one that differs from the run's "
+            "config.json. Other options are not needed: one that differs from the run's "
             "is refused, and one that has its default value is ignored. Only --model (and "
             "--pretrained) may differ, for a model that is elsewhere now; its weights must be the "
             "same"
@@ -85,7 +85,7 @@ class FinetuneConfig:
         default=None,
         metadata=_help(
             "folder that the paths in a list or CSV are relative to; default: the file's own "
-            "folder. It says nothing about folders of images"
+            "folder. It has no effect on a folder of images"
         ),
     )
     follow_links: bool = field(

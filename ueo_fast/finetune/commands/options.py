@@ -156,7 +156,7 @@ class ScoreConfig:
         default=None,
         metadata={
             "help": "labelled images, given like --data, from which the threshold tpr95 is taken; "
-            "all must be readable. Best are images that the run was not trained on"
+            "all must be readable. Images that the run was not trained on are best"
         },
     )
     mcm_scale: float | None = field(

@@ -128,7 +128,9 @@ def _kept_cosines(folder: RunFolder, problem: Problem) -> dict[str, Tensor]:
                 folder.path / ZERO_SHOT, f"{name} is {what}, expected {shape} of floating point"
             )
         if not (found.abs() <= 1.1).all():  # NaN neither
-            raise BrokenFileError(folder.path / ZERO_SHOT, f"{name} has values that are no cosines")
+            raise BrokenFileError(
+                folder.path / ZERO_SHOT, f"{name} has values that are not cosines"
+            )
     return tensors
 
 

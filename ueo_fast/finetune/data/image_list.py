@@ -217,7 +217,7 @@ def match_labels(
     2. Else one that agrees with a class name but for hyphens and spaces (``T-shirt``, ``tshirt``)
        or in the way that its number is written (``1.0``, ``01``) is that class.
     3. Where no label is a class name, whole numbers (also ``1.0``) are places in ``class_names``,
-       counted from 0; other labels beside them (``unknown``) and other numbers are unknown.
+       counted from 0; other labels next to them (``unknown``) and other numbers are unknown.
 
     Every other label is unknown.
 
@@ -259,8 +259,8 @@ def match_labels(
         raise ValueError(
             f"{counted(missing)} of {len(images)} images {'has' if len(missing) == 1 else 'have'} "
             "no label, while others have labels that are classes; give every image a label, or "
-            "none. In a folder, move the images that lie beside the class folders into one; if its "
-            "name is no class they are unknown"
+            "none. In a folder, move the images outside the class folders into one; if its name is "
+            "not a class, they are unknown"
         )
     unknown = Counter({label: n for label, n in counts.items() if label not in places})
     notes = [note, _note_on_unknown(unknown)]

@@ -138,12 +138,12 @@ def loading_errors() -> Iterator[None]:
             raise
         said = str(error).partition("\n")[0]
         raise LoadingError(
-            f"a process that loads images was ended, mostly for lack of memory: {said} {_LESS}"
+            f"a process that loads images was ended, most likely for lack of memory: {said} {_LESS}"
         ) from error
 
 
 _LESS = (
-    "Take fewer processes (--workers 1, or 0; in Python num_workers) or a smaller batch, or scale "
+    "Use fewer processes (--workers 1, or 0; in Python num_workers) or a smaller batch, or scale "
     "large images down"
 )
 

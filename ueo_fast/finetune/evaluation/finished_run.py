@@ -113,10 +113,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         inside = sorted(each.parent.name for each in path.glob("*/config.json"))
         hint = f"; but {', '.join(inside[:3])} in it may be: give {path}/*" if inside else ""
-        raise ValueError(f"{path} is no run of ueo-fast finetune: no config.json{hint}") from None
+        raise ValueError(
+            f"{path} is not a run of ueo-fast finetune: it has no config.json{hint}"
+        ) from None
     if not {"method", "model", "seed"} <= set(config):
         raise ValueError(
-            f"{path} is no run of ueo-fast finetune: its config.json has no method, model and seed"
+            f"{path} is not a run of ueo-fast finetune: its config.json has no method, model "
+            "and seed"
         )
     read_object(path / "config.json", as_record(_Config))  # they are of the right types
     return config

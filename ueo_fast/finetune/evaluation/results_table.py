@@ -253,7 +253,7 @@ def doubts(
     if len(classes) == 1:
         return [
             f"the list has a single class, {classes[0]!r}: every image is put into it with "
-            "probability and MCM score 1, so nothing can be learnt and no unknown image be found. "
+            "probability and MCM score 1, so nothing can be learnt and no unknown image found. "
             "List more classes, for example what else the images may show"
         ]
     found = []

@@ -141,8 +141,8 @@ def as_record(kind: type[T], *, all_of: Iterable[str] | None = None) -> Callable
     def convert(value: Any) -> T:
         if wanted is not None and (unknown := sorted(value.keys() - wanted)):
             raise ValueError(
-                f"{unknown[0]!r} is no option of this version of ueo_fast (environment.json beside "
-                "it says which version wrote it)"
+                f"{unknown[0]!r} is not an option of this version of ueo_fast (environment.json "
+                "next to it says which version wrote it)"
             )
         if wanted is not None and (missing := sorted(wanted - value.keys())):
             raise KeyError(missing[0])

@@ -340,7 +340,15 @@ def environment(threads: int) -> dict[str, Any]:
         "threads": threads,
         "versions": {name: _version(name) for name in _PACKAGES},
         "argv": sys.argv[1:],
+        "folder": _current_folder(),  # where relative paths start
     }
+
+
+def _current_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
 
 
 def _version(package: str) -> str | None:

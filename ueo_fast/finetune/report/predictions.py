@@ -98,6 +98,11 @@ class Predictions:
         """The images to look at first: the lowest scores that do not count as known."""
         return tuple(one for one in self.lowest[:KEPT] if not one.known)
 
+    @property
+    def likely_known(self) -> tuple[Prediction, ...]:
+        """The highest scores that do not count as unknown."""
+        return tuple(one for one in self.most_confident if one.known is not False)
+
     def __len__(self) -> int:
         return len(self.group)
 

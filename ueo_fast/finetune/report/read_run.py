@@ -163,6 +163,7 @@ def read_run(path: Path) -> RunData:
             "(the results of ueo-fast demo are in its results.md)"
         )
     problem = _read_if_there(path / "problem.json", _problem)
+    environment = _read_if_there(path / "environment.json", dict) or {}
     stopped, seconds, threshold = _read_if_there(path / "finished.json", _finished) or _NOT_FINISHED
     predictions_file = path / "predictions.csv"
     predictions = (
@@ -177,7 +178,7 @@ def read_run(path: Path) -> RunData:
     return RunData(
         path=path,
         config=config,
-        environment=_read_if_there(path / "environment.json", dict) or {},
+        environment=environment,
         problem=problem,
         steps=tuple(value for _, value in sorted({s.step: s for s in steps}.items())),
         epochs=tuple(value for _, value in sorted({e.epoch: e for e in epochs}.items())),
@@ -192,7 +193,11 @@ def read_run(path: Path) -> RunData:
             else KnownCounts(predictions.known, predictions.unknown, *threshold)
         ),
         thumbnails=_read_if_there(path / THUMBNAILS, _thumbnails) or {},
-        links=_read_if_there(path / "images.json", lambda lists: _links(lists, predictions)) or {},
+        links=_read_if_there(
+            path / "images.json",
+            lambda lists: _links(lists, predictions, environment.get("folder")),
+        )
+        or {},
     )
 
 
@@ -264,19 +269,27 @@ def _thumbnails(value: dict[str, Any]) -> dict[str, Thumbnail]:
 _LONGEST_LINK = 1000
 
 
-def _links(lists: dict[str, Any], predictions: Predictions | None) -> dict[str, str]:
+def _links(
+    lists: dict[str, Any], predictions: Predictions | None, folder: object
+) -> dict[str, str]:
     """Of the images that a page names: where the run's own list says that they are.
 
-    No file is looked at. A path that is not absolute, or that names another machine, gets no link.
+    The page names them as the user did, perhaps relative to ``folder``, where the run was started.
+    No file is looked at. A path in the list that is not absolute, or that names another machine,
+    gets no link.
     """
+    start = printable(folder) if isinstance(folder, str) else ""
     if predictions is None:
         return {}
-    wanted = {one.path for one in (*predictions.lowest, *predictions.most_confident)}
+    wanted = {
+        os.path.normpath(os.path.join(start, one.path)): one.path
+        for one in (*predictions.lowest, *predictions.most_confident)
+    }
     part = lists["train"] if lists.get("test") is None else lists["test"]
     links = {}
     for path in _typed(_typed(part, dict, "images")["paths"], list, "paths"):
-        name = printable(_typed(path, str, "paths"))
-        if name in wanted and os.path.isabs(path) and not path.startswith(("//", "\\\\")):
+        name = wanted.get(printable(_typed(path, str, "paths")))
+        if name is not None and os.path.isabs(path) and not path.startswith(("//", "\\\\")):
             link = Path(path).as_uri()  # percent-encoded
             if len(link) <= _LONGEST_LINK:
                 links[name] = link

@@ -122,6 +122,7 @@ def facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
         "cpus": "processors",
         "threads": "threads used",
         "seeds": "seeds",
+        "folder": "current folder",
     }
     rows = [
         (titles.get(key, key.replace("_", " ")), value_text(value))

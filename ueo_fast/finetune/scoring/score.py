@@ -90,8 +90,8 @@ class ScoreSummary:
         how = "" if self.kind == "value" else f" ({self.kind})"
         lines = [
             f"{plural(self.images, 'image')} scored: {self.known} known, {self.unknown} unknown",
-            f"known from MCM {self.threshold:.9g}{how} on; scores from {self.lowest:.9g} to "
-            f"{self.highest:.9g}",
+            f"known: MCM of {self.threshold:.9g}{how} or more; the scores range from "
+            f"{self.lowest:.9g} to {self.highest:.9g}",
             f"MCM at scale {self.scales.mcm_scale:g}, probabilities at the model's own scale "
             f"{self.scales.probability_scale:.6g}: the two cannot be compared",
         ]

@@ -157,8 +157,8 @@ def threshold_of_sorted(
         return _tpr95(ordered, warn)
     if len(ordered) < 2:
         raise ValueError(
-            f"threshold={threshold.kind!r} splits the scores in two, but there are {len(ordered)}; "
-            f"score more images, or {WAY_OUT}"
+            f"threshold={threshold.kind!r} splits the scores in two, so it needs at least 2, got "
+            f"{len(ordered)}; score more images, or {WAY_OUT}"
         )
     if ordered[0] == ordered[-1]:
         raise ValueError(
