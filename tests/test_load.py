@@ -328,7 +328,7 @@ def test_unusable_weights_name_the_file(tmp_path, folder, named, monkeypatch):
 def test_a_tokenizer_comes_by_name(folder):
     assert load_tokenizer(str(folder))(["x"]).shape == (1, 16)
     assert load_tokenizer("RN50")(["x"]).shape == (1, 77)
-    with pytest.raises(ValueError, match="no model of open_clip"):
+    with pytest.raises(ValueError, match="neither a folder nor a model of open_clip"):
         load_tokenizer("nothing like it")
 
 
