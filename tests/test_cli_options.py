@@ -182,6 +182,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("method: uoe", "method: expected one of zeroshot, ueo"),
         ("epoch: 1", "there is no option 'epoch'"),
         ("? [a, b]\n: 1", "an option has one value"),
+        ("preset: [authors]", "preset: expected one of authors"),
+        ("preset: author", "preset: expected one of authors"),
         ("out: !!python/object/apply:os.system ['x']", "got a list"),
         ("out: !!python/name:os.system x", "tag:yaml.org,2002:python/name:os.system is not"),
         ("out: !x y", "the tag !x is not allowed"),

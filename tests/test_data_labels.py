@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ueo_fast.finetune.commands.problem import Labelled
+from ueo_fast.finetune.data import text_files
 from ueo_fast.finetune.data.image_list import (
     ImageList,
     match_labels,
@@ -215,6 +216,14 @@ def test_class_names_are_checked(tmp_path: Path, content: bytes, message: str) -
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_class_names(path)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a file without end")
+def test_a_list_without_end_is_not_read_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "MOST_BYTES", 2**20)
+    for read in (read_class_names, read_images):
+        with pytest.raises(ValueError, match="/dev/zero has more than 1,048,576 bytes"):
+            read("/dev/zero")
 
 
 def test_a_missing_file_of_class_names_is_named(tmp_path: Path) -> None:

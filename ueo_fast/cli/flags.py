@@ -284,7 +284,9 @@ def _from_file(
     try:
         for key, written in read_options(Path(path)).items():
             name = key.replace("-", "_")
-            if name == "preset" and presets and (written is None or written in presets):
+            if name == "preset" and presets:
+                if written is not None and (isinstance(written, list) or written not in presets):
+                    raise ValueError(f"preset: expected one of {', '.join(presets)}")
                 values[name] = written
                 continue
             if name not in options:

@@ -14,6 +14,9 @@ from ueo_fast.finetune.data.names import printable, shown
 Label = str | int | None
 """A class name or a place in a list of classes, as it is written, or nothing."""
 
+MOST_BYTES = 2**29
+"""Of a list: more than the paths of some million images take, and less than a device's."""
+
 _PATH_COLUMNS = ("path", "image")
 _LABEL_COLUMNS = ("label", "class")
 
@@ -123,7 +126,13 @@ def read_text(path: Path, *, errors: str = "strict") -> str:
     """
     name = shown(printable(path))
     try:
-        text = path.read_text(encoding="utf-8-sig", errors=errors)
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"{name} has more than {MOST_BYTES:,} bytes; give a shorter list")
+        text = io.IncrementalNewlineDecoder(None, translate=True).decode(
+            data.decode("utf-8-sig", errors), final=True
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 ({error.reason}); save it as UTF-8") from error
     except FileNotFoundError as error:
