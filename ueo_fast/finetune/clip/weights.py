@@ -442,7 +442,7 @@ _NUMPY: list[Any] = [
     *{type(np.dtype(code)) for code in _SCALARS},
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-"""What a pickle of NumPy scalars names: types of numbers and texts, and the function that makes one."""
+"""What a pickle of NumPy scalars names: their types, and the function that makes one."""
 _WRAPPERS = {"module", "_orig_mod"}
 """Names that DataParallel and torch.compile put before or between those of a model."""
 
