@@ -137,8 +137,27 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="parts must not be empty"):
         GradCache(problem.encode, [])
     cache = GradCache(problem.encode, problem.images.split(25))
-    with pytest.raises(RuntimeError, match=r"call loss\.backward\(\) before cache\.backward\(\)"):
+    early = pytest.raises(RuntimeError, match=r"call loss\.backward\(\) before cache\.backward\(\)")
+    with early:
         cache.backward()
+    problem.loss(cache.features).backward()
+    cache.backward()
+    with early:  # it would add the same gradient once more
+        cache.backward()
+    with pytest.raises(TypeError, match=r"split it, e\.g\. images\.split\(32\)"):
+        GradCache(problem.encode, problem.images)
+
+
+def test_a_frozen_encoder_leaves_its_share_out():
+    problem = Problem()
+    problem.tower.requires_grad_(False)
+    problem.loss(problem.encode(problem.images)).backward()
+    wanted, problem.text.grad = problem.text.grad, None
+    cache = GradCache(problem.encode, problem.images.split(25))
+    problem.loss(cache.features).backward()
+    cache.backward()
+    torch.testing.assert_close(problem.text.grad, wanted)
+    assert all(value.grad is None for value in problem.tower.parameters())
 
 
 RANKS = """

@@ -40,6 +40,7 @@ class GradCache(Generic[Part]):
         features: (B, ...) of all parts, a leaf of the graph that requires a gradient.
 
     Raises:
+        TypeError: ``parts`` is one tensor, whose parts would be its rows.
         ValueError: there are no parts.
 
     Source: Gao et al., *Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup*,
@@ -47,6 +48,8 @@ class GradCache(Generic[Part]):
     """
 
     def __init__(self, encode: Callable[[Part], Tensor], parts: Iterable[Part]) -> None:
+        if isinstance(parts, Tensor):
+            raise TypeError("parts is one tensor: split it, e.g. images.split(32)")
         self._encode = encode
         self._parts = list(parts)
         if not self._parts:
@@ -62,10 +65,11 @@ class GradCache(Generic[Part]):
         self.features = torch.cat(features).detach().requires_grad_()
 
     def backward(self) -> None:
-        """Add the gradients of ``encode``'s parameters to their ``.grad``.
+        """Add the gradients of ``encode``'s parameters to their ``.grad``, and clear ``features``'.
 
         Raises:
-            RuntimeError: the loss was not differentiated by ``features`` yet.
+            RuntimeError: the loss was not differentiated by ``features``, or not again since the
+                last call.
         """
         gradient = self.features.grad
         if gradient is None:
@@ -81,7 +85,10 @@ class GradCache(Generic[Part]):
                 if on_gpu is not None:
                     torch.cuda.set_rng_state(on_gpu)
                 features = self._encode(part)
-            features.backward(share)
+            # Where encode has nothing to train (a frozen tower beside a prompt) nothing is added.
+            if features.requires_grad or not torch.is_grad_enabled():
+                features.backward(share)
+        self.features.grad = None  # a second call would add the same once more
 
 
 def _gpu_rng_state() -> Tensor | None:
