@@ -7,6 +7,7 @@ import csv
 import math
 import shutil
 import warnings
+from collections import deque
 
 import numpy as np
 import pytest
@@ -129,6 +130,9 @@ def test_files_and_pictures_may_come_in_any_form(photos):
         files,
         tuple(map(str, files)),
         iter(files),
+        deque(files),
+        dict(enumerate(files)).values(),
+        np.array(list(map(str, files))),  # a column of a table is like it
         [Image.open(file) for file in files],
         [Image.open(file).convert("RGB") for file in files],
     ):
@@ -152,6 +156,13 @@ def test_a_picture_in_memory_may_be_broken(photos, tmp_path):
     result = run(pictures * 2, KNOWN)
     assert [name for name, _ in result.unreadable] == ["1", "3"]
     assert result.names == ("0", "2")
+    odd = [Image.new("RGB", size) for size in ((0, 0), (0, 9), (4000, 2))]
+    found = result.predict([*pictures, *odd]).unreadable
+    assert [reason.partition(" pixels, ")[2] for _, reason in found[1:]] == [
+        "without area",
+        "without area",
+        "more than 1000 to 1",
+    ]
     assert result.predict(pictures).names == ("0",)
 
 
@@ -202,6 +213,7 @@ def test_one_image_has_no_verdict_unless_a_threshold_is_given():
     assert result.predict(make_images(1), threshold=0.1).known.tolist() == [True]
     with pytest.raises(ValueError, match="so it needs at least 2, got 1"):
         result.predict(make_images(1), threshold="otsu")
+    assert repr(one) == "Prediction(1 image)"
 
 
 def test_an_answer_that_is_no_number_is_left_out():
@@ -342,6 +354,18 @@ def test_a_base_is_recorded_where_it_is_told(tmp_path):
         ({"images": ["nowhere.png"]}, "nowhere.png) of 1 paths are not a file"),
         ({"images": ["."]}, "a folder is given by itself"),
         ({"images": ["a.png", 7]}, "images[1] is of type int, but images[0] of type str"),
+        (
+            {"images": torch.zeros(COUNT, 3, 32, 32, dtype=torch.uint8)},
+            "images has dtype torch.uint8",
+        ),
+        (
+            {"images": Counted([Image.new("RGB", (9, 9))])},
+            "images[0] is of type Image, but an item",
+        ),
+        ({"images": Counted([{"image": 0}])}, "images[0] is of type dict, but an item"),
+        ({"labels": [0] * COUNT}, "labels must be a tensor (N,) of integers, got list"),
+        ({"labels": torch.zeros(COUNT)}, "labels must be a tensor (N,) of integers"),
+        ({"labels": torch.full((COUNT,), 70)}, "labels has 70, but must be positions"),
         ({"images": [np.zeros((9, 9, 3))]}, "PIL.Image.fromarray makes one of an array"),
         ({"method": "oracle"}, "the oracle is told"),
         ({"config": TrainerConfig(batch_size=1)}, "batch_size is 1, but UEO compares"),
@@ -356,7 +380,7 @@ def test_an_argument_that_is_wrong_is_named(options, message):
 
 def test_labels_and_augmentation_of_files_are_their_own(photos):
     with pytest.raises(ValueError, match="labels goes with images that have none"):
-        run(photos, KNOWN, labels=torch.zeros(3))
+        run(photos, KNOWN, labels=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="augmented goes with a dataset or tensor"):
         run(photos, KNOWN, augmented=Counted(make_images(3)))
     files = sorted((photos / "zero").glob("*.png"))

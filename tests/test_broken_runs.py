@@ -259,3 +259,31 @@ def test_a_broken_file_is_named(place, tmp_path, capsys, name, file):
 def test_a_broken_file_is_named_with_every_value(place, tmp_path, capsys, name, file):
     found = list(problems(name, place, file, tmp_path, capsys, every=True))
     assert not found, "\n".join(found)
+
+
+STEERING = "\x1b]0;x\x07\r\x9b\u202e"
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change"),
+    [
+        ("compare", "config.json", lambda value: {**value, "data": "photos" + STEERING}),
+        ("compare", "problem.json", lambda value: {**value, "unknown": [STEERING]}),
+        ("compare", "metrics.jsonl", lambda value: {**value, "title": STEERING}),
+        (
+            *("evaluate", "images.json"),
+            lambda value: {**value, "train": {**value["train"], "note": STEERING}},
+        ),
+    ],
+)
+def test_no_text_of_a_run_steers_the_terminal(place, tmp_path, capsys, name, file, change):
+    """Notes, titles and paths of a run that somebody shared are printed, but not obeyed."""
+    run = Path(shutil.copytree(place / "run", tmp_path / "run"))
+    values, written = objects(run / file)
+    (run / file).write_bytes(written([change(values[0]), *values[1:]]))
+    beside = [str(place / "run")] if name == "compare" else []
+    capsys.readouterr()
+    assert main([*words_of(name, place, run), *beside]) == 0
+    said = capsys.readouterr().out
+    assert r"\x1b]0;x\x07\r\x9b\u202e" in said
+    assert not set(STEERING[:1] + STEERING[-3:]) & set(said)

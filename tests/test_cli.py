@@ -335,6 +335,7 @@ def test_the_public_names_are_there_before_they_are_imported():
         "from ueo_fast import *\n"
         "import torch\n"
         "assert ueo_loss is ueo_fast.ueo_loss is ueo_fast.functional.ueo_loss\n"
+        "assert all(getattr(ueo_fast, name).__name__ == name for name in ueo_fast.__all__)\n"
         "assert ueo_fast.reference.ueo_loss\n"
         "assert hasattr(torch.ops.ueo_fast, 'ueo_loss_forward')"
     )

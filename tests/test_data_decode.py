@@ -326,6 +326,15 @@ def test_formats_are_a_closed_list() -> None:
     assert {"JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM"} <= set(formats())
 
 
+def test_the_pictures_of_a_3d_camera_are_read(tmp_path: Path) -> None:
+    """Pillow has a format for their extension, but opens them as JPEG."""
+    first, second = Image.new("RGB", (16, 12), (200, 30, 10)), Image.new("RGB", (16, 12))
+    path = tmp_path / "a.MPO"
+    first.save(path, format="MPO", save_all=True, append_images=[second])
+    assert np.abs(decoded(path).astype(int) - (200, 30, 10)).max() <= 2
+    assert ".mpo" in decode.readable_extensions()
+
+
 def test_heic_is_read_where_pillow_heif_is(tmp_path: Path) -> None:
     pytest.importorskip("pillow_heif")
     formats()

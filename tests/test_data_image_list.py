@@ -214,9 +214,10 @@ def test_a_single_image_is_a_list_of_one(tmp_path: Path) -> None:
 def test_what_pillow_opens_is_an_image() -> None:
     assert {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif"} <= readable_extensions()
     for extension in readable_extensions():
-        assert Image.registered_extensions()[extension] in Image.OPEN
+        # An MPO is opened as a JPEG.
+        assert Image.registered_extensions()[extension] in {*Image.OPEN, "MPO"}
     # Images that cannot be read are listed too, so that nobody misses them.
-    assert {".heic", ".cr2", ".nef", ".arw", ".dng", ".svg", ".eps"} <= image_extensions()
+    assert {".heic", ".cr2", ".nef", ".arw", ".dng", ".svg", ".eps", ".bpg"} <= image_extensions()
     assert not {".txt", ".pdf", ".mpg", ".mov", ".h5", ".csv"} & image_extensions()
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+import operator
 import statistics
 
 import pytest
 import torch
 
+from ueo_fast.finetune.demo import run
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.digits import (
     load_digits,
@@ -133,6 +135,34 @@ def test_options_reach_the_methods():
     assert trained["UEO"].mcm_scale == 3
 
 
+def test_seeds_in_processes_of_their_own_give_the_same_numbers(tmp_path, capsys):
+    def numbers(threads):
+        out = tmp_path / str(threads)
+        run_demo(DemoConfig(tower="vit", seeds=(6, 5), out=str(out), threads=threads, **SMALL))
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        records = [{**json.loads(line), "seconds": None} for line in lines]
+        return sorted(records, key=lambda r: r["seed"]), (out / "results.md").read_text()
+
+    one, page = numbers(1)
+    two, other = numbers(2)
+    assert one == two
+    assert page.partition(" s on ")[0].rpartition("\n")[0] == (
+        other.partition(" s on ")[0].rpartition("\n")[0].replace(" --threads 2", " --threads 1")
+    )
+    assert "on 2 threads of" in other
+    assert "seed 6: UEO" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "error"), [("_run_elsewhere", TypeError), ("_start", OSError)], ids=["seed", "start"]
+)
+def test_what_fails_in_another_process_fails_the_run(tmp_path, monkeypatch, place, error):
+    monkeypatch.setattr(run, place, operator.index)  # which takes no config, and no queue
+    config = DemoConfig(tower="vit", seeds=(5, 6), out=str(tmp_path / "x"), threads=2, **SMALL)
+    with pytest.raises(error):
+        run_demo(config)
+
+
 def test_mcm_scale_changes_the_history(start):
     assert (
         run_method(*start, UEO(mcm_scale=1.0)).history
@@ -169,7 +199,7 @@ def test_ueo_beats_zero_shot_on_its_recipe(digits):
     config = DemoConfig(seeds=(30, 31))
     gains = []
     before = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(1)
     try:
         for seed in config.seeds:
             problem = make_problem(config, digits, seed)

@@ -393,6 +393,7 @@ def test_a_training_checkpoint_with_numpy_scalars_loads(tmp_path, named):
     path = tmp_path / "weights.pt"
     state = tiny_clip("bn", 3).state_dict()
     scalars = {"epoch": np.int64(3), "loss": np.float32(0.5), "done": np.bool_(False)}
+    scalars |= {"best": np.str_("last"), "note": np.bytes_(b"x")}
     torch.save({**scalars, "state_dict": state}, path)
     assert load_clip("tiny-bn", f"plain={path}").base.fingerprint == fingerprint(tiny_clip("bn", 3))
     torch.save({"module.x": Bomb(), "state_dict": state}, path)

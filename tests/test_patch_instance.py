@@ -210,6 +210,19 @@ def test_moving_and_casting():
     assert model.to("meta")(x.to("meta")).shape == (2, 1024)
 
 
+@pytest.mark.parametrize("name", ["RN50", "ViT-B-32"])
+def test_on_the_meta_device_it_has_the_shapes_of_the_original(name):
+    model = small() if name == "RN50" else tower(name, 32, layers=1, width=64)
+    model = model.to_empty(device="meta")
+    x = torch.empty(2, 3, 32, 32, device="meta", requires_grad=True)
+    wanted = model(x).shape
+    patch_all(model)
+    y = model(x)
+    y.sum().backward()
+    assert y.is_meta
+    assert (y.shape, x.grad.shape) == (wanted, x.shape)
+
+
 def test_frozen_or_trained_is_seen_in_every_call():
     eager = small()
     model = copy.deepcopy(eager)

@@ -259,6 +259,24 @@ def test_weights_that_were_replaced_are_refused(place, tmp_path, command, capsys
     assert "its weights were replaced" in error
 
 
+def test_resume_sees_what_no_fingerprint_does(place, tmp_path, capsys):
+    """Another preprocessing would mix two models in one table."""
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    load_clip(str(model))
+    run = renamed(place / "run", tmp_path / "run", f"local-dir:{model}")
+    config = json.loads((model / "open_clip_config.json").read_text())
+    kept = json.dumps(config)
+    config["preprocess_cfg"] = {**config.get("preprocess_cfg", {}), "mean": [9, 0.3, -9]}
+    (model / "open_clip_config.json").write_text(json.dumps(config))
+    assert use("resume", place, run) == 2
+    error = capsys.readouterr().err
+    assert "the model is not the one that the run began with: for " in error
+    assert "from those in zero_shot.safetensors. Restore its preprocessing" in error
+    (model / "open_clip_config.json").write_text(kept)
+    (run / "finished.json").touch()
+    assert use("resume", place, run) == 0
+
+
 def test_resume_before_the_model_was_recorded(place, tmp_path, elsewhere, capsys):
     shared = renamed(place / "run", tmp_path / "run", f"local-dir:{place / 'model'}")
     (shared / BASE).unlink()

@@ -233,6 +233,10 @@ def test_vmap():
     confidence = torch.rand(3, 60) + 0.1
     expected = torch.stack([ueo_loss(z, w) for z, w in zip(batches, confidence, strict=True)])
     torch.testing.assert_close(torch.vmap(ueo_loss)(batches, confidence), expected)
+    pairs = [ueo_loss_and_grad(batch, row) for batch, row in zip(batches, confidence, strict=True)]
+    losses, grads = torch.vmap(ueo_loss_and_grad)(batches, confidence)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(grads, torch.stack([grad for _, grad in pairs]))
 
 
 def test_peak_memory_of_forward_and_backward():

@@ -46,7 +46,9 @@ if not TYPE_CHECKING:  # which would take any name for a known one
             return import_module(f"{__name__}.{name}")
         if name in __all__:
             for room in map(import_module, (f"{__name__}.{room}" for room in _ROOMS)):
-                globals().update({key: getattr(room, key) for key in __all__ if hasattr(room, key)})
+                found = {key: getattr(room, key, None) for key in __all__}
+                # Not the submodule patch.layer_norm, which has the name of a function.
+                globals().update({key: value for key, value in found.items() if callable(value)})
             return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, distributed
@@ -102,6 +102,11 @@ def _reference(
         eps=eps,
     )
     return terms[0] - trade_off * terms[1], UEOStats(*(term.detach().clone() for term in terms))
+
+
+def _with_results(*args: Any) -> tuple[Tensor, tuple[Tensor, UEOStats]]:
+    loss, stats = _reference(*args)
+    return loss, (loss, stats)
 
 
 def _stats(summary: Tensor, marginal: Tensor) -> UEOStats:
@@ -258,10 +263,10 @@ def ueo_loss_and_grad(
     if chosen == "reference":
         backends.check_memory("logits", logits)
         with torch.inference_mode(False), torch.enable_grad():
-            leaf = args[0].detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-            loss, stats = _reference(leaf, *args[1:])
-            (grad,) = torch.autograd.grad(loss, leaf)
-        loss = loss.detach()
+            copy = args[0].detach().clone(memory_format=torch.contiguous_format)
+            # Unlike autograd.grad it works within vmap.
+            grad, (loss, stats) = torch.func.grad(_with_results, has_aux=True)(copy, *args[1:])
+        loss, grad = loss.detach(), grad.detach()
     else:
         with torch.no_grad():
             loss, summary, marginal, grad = op.loss_and_grad(chosen, *args)

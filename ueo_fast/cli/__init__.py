@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from ueo_fast.cli.commands import COMMANDS, plain
+from ueo_fast.cli.commands import COMMANDS, harmless, plain
 
 INTERRUPTED = 130  # 128 + SIGINT: what shells report for a command ended by Ctrl-C
 
@@ -107,7 +107,13 @@ _STDOUT = "standard output"
 
 
 class _Stream:
-    """A text stream whose errors have a name, or none at all."""
+    """A text stream whose errors have a name, or none at all.
+
+    Args:
+        stream: to write to.
+        quiet: standard error: its errors are dropped, and progress bars may move the cursor. Into
+            other streams nothing is written that a terminal obeys.
+    """
 
     def __init__(self, stream: TextIO, *, quiet: bool) -> None:
         self._stream, self._quiet = stream, quiet
@@ -117,7 +123,7 @@ class _Stream:
 
     def write(self, text: str) -> int:
         with self._named():
-            return self._stream.write(text)
+            self._stream.write(text if self._quiet else harmless(text))
         return len(text)
 
     def flush(self) -> None:

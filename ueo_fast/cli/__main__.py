@@ -4,4 +4,5 @@ import sys
 
 from ueo_fast.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # processes that are started for a demonstration import it too
+    sys.exit(main())

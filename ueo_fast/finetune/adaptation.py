@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -92,7 +92,7 @@ class Prediction:
         return len(self.names)
 
     def __repr__(self) -> str:
-        parts = [f"{len(self)} images"]
+        parts = [plural(len(self), "image")]
         if self.known is not None:
             known = int(self.known.sum())
             parts.append(f"{known} known (MCM of {self.threshold:.9g} or more)")
@@ -126,8 +126,9 @@ class Adaptation:
     def __repr__(self) -> str:
         left_out = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
         return (
-            f"Adaptation({self.method!r}, {len(self.classifier.prompt.class_names)} classes, "
-            f"{len(self.target)} images{left_out}, {len(self.history)} steps)"
+            f"Adaptation({self.method!r}, "
+            f"{plural(len(self.classifier.prompt.class_names), 'class')}, "
+            f"{plural(len(self.target), 'image')}{left_out}, {plural(len(self.history), 'step')})"
         )
 
     def predict(
@@ -488,6 +489,8 @@ def _views(
     needs_labels: bool = False,
 ) -> Views:
     images = _one_of_each(images)
+    if labels is not None:
+        _check_given_labels(labels, len(classifier.prompt.class_names))
     if augmented is not None and isinstance(images, ImageList | tuple):
         raise ValueError(
             "augmented goes with a dataset or tensor of images; image files are augmented anyway"
@@ -511,6 +514,20 @@ def _views(
     return views_of(images, classifier.model, labels)
 
 
+def _check_given_labels(labels: object, classes: int) -> None:
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
+        raise TypeError(
+            f"labels must be a tensor (N,) of integers, got {type(labels).__name__}: "
+            "torch.tensor([0, 1, -1]), for example"
+        )
+    odd = labels[(labels < -1) | (labels >= classes)]
+    if len(odd):
+        raise ValueError(
+            f"labels has {int(odd[0])}, but must be positions in class_names, from 0 to "
+            f"{classes - 1}, or -1 for an image of none of them"
+        )
+
+
 def _labels(images: ImageList, known: Sequence[str], *, needs_labels: bool) -> Tensor | None:
     """Of a folder or list. Nothing but metrics and the oracle needs them, so that images can do
     without where they cannot be used: a photograph outside the class folders."""
@@ -531,7 +548,7 @@ def _one_of_each(images: Any) -> ImageList | tuple[Image.Image, ...] | Dataset[A
         return found
     if isinstance(images, Image.Image):
         return (images,)
-    if isinstance(images, Iterator):  # of Path.glob, for one
+    if isinstance(images, Iterator) or _is_collection(images):
         images = list(images)
     if isinstance(images, list | tuple) and not isinstance(images, Tensor):
         if not images:
@@ -557,6 +574,11 @@ def _one_of_each(images: Any) -> ImageList | tuple[Image.Image, ...] | Dataset[A
             f"images has shape {tuple(images.shape)}, but a tensor of images is (N, 3, H, W), "
             "preprocessed for the model"
         )
+    if isinstance(images, Tensor) and not images.is_floating_point():
+        raise TypeError(
+            f"images has dtype {images.dtype}, but a tensor of images is floating point, "
+            "preprocessed for the model"
+        )
     indexed = hasattr(images, "__len__") and hasattr(images, "__getitem__")
     if not indexed or isinstance(images, Mapping):
         raise TypeError(
@@ -565,6 +587,13 @@ def _one_of_each(images: Any) -> ImageList | tuple[Image.Image, ...] | Dataset[A
             "with a length"
         )
     return cast("Dataset[Any] | Tensor", images)
+
+
+def _is_collection(images: object) -> bool:
+    """Whether they are paths or PIL images in an array, a deque, a column of a table, ..."""
+    if not isinstance(images, Collection) or isinstance(images, Tensor | Mapping):
+        return False
+    return isinstance(next(iter(images), None), str | os.PathLike | Image.Image)
 
 
 def _files(paths: Sequence[str | os.PathLike[str]]) -> ImageList:

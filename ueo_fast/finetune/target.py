@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ueo_fast import mcm_score
 from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.evaluation.predict import predict_cosines
 from ueo_fast.ranges import check_number
 
@@ -51,7 +52,7 @@ class Target:
 
     def __repr__(self) -> str:
         has = [n for n in ("augmented", "cosines", "labels") if getattr(self, n) is not None]
-        return f"Target({len(self)} images{''.join(f', {name}' for name in has)})"
+        return f"Target({', '.join((plural(len(self), 'image'), *has))})"
 
     @property
     def training_images(self) -> Dataset[Any] | Tensor:

@@ -28,6 +28,8 @@ def saves_nothing(x: Tensor, weight: Tensor | None = None) -> bool:
     """
     if is_traced(x) or not (torch.is_grad_enabled() and x.requires_grad):
         return False  # nothing is saved anyway
+    if x.is_meta:
+        return False  # it has no memory, and autocast does not know the device
     if not x.is_floating_point():
         return False  # a complex convolution is several real ones
     backends.check_memory("input", x)

@@ -61,7 +61,7 @@ class PatchedLayerNorm(Patched):
 
 def runs_fused(norm: Any, x: Tensor) -> bool:
     """Whether a kernel is to run on ``x``: not on the CPU, nor where there is none."""
-    if is_traced(x) or x.device.type == "cpu" or not x.is_floating_point():
+    if is_traced(x) or x.device.type in ("cpu", "meta") or not x.is_floating_point():
         return False
     channels_first = RULES[defines(type(norm)._ueo_original, "forward")].channels_first
     if x.dim() < 1 or (channels_first and x.dim() != 4):

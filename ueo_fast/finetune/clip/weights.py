@@ -435,14 +435,14 @@ def _closest(word: str, known: list[str]) -> str:
     return f"; did you mean {', '.join(by_lower[name] for name in close)}?" if close else ""
 
 
-_NUMBERS = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
+_SCALARS = "?SU" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
 _SCALAR: Any = np.float64(0).__reduce__()[0]
 _NUMPY: list[Any] = [
     np.dtype,
-    *{type(np.dtype(code)) for code in _NUMBERS},
+    *{type(np.dtype(code)) for code in _SCALARS},
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-"""What a pickle of NumPy scalars names: types of numbers, and the function that makes one."""
+"""What a pickle of NumPy scalars names: types of numbers and texts, and what makes one."""
 _WRAPPERS = {"module", "_orig_mod"}
 """Names that DataParallel and torch.compile put before or between those of a model."""
 

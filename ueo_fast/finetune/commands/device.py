@@ -16,7 +16,8 @@ def chosen_device(name: str | None) -> str:
     try:
         torch.empty(1, device=name).cpu()
     except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+        # Only the first sentence: of a missing backend PyTorch lists all the others.
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         raise ValueError(
             f"device={name!r} cannot be used here: {reason}. Take --device cpu, or leave it out; "
             "ueo-fast info lists the devices of this machine"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
-from ueo_fast.finetune.adaptation import make_classifier, views_of, zero_shot
+from ueo_fast.finetune.adaptation import Views, make_classifier, views_of, zero_shot
 from ueo_fast.finetune.clip.load import LoadedClip
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
@@ -19,7 +20,7 @@ from ueo_fast.finetune.commands.problem import (
 )
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
-from ueo_fast.finetune.evaluation.predict import watched
+from ueo_fast.finetune.evaluation.predict import predict_readable, watched
 from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.files.records import BrokenFileError
 from ueo_fast.finetune.files.run_folder import RunFolder
@@ -27,6 +28,9 @@ from ueo_fast.finetune.target import Target
 
 ZERO_SHOT = "zero_shot.safetensors"
 PROBLEM = "problem.json"
+
+_SAME = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 1e-2}
+"""Cosines of one model and one image differ by less from device to device, per precision."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,42 @@ def begin(config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, problem: 
 
 
 def continued(folder: RunFolder, clip: LoadedClip, config: FinetuneConfig) -> Start:
-    """As :func:`begin` left it, without looking at the images again."""
+    """As :func:`begin` left it, looking at the first image only: is the model the same?"""
     problem = reread_problem(folder)
     tensors = _kept_cosines(folder, problem)
     classifier = _classifier(config, clip, problem.known)
     views = views_of(problem.train.images, classifier.model, problem.train.labels)
+    _check_model(config, classifier, problem.train, views, tensors["train"])
     target = Target(views.plain, views.augmented, tensors["train"], views.labels)
     cosines = tensors["train" if problem.test is None else "test"]
     separate = problem.test is not None
     return Start(classifier, target, problem.train, problem.tested, cosines, separate)
+
+
+def _check_model(
+    config: FinetuneConfig, classifier: ClipClassifier, part: Labelled, views: Views, kept: Tensor
+) -> None:
+    """Refuse a model that sees the first image differently than the run's zero-shot model did.
+
+    The fingerprint does not tell: it covers neither what an adaptation changes (normalisation of
+    the image tower) nor preprocessing and tokenizer.
+    """
+    found = predict_readable(
+        classifier,
+        Subset(views.plain, [0]) if isinstance(views.plain, Dataset) else views.plain[:1],
+        batch_size=1,
+        precision=config.precision,
+        channels_last=config.channels_last,
+    )
+    if found.failures:  # it was readable before: the training will say what is wrong
+        return
+    furthest = float((found.cosines - kept[:1]).abs().max())
+    if not furthest <= _SAME[config.precision]:
+        raise ValueError(
+            f"the model is not the one that the run began with: for {shown(part.images.names[0])} "
+            f"its cosines differ by {furthest:.3f} from those in {ZERO_SHOT}. Restore its "
+            "preprocessing, tokenizer, normalisation layers, or that image"
+        )
 
 
 def _kept_cosines(folder: RunFolder, problem: Problem) -> dict[str, Tensor]:

@@ -39,7 +39,14 @@ class IndexedImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         item = self.images[index]
-        return (item[0] if isinstance(item, tuple | list) else item), index
+        image = item[0] if isinstance(item, tuple | list) else item
+        if not getattr(image, "ndim", 0):
+            raise TypeError(
+                f"images[{index}] is of type {type(image).__name__}, but an item of a dataset must "
+                "be a preprocessed tensor (3, H, W), or a tuple that starts with one: give the "
+                "dataset a transform that makes it"
+            )
+        return image, index
 
 
 def even_loader(

@@ -23,19 +23,20 @@ if TYPE_CHECKING:  # lists of images need this module, but no numpy
 # pillow-heif. Not EPS and WMF, which start other programs, nor formats that contain another file
 # of any size (ICO, ICNS, FITS). TGA comes last, because it has no signature.
 _FORMATS = (
-    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000"),
+    *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000"),
     *("PPM", "PSD", "PCX", "SGI", "SUN", "DDS", "QOI", "XBM", "TGA"),
 )
 _HEIF = "HEIC needs pillow-heif: pip install pillow-heif (the extra [recipe] brings it)"
 _AVIF = "AVIF needs a Pillow that was built with it: pip install --upgrade pillow"
 _RAW = (
-    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".gpr", ".iiq"),
-    *(".k25", ".kdc", ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw"),
-    *(".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
+    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".eip", ".erf", ".fff"),
+    *(".gpr", ".iiq", ".k25", ".kdc", ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef"),
+    *(".raf", ".raw", ".rw2", ".rwl", ".rwz", ".sr2", ".srf", ".srw", ".x3f"),
 )
 _OTHERS = (
-    *(".ai", ".dcm", ".emf", ".eps", ".exr", ".fit", ".fits", ".hdr", ".icns", ".ico", ".jxl"),
-    *(".jxr", ".ps", ".psb", ".svg", ".wmf", ".xcf"),
+    *(".ai", ".bpg", ".cur", ".dcm", ".djvu", ".emf", ".eps", ".exr", ".fit", ".fits", ".flif"),
+    *(".hdp", ".hdr", ".icns", ".ico", ".jls", ".jph", ".jxl", ".jxr", ".pct", ".pict", ".ps"),
+    *(".psb", ".svg", ".svgz", ".wdp", ".wmf", ".xcf", ".xpm"),
 )
 UNREADABLE: dict[str, str] = {
     **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), _HEIF),
@@ -90,7 +91,7 @@ def formats() -> tuple[str, ...]:
 @cache
 def readable_extensions() -> frozenset[str]:
     """Extensions of the image files that can be read here, lower case with the dot."""
-    readable = formats()  # first: it registers more of them
+    readable = {*formats(), "MPO"}  # first: it registers more. To Pillow an MPO is a JPEG.
     return frozenset(
         extension for extension, name in Image.registered_extensions().items() if name in readable
     )
@@ -119,10 +120,7 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
         if _extension(path) in _RAW:
             raise ValueError(UNREADABLE[_extension(path)])
         with Image.open(path, formats=formats()) as image:
-            if max(image.size) > _MAX_ASPECT * min(image.size):
-                raise ValueError(
-                    f"sides of {image.width} x {image.height} pixels, more than {_MAX_ASPECT} to 1"
-                )
+            _check_sides(image)
             _check_memory(image)
             image.load()
             # Its EXIF may be broken where its pixels are not.
@@ -143,6 +141,7 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
         UnreadableImageError: of ``name``; the image cannot be decoded.
     """
     try:
+        _check_sides(image)
         if isinstance(image, ImageFile.ImageFile):  # else it is decoded already
             _check_memory(image)
         image.load()
@@ -153,6 +152,12 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
         raise
     except Exception as error:
         raise UnreadableImageError(name, _reason(name, error)) from error
+
+
+def _check_sides(image: Image.Image) -> None:
+    if 0 in image.size or max(image.size) > _MAX_ASPECT * min(image.size):
+        limit = "without area" if 0 in image.size else f"more than {_MAX_ASPECT} to 1"
+        raise ValueError(f"sides of {image.width} x {image.height} pixels, {limit}")
 
 
 def _check_memory(image: Image.Image) -> None:

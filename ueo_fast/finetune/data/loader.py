@@ -91,11 +91,11 @@ def data_loader(
 def started_workers(wanted: int) -> int:
     """How many worker processes are started: at most four per processor. More only take memory, and
     a config may come from a larger machine; the number changes no result."""
-    return min(wanted, 4 * _processors())
+    return min(wanted, 4 * processors())
 
 
-def _processors() -> int:
-    """Those that this process may use."""
+def processors() -> int:
+    """How many processors this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -127,11 +127,11 @@ class DemoConfig:
             "PyTorch's own, to the same result up to rounding"
         ),
     )
-    threads: int = field(
-        default=1,
+    threads: int | None = field(
+        default=None,
         metadata=_help(
-            "CPU threads of the adaptation; another number may change its last digits. "
-            "Pre-training always uses one, so that every number starts from the same model"
+            "seeds that are computed at the same time, each in a process of its own on one thread, "
+            "so that no number depends on it; default: one per processor"
         ),
     )
 
@@ -160,7 +160,8 @@ class DemoConfig:
             check_count("pretrain_steps", self.pretrain_steps)
         for name in ("epochs", "batch_size"):
             check_count(name, getattr(self, name))
-        check_count("threads", self.threads, 1, MOST_THREADS)
+        if self.threads is not None:
+            check_count("threads", self.threads, 1, MOST_THREADS)
         check_number("mcm_scale", self.mcm_scale, sign="positive")
         check_number("eps", self.eps, sign="not negative")
         check_number("trade_off", self.trade_off, sign="any", most=LARGEST_FACTOR)

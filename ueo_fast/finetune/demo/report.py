@@ -38,6 +38,7 @@ def write_report(
     problems: Sequence[Problem],
     results: Sequence[MethodResult],
     *,
+    threads: int,
     seconds: float,
 ) -> str:
     """Write ``results.md`` and the plots into ``folder``.
@@ -47,6 +48,7 @@ def write_report(
         config: of the run.
         problems: one per seed.
         results: of every seed and method.
+        threads: that the run used.
         seconds: wall time of the run.
 
     Returns:
@@ -70,7 +72,7 @@ def write_report(
                 table.markdown(),
                 _CONVENTIONS,
                 paragraph,
-                machine_line(config.threads, seconds),
+                machine_line(threads, seconds),
             ]
         )
         + "\n",

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import multiprocessing
+import pickle
+import queue
+import signal
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +22,7 @@ from tqdm import tqdm
 from ueo_fast import mcm_score
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.clip.prompt import PromptLearner
+from ueo_fast.finetune.data.loader import processors
 from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.digits import DIGIT_NAMES, load_digits
@@ -62,10 +70,11 @@ def run_demo(config: DemoConfig) -> Path:
 
 def _run(config: DemoConfig, folder: RunFolder) -> None:
     started = time.perf_counter()
+    threads = min(config.threads or processors(), len(config.seeds))
     folder.write_json("config.json", config.as_dict())
-    folder.write_environment(command=config.command(), seeds=config.seeds, threads=config.threads)
+    folder.write_environment(command=config.command(), seeds=config.seeds, threads=threads)
     threads_before = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(1)  # training amplifies rounding, which another number would change
     try:
         digits = load_digits()
         problems = [make_problem(config, digits, seed) for seed in config.seeds]
@@ -76,15 +85,81 @@ def _run(config: DemoConfig, folder: RunFolder) -> None:
                 f"{config.shift} ({config.effective_severity:g}), scenario {config.scenario}, "
                 f"{plural(len(problems), 'seed')}; results in {folder.path}"
             )
-            for problem in problems:
-                for result in run_seed(config, problem, bar):
-                    folder.append_json_line("metrics.jsonl", result.record())
-                    folder.append_json_line("history.jsonl", result.history_record())
-                    results.append(result)
+            for result in _results(config, problems, threads, bar):
+                folder.append_json_line("metrics.jsonl", result.record())
+                folder.append_json_line("history.jsonl", result.history_record())
+                results.append(result)
+        results.sort(key=lambda result: config.seeds.index(result.seed))
         seconds = time.perf_counter() - started
-        print(write_report(folder, config, problems, results, seconds=seconds))
+        print(write_report(folder, config, problems, results, threads=threads, seconds=seconds))
     finally:
         torch.set_num_threads(threads_before)
+
+
+def _results(
+    config: DemoConfig, problems: Sequence[Problem], threads: int, bar: tqdm[Any]
+) -> Iterator[MethodResult]:
+    """The results of all seeds, each as soon as it is there."""
+    if threads == 1:
+        for problem in problems:
+            yield from run_seed(config, problem, bar)
+        return
+    context = multiprocessing.get_context("spawn")  # PyTorch's threads do not survive a fork
+    events = context.Queue()
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(threads, context, _start, (events,)) as pool:
+        try:
+            seeds = [pool.submit(_run_elsewhere, config, problem.seed) for problem in problems]
+            while not (all(seed.done() for seed in seeds) and events.empty()):
+                with contextlib.suppress(queue.Empty):
+                    name, value = pickle.loads(events.get(timeout=0.1))
+                    if name == "result":
+                        yield value
+                    else:
+                        getattr(bar, name)(value)
+            for seed in seeds:
+                seed.result()  # raises what it has raised
+        except BaseException as error:
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()  # after Ctrl-C they would finish their seeds first
+            if isinstance(error, BrokenProcessPool):
+                raise OSError(
+                    "a process that computed a seed was ended, or could not start; use --threads "
+                    "1, which needs no other process and less memory"
+                ) from error
+            raise
+
+
+def _start(events: Any) -> None:
+    """Prepare a process of the pool: one thread, and Ctrl-C is the main process's affair."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    _DistantBar.events = events
+
+
+def _run_elsewhere(config: DemoConfig, seed: int) -> None:
+    bar: Any = _DistantBar()
+    for result in run_seed(config, make_problem(config, load_digits(), seed), bar):
+        bar.send("result", result)
+
+
+class _DistantBar:
+    """Stands for the progress bar, which is in the main process."""
+
+    events: Any
+
+    def send(self, name: str, value: object) -> None:
+        # As bytes: the queue would share tensors by files, which go when this process ends.
+        self.events.put(pickle.dumps((name, value)))
+
+    def update(self) -> None:
+        self.send("update", 1)
+
+    def write(self, text: str) -> None:
+        self.send("write", text)
+
+    def set_description(self, text: str) -> None:
+        """Not shown: several seeds are under way."""
 
 
 def run_seed(config: DemoConfig, problem: Problem, bar: tqdm[Any]) -> Iterator[MethodResult]:

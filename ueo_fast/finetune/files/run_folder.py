@@ -132,7 +132,7 @@ class RunFolder:
             raise NotADirectoryError(f"{folder} is a file; give the folder of a run")
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder}; give the folder of a run")
-        if not (folder / CONFIG).is_file():
+        if not os.path.lexists(folder / CONFIG):  # reading says what else it is
             found = sorted(entry.name for entry in folder.iterdir())
             shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if found[5:] else "")
             raise FileNotFoundError(

@@ -149,7 +149,7 @@ def read_run(path: Path) -> RunData:
     """
     if path.is_file():
         raise NotADirectoryError(f"{path} is a file; give the run folder that holds it")
-    if not (path / "config.json").is_file():
+    if not os.path.lexists(path / "config.json"):
         what = (
             "has no config.json, so it is not a run folder" if path.is_dir() else "does not exist"
         )
