@@ -151,21 +151,27 @@ def test_a_folder_with_content_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "message"),
     [
-        PermissionError(errno.EACCES, "Permission denied", "runs"),
-        OSError(errno.ENOSPC, "No space left on device"),
-        NonFiniteLossError("the loss became nan at step 2 of 6"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "runs"),
+            "Permission denied: 'runs'",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (
+            NonFiniteLossError("the loss became nan at step 2 of 6"),
+            "the loss became nan at step 2 of 6",
+        ),
     ],
     ids=["denied", "full", "diverged"],
 )
-def test_what_stops_a_run_is_said_in_one_line(monkeypatch, capsys, error):
+def test_what_stops_a_run_is_said_in_one_line(monkeypatch, capsys, error, message):
     def fails(config):
         raise error
 
     monkeypatch.setattr(demo_run, "run_demo", fails)
     assert main(["demo"]) == 1
-    assert capsys.readouterr().err == f"ueo-fast demo: {error}\n"
+    assert capsys.readouterr().err == f"ueo-fast demo: {message}\n"
 
 
 @pytest.mark.parametrize(

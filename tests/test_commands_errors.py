@@ -71,7 +71,10 @@ def test_a_disk_that_is_full_at_once_leaves_a_run_that_can_go_on(place, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write_environment", full)
         assert finetune(place, "full disk", "--epochs", "1") == 1
-    assert "then go on: ueo-fast finetune --resume --out" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "then go on: ueo-fast finetune --resume --out" in error
+    assert "No space left on device: 'environment.json'" in error
+    assert "[Errno" not in error
     assert main(["finetune", "--resume", "--out", str(place / "full disk")]) == 0
     assert (place / "full disk" / "environment.json").exists()
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from ueo_fast.cli.commands import COMMANDS, harmless
+from ueo_fast.cli.commands import COMMANDS, harmless, plain
 
 INTERRUPTED = 130  # 128 + SIGINT: what shells report for a command ended by Ctrl-C
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             if error.filename != _STDOUT:
                 raise
-            print(f"ueo-fast: {error}", file=sys.stderr)
+            print(f"ueo-fast: {plain(error)}", file=sys.stderr)
             _discard(sys.stdout)
             return 1
 

@@ -77,9 +77,9 @@ def _told(error: Exception) -> tuple[int, str] | None:
             f"{error.encoding}: set PYTHONUTF8=1 or LC_ALL=C.UTF-8 in the environment"
         )
     if isinstance(error, (FileExistsError, ValueError)):
-        return 2, str(error)
+        return 2, plain(error)
     if isinstance(error, (OSError, NonFiniteLossError)):
-        return 1, str(error)
+        return 1, plain(error)
     first = str(error).partition("\n")[0]
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
         return 1, f"out of device memory: {first}\n{_LESS_MEMORY}"
@@ -87,6 +87,11 @@ def _told(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in first:
         return 1, f"out of memory{f': {first}' if first else ''}\n{_LESS_MEMORY}"
     return None
+
+
+def plain(error: Exception) -> str:
+    """The message, without the numbers that Python puts in front of the system's words."""
+    return re.sub(r"\[Errno \d+\] ", "", str(error))
 
 
 _LESS_MEMORY = (

@@ -137,8 +137,8 @@ def _run(
             if clip is None or not (folder.path / "config.json").exists():
                 raise
             raise ValueError(
-                f"{error}\n{folder.path} is kept. With the same options, once this is fixed: "
-                f"{_resume(folder)}; with others choose another --out"
+                f"{error}\n{folder.path} is kept. Fix this and resume with: {_resume(folder)}; to "
+                "change options, use another --out"
             ) from error
     return folder.path
 
