@@ -174,13 +174,18 @@ class BuildWithCMake(build_ext):
     """Runs CMake once; the results are plain shared libraries, not Python modules."""
 
     built: tuple[str, ...] = ()
+    serves_this_machine = False
+
+    def run(self) -> None:
+        # Here, because setuptools hides `inplace` from what it runs next.
+        self.serves_this_machine = bool(self.inplace or getattr(self, "editable_mode", False))
+        super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extensions(self) -> None:
-        in_place = bool(self.inplace or getattr(self, "editable_mode", False))
-        cuda = cuda_of_this_build(os.environ, in_place)
+        cuda = cuda_of_this_build(os.environ, self.serves_this_machine)
         if isinstance(cuda, str):
             print(f"ueo_fast: the CUDA library is left out: {cuda}", flush=True)
         self._compile(None if isinstance(cuda, str) else cuda)

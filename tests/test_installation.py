@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import setup_script
 import torch
+from setuptools import Distribution, Extension
 
 import ueo_fast
 from ueo_fast import _extension, backends
@@ -336,6 +337,31 @@ def test_an_in_place_build_compiles_for_the_gpus_of_this_machine(
     else:
         assert build.toolkit.nvcc == nvcc
         assert build.architectures == ("" if architectures is ALL else architectures)
+
+
+@pytest.mark.parametrize(
+    ("options", "in_place"),
+    [({"inplace": 1}, True), ({"editable_mode": True}, True), ({}, False)],
+    ids=["setup.py build_ext --inplace", "pip install -e", "wheel"],
+)
+def test_which_builds_serve_this_machine_alone(script, tmp_path, monkeypatch, options, in_place):
+    class AskedError(Exception):
+        pass
+
+    def cuda_of_this_build(environment, in_place):
+        raise AskedError(in_place)
+
+    monkeypatch.setattr(script, "cuda_of_this_build", cuda_of_this_build)
+    monkeypatch.chdir(tmp_path)
+    distribution = Distribution({"name": "x", "ext_modules": [Extension("x", sources=[])]})
+    command = script.BuildWithCMake(distribution)
+    command.build_lib = command.build_temp = str(tmp_path)
+    for name, value in options.items():
+        setattr(command, name, value)
+    command.ensure_finalized()
+    with pytest.raises(AskedError) as asked:
+        command.run()
+    assert asked.value.args == (in_place,)
 
 
 def test_what_torch_was_built_for_is_known_without_importing_it():
