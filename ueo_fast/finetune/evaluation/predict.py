@@ -59,8 +59,8 @@ def _has_bfloat16() -> bool:
 @functools.cache
 def _warn_of_emulation() -> None:
     warnings.warn(
-        "precision='bf16': this processor has no instructions for bfloat16 and emulates it, up to "
-        "17 times slower than fp32; take precision='fp32' (--precision fp32)",
+        "precision='bf16': this processor has no instructions for bfloat16 and emulates it, many "
+        "times slower than fp32; use precision='fp32' (--precision fp32)",
         stacklevel=4,
     )
 
