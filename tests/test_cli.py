@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import ueo_fast
-from ueo_fast.cli import INTERRUPTED, main
+from ueo_fast.cli import INTERRUPTED, commands, main
 from ueo_fast.finetune.demo import run as demo_run
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.engine.trainer import NonFiniteLossError
@@ -456,3 +456,22 @@ def test_ctrl_c_exits_with_130_and_no_traceback(tmp_path):
     assert "Traceback" not in errors
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "config.json").is_file()
+
+
+def test_ctrl_c_ends_the_process_while_a_command_is_imported(monkeypatch):
+    seen = []
+
+    def load(path):
+        seen.append(signal.getsignal(signal.SIGINT))
+        return lambda config: seen.append(signal.getsignal(signal.SIGINT))
+
+    command = commands.COMMANDS["demo"]
+    config = commands._load(command.config)
+    monkeypatch.setattr(commands, "_load", lambda path: config if "Config" in path else load(path))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert command.run([]) == 0
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIG_DFL, signal.default_int_handler]

@@ -314,4 +314,4 @@ def test_bfloat16_that_the_processor_emulates_is_warned_of_once(images, monkeypa
             predict_cosines(classifier, images, precision="bf16")
     found = [str(warning.message) for warning in caught]
     assert len(found) == (0 if native else 1)
-    assert all("17 times slower" in text and "--precision fp32" in text for text in found)
+    assert all("times slower" in text and "--precision fp32" in text for text in found)

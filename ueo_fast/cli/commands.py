@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +47,9 @@ class Command:
             with _short_warnings():
                 if hasattr(config, "check_files"):
                     config.check_files()
-                status = _load(self.entry)(config)
+                with _ctrl_c_ends_at_once():
+                    entry = _load(self.entry)
+                status = entry(config)
             return status if isinstance(status, int) else 0
         except BrokenPipeError:  # an OSError too, but nobody's fault
             raise
@@ -56,6 +60,21 @@ class Command:
             status, message = told
             print(f"ueo-fast {self.name}: {harmless(message)}", file=sys.stderr)
             return status
+
+
+@contextlib.contextmanager
+def _ctrl_c_ends_at_once() -> Iterator[None]:
+    """Within, Ctrl-C ends the process: a KeyboardInterrupt while PyTorch is imported becomes an
+    error of the import, or an abort, and there is nothing to save yet."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def harmless(text: str) -> str:
