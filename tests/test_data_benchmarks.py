@@ -180,7 +180,7 @@ def test_published_counts_of_domainnet(tmp_path: Path) -> None:
     root = domainnet(tmp_path, 33525, 14604)
     assert len(load_benchmark("domainnet", "clipart", "CSDA", root).train) == 33525
     domainnet(tmp_path, 33525, 14603)
-    with pytest.raises(ValueError, match=r"clipart \(test\): found 14603 images, but 14604 were"):
+    with pytest.raises(ValueError, match=r"clipart \(test\): found 14,603 images, but 14,604 were"):
         load_benchmark("domainnet", "clipart", "CSDA", root)
 
 
@@ -261,7 +261,7 @@ def test_lists_are_checked(officehome: Path, text: str, error: type, message: st
 
 def test_a_short_list_names_the_classes_that_it_lacks(officehome: Path) -> None:
     officehome_list(officehome, sorted(OFFICEHOME_FOLDERS, key=str.casefold)[:60])
-    with pytest.raises(ValueError, match=r"found 120 images, but 2427 .*; no image of 5 \(tooth"):
+    with pytest.raises(ValueError, match=r"found 120 images, but 2,427 .*; no image of 5 \(tooth"):
         load_benchmark("officehome", "art", "CDA", officehome)
 
 

@@ -38,6 +38,18 @@ RARELY = dataclasses.replace(CONFIG, epochs=3, momentum=0.9, checkpoint_every=10
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+@pytest.fixture(autouse=True)
+def handled():
+    """As in a terminal: started in the background, by nohup or by a daemon, signals are ignored."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    for number in HANDLED:
+        interrupts = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if interrupts else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def train(store, on_step=lambda record: None):
     images, classifier = make_images(), make_classifier()
     objective = Remembering(infomax(images), 10)

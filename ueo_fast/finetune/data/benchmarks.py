@@ -201,9 +201,9 @@ def _check_count(
     per_class = Counter(images.labels or ())
     empty = [name for name in classes if not per_class[name]]
     raise ValueError(
-        f"{facts.title}, {which}: found {plural(len(images), 'image')}, but {count} were published"
-        f"{f'; no image of {counted(empty)} classes' if empty else ''}. {_where(facts)}, or use "
-        "what is there with --check-counts false (check_counts=False)"
+        f"{facts.title}, {which}: found {plural(len(images), 'image')}, but {count:,} were "
+        f"published{f'; no image of {counted(empty)} classes' if empty else ''}. "
+        f"{_where(facts)}, or use what is there with --check-counts false (check_counts=False)"
     )
 
 
