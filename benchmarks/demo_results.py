@@ -1,6 +1,6 @@
 """Runs the demonstration's recipes and puts their tables and plots into docs/.
 
-    python benchmarks/demo_results.py         # three runs, some four minutes on two cores
+    python benchmarks/demo_results.py         # three runs, some five minutes on two cores
 
 The run folders' own `results.md` go to docs/results/ and, one below the other, into docs/demo.md,
 so that no number there is written by hand.
