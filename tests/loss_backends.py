@@ -52,7 +52,6 @@ SMALL_GPU = {
     "shared_per_block": 227 << 10,
     "shared_per_multiprocessor": 228 << 10,
     "l2_bytes": 1 << 20,  # so that a gradient above it is stored past the cache
-    "cooperative": True,
 }
 
 

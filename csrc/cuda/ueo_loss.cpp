@@ -29,7 +29,7 @@ struct Forward {
   Tensor loss;
   Tensor summary;
   Tensor marginal;
-  std::optional<Tensor> row_stats;
+  Tensor row_stats;
   std::optional<Tensor> confidence;
   std::optional<Tensor> marginal_weights;
   std::optional<Tensor> workspace;
@@ -43,10 +43,11 @@ struct Forward {
   }
 
   Forward(const Tensor& logits, const std::optional<Tensor>& w, const std::optional<Tensor>& v,
-          const UeoOptions& options, int64_t workspace_bytes, bool keeps_rows)
+          const UeoOptions& options, int64_t workspace_bytes)
       : loss(empty<0>(logits, {}, dtype_of(logits))),
         summary(empty<1>(logits, {kSummary}, dtype_of(logits))),
-        marginal(empty<1>(logits, {logits.size(1)}, dtype_of(logits))) {
+        marginal(empty<1>(logits, {logits.size(1)}, dtype_of(logits))),
+        row_stats(empty<2>(logits, {logits.size(0), kRowStats}, dtype_of(logits))) {
     call.logits = view_of(logits);
     call.options = options;
     with_compute_type(call.logits.storage, [&](auto type) {
@@ -54,11 +55,10 @@ struct Forward {
       call.confidence = given<A>(logits, w, confidence, "confidence");
       call.marginal_weights = given<A>(logits, v, marginal_weights, "marginal_weights");
     });
-    if (keeps_rows) row_stats = empty<2>(logits, {logits.size(0), kRowStats}, dtype_of(logits));
     call.loss = loss.mutable_data_ptr();
     call.summary = summary.mutable_data_ptr();
     call.marginal = marginal.mutable_data_ptr();
-    call.row_stats = row_stats ? row_stats->mutable_data_ptr() : nullptr;
+    call.row_stats = row_stats.mutable_data_ptr();
     if (logits.size(0) == 0) {
       torch::stable::zero_(loss);
       torch::stable::zero_(summary);
@@ -79,13 +79,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& any_logits,
   const OnGpuOf gpu(logits);
   const LogitsView view = view_of(logits);
   const Forward forward(logits, confidence, marginal_weights, {trade_off, confidence_scale, eps},
-                        forward_workspace(gpu.device, view), true);
+                        forward_workspace(gpu.device, view));
   if (view.rows > 0) {
     check(with_storage(view.storage, [&]<Storage storage>() {
       return ueo_forward<storage>(gpu.device, gpu.stream, forward.call);
     }));
   }
-  return {forward.loss, forward.summary, forward.marginal, *forward.row_stats};
+  return {forward.loss, forward.summary, forward.marginal, forward.row_stats};
 }
 
 // grad_loss: null for 1.
@@ -127,20 +127,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_grad(
     double eps) {
   const Tensor logits = checked(any_logits);
   const OnGpuOf gpu(logits);
-  const LogitsView view = view_of(logits);
-  if (view.rows > 0 && one_pass_of(gpu.device, view).fits) {
-    const Forward one_pass(logits, confidence, marginal_weights, {trade_off, confidence_scale, eps},
-                           one_pass_workspace(gpu.device, view), false);
-    Tensor grad = empty<2>(logits, {view.rows, view.columns}, logits.scalar_type());
-    const int error = with_storage(view.storage, [&]<Storage storage>() {
-      return ueo_one_pass<storage>(gpu.device, gpu.stream, one_pass.call, grad.mutable_data_ptr());
-    });
-    if (error != cudaErrorCooperativeLaunchTooLarge) {
-      check(error);
-      return {one_pass.loss, one_pass.summary, one_pass.marginal, grad};
-    }
-    cudaGetLastError();  // this process may not use all multiprocessors: in three launches, then
-  }
   // The workspace of forward is free again before the gradient is allocated.
   const auto all = forward(logits, confidence, marginal_weights, trade_off, confidence_scale, eps);
   const auto& [loss, summary, marginal, row_stats] = all;
