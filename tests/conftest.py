@@ -37,7 +37,6 @@ from loss_backends import CUDA_HOST, LossBackend, spared_reason  # noqa: E402
 
 from ueo_fast import backends  # noqa: E402
 
-
 BACKEND_PARAMETERS = ("backend", "gpu_backend")
 
 
