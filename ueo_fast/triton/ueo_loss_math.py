@@ -38,6 +38,13 @@ CHUNK_SUMS = tl.constexpr(5)
 
 
 @triton.jit
+def saved_parts(saved, rows, columns):
+    """Row statistics (B, 5), marginal (C,), summary (5,): what forward keeps lies in this order."""
+    marginal = saved + rows * tl.full((), ROW_STATS, tl.int64)
+    return saved, marginal, marginal + columns
+
+
+@triton.jit
 def join(high, low, dtype: tl.constexpr):
     """A float64 number that came as two float32 ones: that is what Triton makes of floats."""
     return tl.zeros((), dtype) + high + low

@@ -21,6 +21,7 @@ from ueo_fast.triton.ueo_loss_math import (
     largest_weights,
     load_weights,
     log_in_step_8,
+    saved_parts,
     step_8_bracket,
     step_8_factors,
     store_chunk_sums,
@@ -176,9 +177,7 @@ def bracket_of_tile(
 def backward_tiled_kernel(
     grad_loss,  # (), or None for 1
     logits,  # (B, C), strides (row_stride, 1)
-    summary,  # (5,)
-    marginal,  # (C,)
-    row_stats,  # (B, 5)
+    saved,  # what forward kept
     grad,  # out (B, C), contiguous
     rows,  # B
     columns,  # C
@@ -193,7 +192,8 @@ def backward_tiled_kernel(
     EPS: tl.constexpr,  # whether eps is not 0
 ):
     """Step 8 of one chunk of rows, in reverse: the L2 holds what forward read last."""
-    dtype: tl.constexpr = row_stats.dtype.element_ty
+    dtype: tl.constexpr = saved.dtype.element_ty
+    row_stats, marginal, summary = saved_parts(saved, rows, columns)
     trade_off = join(trade_off_high, trade_off_low, dtype)
     eps = join(eps_high, eps_low, dtype)
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * chunk_rows
