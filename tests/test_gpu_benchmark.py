@@ -173,7 +173,7 @@ def test_only_what_runs_on_the_device_counts_as_a_launch():
 
 
 def test_the_sanitizers_set_is_right_on_the_cpu():
-    assert sanitize_set.main("cpp") == 0
+    assert sanitize_set.main(["cpp"]) == 0
 
 
 def test_missing_things_are_named_together(monkeypatch):

@@ -125,7 +125,10 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return True
     is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return any(tensor is not None and is_wrapped(tensor) for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110 - a generator takes longer than its questions
+        if tensor is not None and is_wrapped(tensor):
+            return True
+    return False
 
 
 def check_memory(name: str, tensor: Tensor) -> None:

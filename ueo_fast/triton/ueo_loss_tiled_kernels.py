@@ -16,10 +16,12 @@ from ueo_fast.triton.ueo_loss_math import (
     LN2,
     LOG2E,
     clamp_exponent,
+    constant,
     join,
     largest_weights,
     load_weights,
     log_in_step_8,
+    saved_parts,
     step_8_bracket,
     step_8_factors,
     store_chunk_sums,
@@ -48,7 +50,7 @@ def online_softmax(
 ):
     """Step 1 of rows: max, sum of e = exp(z - max), of e log2(e), and of 2^(scale (z - max))."""
     # Finite: the first tiles of a row may be masked as a whole.
-    lowest: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234e38
+    lowest = constant(dtype, -1.7976931348623157e308, -3.4028234663852886e38)
     m = tl.full((ROWS,), lowest, dtype)
     s = tl.zeros((ROWS,), dtype)
     dot = tl.zeros((ROWS,), dtype)
@@ -175,9 +177,7 @@ def bracket_of_tile(
 def backward_tiled_kernel(
     grad_loss,  # (), or None for 1
     logits,  # (B, C), strides (row_stride, 1)
-    summary,  # (5,)
-    marginal,  # (C,)
-    row_stats,  # (B, 5)
+    saved,  # what forward kept
     grad,  # out (B, C), contiguous
     rows,  # B
     columns,  # C
@@ -192,7 +192,8 @@ def backward_tiled_kernel(
     EPS: tl.constexpr,  # whether eps is not 0
 ):
     """Step 8 of one chunk of rows, in reverse: the L2 holds what forward read last."""
-    dtype: tl.constexpr = row_stats.dtype.element_ty
+    dtype: tl.constexpr = saved.dtype.element_ty
+    row_stats, marginal, summary = saved_parts(saved, rows, columns)
     trade_off = join(trade_off_high, trade_off_low, dtype)
     eps = join(eps_high, eps_low, dtype)
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * chunk_rows
