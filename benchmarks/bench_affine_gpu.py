@@ -1,6 +1,6 @@
-"""Time of the affine layers and of a patched tower's step on a GPU; `benchmarks/gpu.sh bench`.
+"""Time of the affine layers and of a patched tower's step on a GPU; `benchmarks/gpu.sh affine`.
 
-    python -m benchmarks.bench_affine_gpu [--quick] [--out DIR] [--seconds N] [--dry-run]
+    python -m benchmarks.bench_affine_gpu [--out DIR] [--seconds N] [--dry-run]
 
 Writes affine_gpu_time.csv and visual_step_gpu.csv after every case: a run that is cut short leaves
 what it has. `--dry-run` goes the same way on a CPU with tiny shapes; its figures mean nothing.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import affine_cases, gpu_affine_report, gpu_counters, results_file, visual_cases
+from benchmarks import affine_cases, gpu_counters, gpu_report, results_file, visual_cases
 from benchmarks.affine_cases import AffineCase
 from benchmarks.environment import describe_gpu
 from benchmarks.gpu_cases import COPY, inputs_wanted
@@ -40,7 +40,7 @@ class Bench:
         self.dry = dry
         self.device = torch.device("cpu") if dry else torch.device("cuda")
         self.deadline = time.monotonic() + args.seconds
-        self.repeats = 1 if dry else 3 if args.quick else 7
+        self.repeats = 1 if dry else 7
         self.slice_us = 1e3 if dry else 5e3
         self.copy_bytes = 1 << (20 if dry else 30)
         self.cache_bytes = (
@@ -176,7 +176,6 @@ def _one_line(error: Exception) -> str:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer cases, three repeats")
     parser.add_argument("--out", type=Path, default=results_file.FOLDER, help="folder of the CSVs")
     parser.add_argument("--seconds", type=float, default=90, help="stop after about that long")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny shapes")
@@ -188,8 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.dry_run and not torch.cuda.is_available():
         print("no GPU is present that torch can use: only --dry-run runs here", file=sys.stderr)
         return 2
-    flags = [f"--seconds {args.seconds:g}", *["--quick"] * args.quick]
-    flags += ["--dry-run"] * args.dry_run
+    flags = [f"--seconds {args.seconds:g}", *["--dry-run"] * args.dry_run]
     command = " ".join(["python -m benchmarks.bench_affine_gpu", *flags])  # no path of this machine
     bench = Bench(args)
     more = {"copied bytes": str(bench.copy_bytes), "command": command}
@@ -197,8 +195,6 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     tower_cases = visual_cases.DRY_CASES if args.dry_run else visual_cases.GPU_CASES
     layer_cases = affine_cases.DRY_CASES if args.dry_run else affine_cases.GPU_CASES
-    if args.quick:
-        tower_cases, layer_cases = tower_cases[:1], layer_cases[:2]
     # The towers last: half a minute of compilation each must not keep the layers from their turn.
     work = [(bench.measure_affine, case) for case in layer_cases]
     work += [(bench.measure_step, case) for case in tower_cases]
@@ -208,15 +204,14 @@ def main(argv: list[str] | None = None) -> int:
             measure(case)
         except Exception as error:  # a case that fails must not end the run
             print(f"{case}: {_one_line(error)}", flush=True)
-        for name, rows in zip(gpu_affine_report.CSVS, (bench.affine, bench.steps), strict=True):
+        for name, rows in zip(gpu_report.AFFINE_CSVS, (bench.affine, bench.steps), strict=True):
             if rows:
                 results_file.write(name, header, rows, args.out)
         gc.collect()
         if not args.dry_run:
             torch.cuda.empty_cache()
         print(f"{case}: {time.monotonic() - start:.1f} s", flush=True)
-    print("us, graph replays")
-    print("\n".join(gpu_affine_report.short_table(args.out)))
+    print("\n".join(gpu_report.short_report(args.out)))
     return 0
 
 
