@@ -2,17 +2,16 @@
 
     python -m benchmarks.bench_ueo_loss_gpu [--out DIR] [--seconds N] [--dry-run]
 
-At one shape after the other: times in turns, then memory, then launches. Writes
-ueo_loss_gpu_time.csv, _memory.csv and _launches.csv after every shape: a run that is cut short
-leaves what it has. `--dry-run` goes the same way on a CPU with tiny shapes; its figures mean
-nothing and its CSVs belong nowhere near the docs.
+At one shape after the other: times in turns, then memory, then launches; the same again for
+compilers, which take long. Writes ueo_loss_gpu_time.csv, _memory.csv and _launches.csv after every
+shape: a run that is cut short leaves what it has. `--dry-run` goes the same way on a CPU with tiny
+shapes; its figures mean nothing and its CSVs belong nowhere near the docs.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,21 +26,23 @@ from benchmarks.cases import Case
 from benchmarks.environment import describe_gpu
 from benchmarks.gpu_cases import (
     CASES,
-    CONTENDERS,
     COPY,
     DRY_CASES,
-    DRY_CONTENDERS,
+    DRY_ROUNDS,
     EAGER,
+    LARGEST,
+    ROUNDS,
     Contender,
     Pass,
     inputs_wanted,
     lack_of_memory,
     make_inputs,
 )
-from benchmarks.gpu_timing import GRAPH_BELOW_US, Copy, Launched, Replayed, Rotation
+from benchmarks.gpu_timing import Copy, in_turns, make_clocks, one_line, spread
 
-LARGEST_CASE_SECONDS = 8
+CASE_SECONDS, LARGEST_CASE_SECONDS = 4, 10
 """Not begun with less time left than that."""
+
 Row = dict[str, object]
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 """Between contenders, relative: this tells a wrong contender from a right one, no more."""
@@ -50,12 +51,10 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 @dataclass(frozen=True)
 class Settings:
     device: torch.device
-    contenders: tuple[Contender, ...]
     repeats: int
     slice_us: float  # about how long a contender is measured before the next one's turn
     copy_bytes: int
     cache_bytes: int
-    compile_seconds: float  # all shapes together
 
 
 @dataclass
@@ -77,24 +76,24 @@ def _key(case: Case, name: str) -> Row:
 
 
 def _time_row(
-    case: Case, name: str, mode: str, times: Sequence[float], inputs: int, note: str
+    case: Case, name: str, mode: str, times: Sequence[float], inputs: int, note: str, turn: int
 ) -> Row:
-    values = (statistics.median(times), min(times), max(times)) if times else ()
-    shown = [f"{value:.2f}" for value in values] or [""] * 3
-    return {
-        **_key(case, name),
-        "mode": mode,
-        **dict(zip(("median_us", "lowest_us", "highest_us"), shown, strict=True)),
-        "inputs": inputs,
-        "note": note,
-    }
+    row = {**_key(case, name), "mode": mode, **spread(times), "inputs": inputs}
+    return {**row, "round": turn, "note": note}
 
 
-def left_out(case: Case, name: str, note: str, rows: Rows) -> None:
+def left_out(case: Case, name: str, note: str, rows: Rows, turn: int = 1) -> None:
     """The reason, in every CSV, of a contender that was not measured."""
-    rows.time.append(_time_row(case, name, "", (), 0, note))
-    rows.memory.append({**_key(case, name), "peak_over_logits": "", "note": note})
-    rows.launches.append({**_key(case, name), "launches": "", "kernels": "", "note": note})
+    rows.time.append(_time_row(case, name, "", (), 0, note, turn))
+    if not _is_counted(case, name, rows):
+        rows.memory.append({**_key(case, name), "peak_over_logits": "", "note": note})
+        rows.launches.append({**_key(case, name), "launches": "", "kernels": "", "note": note})
+
+
+def _is_counted(case: Case, name: str, rows: Rows) -> bool:
+    """Memory and launches are counted once, not in every round."""
+    key = _key(case, name).items()
+    return any(key <= row.items() for row in rows.memory)
 
 
 def disagreement(ours: tuple[Tensor, Tensor], true: tuple[Tensor, Tensor], case: Case) -> str:
@@ -109,34 +108,34 @@ def disagreement(ours: tuple[Tensor, Tensor], true: tuple[Tensor, Tensor], case:
 
 
 class Bench:
-    """One run over many shapes; remembers how long compilers have taken so far."""
-
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._compiled_for = 0.0
         self._copy = Copy(settings.copy_bytes, settings.device)
 
-    def measure(self, case: Case, rows: Rows) -> None:
+    def measure(
+        self, case: Case, contenders: Sequence[Contender], rows: Rows, turn: int = 1
+    ) -> None:
         settings = self.settings
         inputs = make_inputs(case, inputs_wanted(case, settings.cache_bytes), settings.device)
         steps: dict[str, Pass] = {}
         truth = None
-        # Plain PyTorch first: the others are compared with it.
-        for one in sorted(settings.contenders, key=lambda one: one is not EAGER):
+        # The others are compared with plain PyTorch, or with one that has been in its turn.
+        for one in sorted(contenders, key=lambda one: one is not EAGER):
             step, result, note = self._prepare(one, case, inputs[0], truth)
             if step is None:
-                left_out(case, one.name, note, rows)
+                left_out(case, one.name, note, rows, turn)
                 continue
-            if one is EAGER:
+            if truth is None and (one is EAGER or turn > 1):
                 truth = result
             del result
             steps[one.name] = step
         del truth
-        order = [one.name for one in settings.contenders if one.name in steps]
-        self._times(case, {name: steps[name] for name in order}, inputs, rows)
+        order = [one.name for one in contenders if one.name in steps]
+        self._times(case, {name: steps[name] for name in order}, inputs, rows, turn)
         self._clear()
         for name in order:
-            self._counters(case, name, steps[name], inputs[0], rows)
+            if not _is_counted(case, name, rows):
+                self._counters(case, name, steps[name], inputs[0], rows)
         del inputs, steps
         self._clear()
 
@@ -144,52 +143,36 @@ class Bench:
         self, one: Contender, case: Case, logits: Tensor, truth: tuple[Tensor, Tensor] | None
     ) -> tuple[Pass | None, tuple[Tensor, Tensor] | None, str]:
         """A pass that has run once, its result, or the reason why there is none."""
-        free = self._free_bytes()
-        reason = one.unavailable() or lack_of_memory(one, case, free)
-        if one.compiles and self._compiled_for > self.settings.compile_seconds:
-            reason = "the time for compilers was spent"
+        reason = one.unavailable() or lack_of_memory(one, case, self._free_bytes())
         if reason:
             return None, None, reason
-        start = time.monotonic()
         try:
             step = one.make()
             result = step(logits)
             note = "" if truth is None else disagreement(result, truth, case)
         except Exception as error:  # a contender that fails must not end the run
             self._clear()
-            return None, None, f"failed: {_one_line(error)}"
-        if one.compiles:
-            self._compiled_for += time.monotonic() - start
+            return None, None, f"failed: {one_line(error)}"
         return (None, None, note) if note else (step, result, "")
 
-    def _times(self, case: Case, steps: dict[str, Pass], inputs: list[Tensor], rows: Rows) -> None:
+    def _times(
+        self, case: Case, steps: dict[str, Pass], inputs: list[Tensor], rows: Rows, turn: int
+    ) -> None:
         settings = self.settings
-        clocks: dict[tuple[str, str], Launched | Replayed | Copy] = {}
+        clocks = {}
         notes: dict[str, str] = {}
         for name, step in steps.items():
             try:
-                launched = Launched(Rotation(step, inputs), settings.device, settings.slice_us)
+                made, notes[name] = make_clocks(step, inputs, settings.device, settings.slice_us)
             except Exception as error:
-                left_out(case, name, f"failed: {_one_line(error)}", rows)
+                left_out(case, name, f"failed: {one_line(error)}", rows, turn)
                 continue
-            clocks[name, launched.mode] = launched
-            if settings.device.type == "cpu" or launched.estimate_us > GRAPH_BELOW_US:
-                continue
-            try:
-                replayed = Replayed(Rotation(step, inputs), settings.device, settings.slice_us)
-                clocks[name, replayed.mode] = replayed
-            except Exception as error:
-                notes[name] = f"no graph: {_one_line(error)}"
-        clocks[COPY, self._copy.mode] = self._copy
-        for clock in clocks.values():  # captures have emptied the allocator's cache
-            clock.sample_us()
-        samples: dict[tuple[str, str], list[float]] = {key: [] for key in clocks}
-        for _ in range(settings.repeats):
-            for key, clock in clocks.items():
-                samples[key].append(clock.sample_us())
-        for (name, mode), times in samples.items():
+            clocks |= {(name, clock.mode): clock.sample_us for clock in made}
+        clocks[COPY, self._copy.mode] = self._copy.sample_us
+        for (name, mode), times in in_turns(clocks, settings.repeats).items():
             used = 1 if name == COPY else len(inputs)
-            rows.time.append(_time_row(case, name, mode, times, used, notes.get(name, "")))
+            note = notes.get(name, "")
+            rows.time.append(_time_row(case, name, mode, times, used, note, turn))
 
     def _counters(self, case: Case, name: str, step: Pass, logits: Tensor, rows: Rows) -> None:
         def run() -> object:
@@ -215,7 +198,7 @@ class Bench:
         try:
             return {**count(), "note": ""}
         except Exception as error:
-            return {**nothing, "note": f"failed: {_one_line(error)}"}
+            return {**nothing, "note": f"failed: {one_line(error)}"}
 
     def _free_bytes(self) -> int:
         if self.settings.device.type == "cpu":
@@ -229,11 +212,6 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}"
-
-
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=results_file.FOLDER, help="folder of the CSVs")
@@ -244,15 +222,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _settings(args: argparse.Namespace) -> Settings:
     if args.dry_run:
-        return Settings(torch.device("cpu"), DRY_CONTENDERS, 2, 1e3, 1 << 20, 1 << 10, 0)
+        return Settings(torch.device("cpu"), 2, 1e3, 1 << 20, 1 << 10)
     return Settings(
         device=torch.device("cuda", torch.cuda.current_device()),
-        contenders=CONTENDERS,
         repeats=9,
         slice_us=5e3,
         copy_bytes=1 << 30,
         cache_bytes=torch.cuda.get_device_properties().L2_cache_size,
-        compile_seconds=0.35 * args.seconds,
     )
 
 
@@ -273,21 +249,24 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(settings)
     rows = Rows()
-    for case in DRY_CASES if args.dry_run else CASES:
-        start = time.monotonic()
-        if deadline - start < LARGEST_CASE_SECONDS:
-            for one in settings.contenders:
-                left_out(case, one.name, "the time for the benchmark was spent", rows)
-        else:
-            try:
-                bench.measure(case, rows)
-            except Exception as error:  # a shape that fails must not end the run
-                print(f"{case} failed: {type(error).__name__}: {error}", flush=True)
-        for name, found in zip(
-            gpu_report.LOSS_CSVS, (rows.time, rows.memory, rows.launches), strict=True
-        ):
-            results_file.write(name, header, found, args.out)
-        print(f"{case}: {time.monotonic() - start:.1f} s", flush=True)
+    cases = DRY_CASES if args.dry_run else CASES
+    rounds = DRY_ROUNDS if args.dry_run else ROUNDS
+    for turn, contenders in enumerate(rounds, 1):
+        for case in cases:
+            start = time.monotonic()
+            if deadline - start < (LARGEST_CASE_SECONDS if case is LARGEST else CASE_SECONDS):
+                for one in contenders:
+                    left_out(case, one.name, "the time for the benchmark was spent", rows, turn)
+            else:
+                try:
+                    bench.measure(case, contenders, rows, turn)
+                except Exception as error:  # a shape that fails must not end the run
+                    print(f"{case} failed: {one_line(error)}", flush=True)
+            for name, found in zip(
+                gpu_report.LOSS_CSVS, (rows.time, rows.memory, rows.launches), strict=True
+            ):
+                results_file.write(name, header, found, args.out)
+            print(f"{case}: {time.monotonic() - start:.1f} s", flush=True)
     print("\n".join(gpu_report.short_report(args.out)))
     return 0
 

@@ -33,6 +33,8 @@ TOWER_KEYS = ("model", "batch", "layout", "dtype")
 NOT_MEASURED = ["Not measured yet: `bash benchmarks/gpu.sh` on a machine with a GPU does it."]
 OURS = ("cuda", "triton", "cpp", "patched")
 """The first that a CSV holds is what ratios are of; cpp: dry runs."""
+AGAIN = "again "
+"""Before the name of one of ours that took turns with a compiler: what that is compared with."""
 VS_EAGER, VS_COMPILE, OF_FLOOR = 8.0, 1.5, 0.85
 """Design targets of the loss; the floor's from 16384 x 1000 on."""
 
@@ -51,10 +53,13 @@ def _values(
     found: Values = {}
     for row in results_file.read(name, folder)[1]:
         of_case = found.setdefault(tuple(row[key] for key in keys), {})
+        who = row["contender"]
+        if row.get("round", "1") != "1" and who != "compile":
+            who = AGAIN + who
         if row.get("mode", mode) == mode:
-            of_case[row["contender"]] = row[column]
+            of_case[who] = row[column]
         elif row.get("mode") == "launched":
-            of_case.setdefault(row["contender"], row[column])
+            of_case.setdefault(who, row[column])
     return found
 
 
@@ -104,9 +109,10 @@ def _first_of_ours(names: Sequence[str]) -> str:
 
 
 def _ratios(row: dict[str, float], ours: str, targets: Sequence[float | None]) -> list[str]:
+    mine = row.get(ours), row.get(AGAIN + ours, row.get(ours))
     return [
-        markdown.ratio(row[other] / row[ours], target) if ours in row and other in row else "-"
-        for other, target in zip(("eager", "compile"), targets, strict=True)
+        markdown.ratio(row[other] / time, target) if time and other in row else "-"
+        for other, target, time in zip(("eager", "compile"), targets, mine, strict=True)
     ]
 
 
@@ -217,53 +223,66 @@ def floors() -> list[str]:
 # ---- What was predicted of the loss's kernels, and what the counters say ------------------------
 
 
-def _percent_of_floor(key: Key, folder: Path | None) -> float | None:
-    if not ((folder or results_file.FOLDER) / TIME).exists():
-        return None
-    row = _times("replayed", folder).get(key, {})
-    if "cuda" not in row or COPY not in row:
-        return None
-    return 100 * floor_us(3, key, row[COPY], _copied_bytes(TIME, folder)) / row["cuda"]
+WHAT = ("statistics", "gradient", "time", "of the floor")
+"""Warp instructions per row of forward's kernels and of the gradient's, and what comes of them."""
 
 
-def _instructions(key: Key, folder: Path | None) -> dict[str, float]:
-    """Warp instructions per row, of all kernels of forward and of the gradient's."""
-    if not ((folder or results_file.FOLDER) / KERNELS).exists():
-        return {}
-    case = str(Case(int(key[0]), int(key[1]), key[2]))
-    found: dict[str, float] = {}
-    for row in results_file.read(KERNELS, folder)[1]:
-        if row["case"] == case and row["instructions_per_row"]:
-            name = "gradient" if "gradient" in row["kernel"] else "statistics"
-            found[name] = found.get(name, 0.0) + float(row["instructions_per_row"])
+def _predicted() -> list[tuple[str, Key, list[str]]]:
+    """Which kernels, the case, and a cell for each of WHAT."""
+    header, rows = results_file.read(PREDICTIONS, Path(__file__).parent)
+    found = []
+    for row in rows:
+        key = row["rows"], row["columns"], row["dtype"]
+        percent = int(row["percent_of_floor"])
+        floor = 1e6 * 3 * _bytes(key) / float(header["bytes per second"])
+        cells = [row["statistics"], row["gradient"], markdown.time(100 * floor / percent)]
+        found.append((row["kernels"], key, [*cells, f"{percent}%"]))
     return found
 
 
-def _predictions() -> list[dict[str, str]]:
-    return results_file.read(PREDICTIONS, Path(__file__).parent)[1]
+def _measured(key: Key, folder: Path | None) -> list[str]:
+    """A cell for each of WHAT."""
+    there = {name for name in (TIME, KERNELS) if ((folder or results_file.FOLDER) / name).exists()}
+    cells = dict.fromkeys(WHAT, "not yet")
+    case = str(Case(int(key[0]), int(key[1]), key[2]))
+    counted: dict[str, float] = {}
+    for row in results_file.read(KERNELS, folder)[1] if KERNELS in there else ():
+        if row["case"] == case and row["instructions_per_row"]:
+            what = "gradient" if "gradient" in row["kernel"] else "statistics"
+            counted[what] = counted.get(what, 0.0) + float(row["instructions_per_row"])
+    cells |= {what: f"{value:.0f}" for what, value in counted.items()}
+    row = _times("replayed", folder).get(key, {}) if TIME in there else {}
+    if {"cuda", COPY} <= set(row):
+        floor = floor_us(3, key, row[COPY], _copied_bytes(TIME, folder))
+        cells["time"] = markdown.time(row["cuda"])
+        cells["of the floor"] = f"{100 * floor / row['cuda']:.0f}%"
+    return list(cells.values())
 
 
-def measured(key: Key, folder: Path | None) -> list[float | None]:
-    """Statistics' and gradient's instructions per row, percent of the floor; None: not measured."""
-    counted = _instructions(key, folder)
-    return [counted.get("statistics"), counted.get("gradient"), _percent_of_floor(key, folder)]
+def _is_first_run(folder: Path | None) -> bool:
+    """Whether the CSVs are of the kernels that "before" is about."""
+    commits = [
+        results_file.read(TIME, one)[0]["commit"]
+        for one in (folder or results_file.FOLDER, results_file.FOLDER / BEFORE)
+        if (one / TIME).exists()
+    ]
+    return len(commits) == 2 and commits[0] == commits[1]
 
 
 def prediction_table() -> list[str]:
     """Every prediction beside what was measured of the kernels that it is about."""
+    before = results_file.FOLDER / BEFORE
     head = ["kernels", "B x C", "dtype"]
-    for what in ("statistics", "gradient", "of the floor"):
+    for what in WHAT:
         head += [f"{what}, predicted", "measured"]
     lines = []
-    for row in _predictions():
-        key = row["rows"], row["columns"], row["dtype"]
-        folder = results_file.FOLDER / BEFORE if row["kernels"] == "before" else None
-        predicted = [row["statistics"], row["gradient"], f"{row['percent_of_floor']}%"]
-        cells = [row["kernels"], *_case(key)]
-        for wanted, value in zip(predicted, measured(key, folder), strict=True):
-            unit = wanted[-1].strip("0123456789")
-            cells += [wanted, "not yet" if value is None else f"{value:.0f}{unit}"]
-        lines.append(cells)
+    for kernels, key, predicted in _predicted():
+        if kernels == "before":
+            measured = _measured(key, before)
+        else:
+            measured = ["not yet"] * len(WHAT) if _is_first_run(None) else _measured(key, None)
+        pairs = zip(predicted, measured, strict=True)
+        lines.append([kernels, *_case(key), *(cell for pair in pairs for cell in pair)])
     return markdown.table(head, lines, words=3)
 
 
@@ -279,18 +298,18 @@ COUNTERS = {
 }
 
 
+def _counter(name: str, row: dict[str, str]) -> str:
+    value = row[name] if name != "instructions_per_row" or "ueo_" in row["kernel"] else ""
+    if not value:
+        return "-"
+    if name.endswith("bytes"):
+        return _megabytes(int(float(value)))
+    return f"{float(value):.0f}" if float(value) >= 100 else f"{float(value):.3g}"
+
+
 def counter_table(folder: Path | None = None) -> list[str]:
     lines = [
-        [
-            row["case"],
-            row["kernel"],
-            *(
-                _megabytes(int(float(row[name] or 0)))
-                if name.endswith("bytes")
-                else row[name] and f"{float(row[name]):.4g}"
-                for name in COUNTERS
-            ),
-        ]
+        [row["case"], row["kernel"], *(_counter(name, row) for name in COUNTERS)]
         for row in results_file.read(KERNELS, folder)[1]
     ]
     return markdown.table(["case", "kernel", *COUNTERS.values()], lines, words=2)
@@ -362,23 +381,22 @@ def _short_times(name: str, keys: Sequence[str], folder: Path | None) -> list[st
         for key, row in times.items()
     ]
     lines = _aligned([["us", *names], *rows])
-    return lines + [line for line in _with_notes([], name, keys, folder) if line]
+    return lines + [line[:200] for line in _with_notes([], name, keys, folder) if line]
 
 
 def _short_predictions(folder: Path | None) -> list[str]:
     """What was measured beside both predictions."""
-    found: dict[Key, list[str]] = {}
-    for row in _predictions():
-        key = row["rows"], row["columns"], row["dtype"]
-        values = measured(key, folder)
-        if key not in found:
-            found[key] = ["-" if value is None else f"{value:.0f}" for value in values]
-        wanted = row["statistics"], row["gradient"], row["percent_of_floor"]
-        for place, value in enumerate(wanted):
-            found[key][place] += f" {value}"
-    head = "measured, then predicted before and in registers:"
-    table = [[head, "statistics", "gradient", "% of the floor"]]
-    return _aligned([*table, *([" ".join(_case(key)), *cells] for key, cells in found.items())])
+    lines: dict[Key, list[list[str]]] = {}
+    for _, key, predicted in _predicted():
+        lines.setdefault(key, [_measured(key, folder)]).append(predicted)
+    head = ["measured / predicted before / in registers", *WHAT]
+    return _aligned(
+        [head]
+        + [
+            [" ".join(_case(key)), *(" / ".join(cells) for cells in zip(*columns, strict=True))]
+            for key, columns in lines.items()
+        ]
+    )
 
 
 def short_counters(folder: Path | None) -> list[str]:
@@ -386,7 +404,7 @@ def short_counters(folder: Path | None) -> list[str]:
     rows = results_file.read(KERNELS, folder)[1]
     return _aligned(
         [["counters", *names]]
-        + [[f"{row['case']} {row['kernel']}", *(row[name] or "-" for name in names)]
+        + [[f"{row['case']} {row['kernel']}", *(_counter(name, row) for name in names)]
            for row in rows]
     )  # fmt: skip
 

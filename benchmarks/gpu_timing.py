@@ -5,19 +5,19 @@ On a CPU (`--dry-run`) a wall clock and no graphs.
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-
-from benchmarks.gpu_cases import Pass
 
 GRAPH_PASSES = 20
 """At least so many passes in a graph: what a replay itself costs is then small."""
 
 GRAPH_BELOW_US = 2000.0
-"""Above that the gaps between launches are nothing, and graphs would hold much memory."""
+"""Of the device's time. Above that the gaps between launches are nothing, and graphs would hold
+much memory."""
 
 
 def elapsed_us(run: Callable[[], object], device: torch.device) -> float:
@@ -40,7 +40,7 @@ class Rotation:
     Otherwise the allocator would hand out the same gradient again and again, out of the cache.
     """
 
-    def __init__(self, step: Pass, inputs: list[Tensor]) -> None:
+    def __init__(self, step: Callable[[Tensor], object], inputs: list[Tensor]) -> None:
         self.step = step
         self.inputs = inputs
         self._results: list[object] = [None] * len(inputs)
@@ -55,6 +55,10 @@ class Rotation:
         self._results = [None] * len(self.inputs)
 
 
+QUEUE_CYCLES = 50_000_000
+"""Some 30 ms in which the device waits, so that a few passes are queued before the first begins."""
+
+
 class Launched:
     """Passes one after the other, as a training loop launches them."""
 
@@ -64,9 +68,13 @@ class Launched:
         self._rotation = rotation
         self._device = device
         rotation.run(3)
-        self.estimate_us = elapsed_us(lambda: rotation.run(3), device) / 3
+        estimate_us = elapsed_us(lambda: rotation.run(3), device) / 3
+        self._calls = max(3, min(300, round(slice_us / max(estimate_us, 0.1))))
+        if device.type == "cuda":
+            torch.cuda._sleep(QUEUE_CYCLES)
+            estimate_us = elapsed_us(lambda: rotation.run(3), device) / 3
         rotation.release()
-        self._calls = max(3, min(300, round(slice_us / max(self.estimate_us, 0.1))))
+        self.graph_is_worth_it = device.type == "cuda" and estimate_us <= GRAPH_BELOW_US
 
     def sample_us(self) -> float:
         """Microseconds of one pass."""
@@ -127,3 +135,44 @@ class Copy:
     def sample_us(self) -> float:
         """Microseconds of one copy, which moves twice its size."""
         return elapsed_us(self._copy, self._device) / 3
+
+
+Clock = Launched | Replayed | Copy
+
+
+def make_clocks(
+    step: Callable[[Tensor], object], inputs: list[Tensor], device: torch.device, slice_us: float
+) -> tuple[list[Clock], str]:
+    """As launched and, where that is worth it, as replayed; else the reason why not as replayed."""
+    launched = Launched(Rotation(step, inputs), device, slice_us)
+    if not launched.graph_is_worth_it:
+        return [launched], ""
+    try:
+        return [launched, Replayed(Rotation(step, inputs), device, slice_us)], ""
+    except Exception as error:
+        return [launched], f"no graph: {one_line(error)}"
+
+
+def in_turns(
+    clocks: Mapping[Hashable, Callable[[], float]], repeats: int
+) -> dict[Hashable, list[float]]:
+    """Microseconds of each, ``repeats`` times: the first turn, which warms up, does not count."""
+    samples: dict[Hashable, list[float]] = {key: [] for key in clocks}
+    for turn in range(repeats + 1):
+        for key, sample_us in clocks.items():
+            spent = sample_us()
+            if turn:
+                samples[key].append(spent)
+    return samples
+
+
+def spread(times: Sequence[float]) -> dict[str, object]:
+    """Columns of a CSV; empty where nothing was measured."""
+    values = (statistics.median(times), min(times), max(times)) if times else ()
+    shown = [f"{value:.2f}" for value in values] or [""] * 3
+    return dict(zip(("median_us", "lowest_us", "highest_us"), shown, strict=True))
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"
