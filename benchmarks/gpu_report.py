@@ -49,17 +49,15 @@ Numbers = dict[Key, dict[str, float]]
 def _values(
     name: str, keys: Sequence[str], column: str, folder: Path | None, mode: str = ""
 ) -> Values:
-    """One column by case and contender; times not replayed as graphs are taken as launched."""
+    """One column by case and contender; the copy needs no graph, so it has no second mode."""
     found: Values = {}
     for row in results_file.read(name, folder)[1]:
         of_case = found.setdefault(tuple(row[key] for key in keys), {})
         who = row["contender"]
         if row.get("round", "1") != "1" and who != "compile":
             who = AGAIN + who
-        if row.get("mode", mode) == mode:
+        if row.get("mode", mode) == mode or who == COPY:
             of_case[who] = row[column]
-        elif row.get("mode") == "launched":
-            of_case.setdefault(who, row[column])
     return found
 
 
@@ -122,8 +120,8 @@ def _cells(row: dict[str, float], names: Sequence[str], digits: int = 1) -> list
 
 def _beyond_the_cache(name: str, keys: Sequence[str], folder: Path | None) -> set[Key]:
     """Cases whose inputs took turns: the others' stay in the cache, no floor applies."""
-    inputs = _numbers(name, keys, "inputs", folder, "launched")
-    return {key for key, row in inputs.items() if any(count > 1 for count in row.values())}
+    rows = results_file.read(name, folder)[1]
+    return {tuple(row[key] for key in keys) for row in rows if int(row["inputs"]) > 1}
 
 
 def _copied_bytes(name: str, folder: Path | None) -> int:
@@ -432,6 +430,7 @@ def _table(name: str, make: Callable[[], list[str]]) -> Callable[[], list[str]]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "gpu floors": floors,
     "gpu predictions": prediction_table,
+    "gpu before provenance": _table(f"{BEFORE}/{TIME}", lambda: _provenance(f"{BEFORE}/{TIME}")),
     "gpu replayed": _table(TIME, lambda: time_table("replayed")),
     "gpu launched": _table(TIME, lambda: time_table("launched")),
     "gpu memory": _table(MEMORY, lambda: _plain_table(MEMORY, "peak_over_logits")),

@@ -12,12 +12,12 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-GRAPH_PASSES = 20
-"""At least so many passes in a graph: what a replay itself costs is then small."""
+GRAPH_US = 2000.0
+"""So many passes are in a graph that it takes at least that long: what a replay costs is then
+small. No more, since graphs hold memory."""
 
-GRAPH_BELOW_US = 2000.0
-"""Of the device's time. Above that the gaps between launches are nothing, and graphs would hold
-much memory."""
+GRAPH_PASSES = 20
+"""At most, beside what the number of inputs asks for."""
 
 
 def elapsed_us(run: Callable[[], object], device: torch.device) -> float:
@@ -74,7 +74,7 @@ class Launched:
             torch.cuda._sleep(QUEUE_CYCLES)
             estimate_us = elapsed_us(lambda: rotation.run(3), device) / 3
         rotation.release()
-        self.graph_is_worth_it = device.type == "cuda" and estimate_us <= GRAPH_BELOW_US
+        self.device_us = estimate_us
 
     def sample_us(self) -> float:
         """Microseconds of one pass."""
@@ -84,14 +84,25 @@ class Launched:
 
 
 class Replayed:
-    """The same passes in one CUDA graph: no gap between them."""
+    """The same passes in one CUDA graph: no gap between them. On a CPU they are just run."""
 
     mode = "replayed"
 
-    def __init__(self, rotation: Rotation, device: torch.device, slice_us: float) -> None:
+    def __init__(
+        self, rotation: Rotation, device: torch.device, slice_us: float, device_us: float
+    ) -> None:
         inputs = len(rotation.inputs)
-        self._passes = inputs * -(-GRAPH_PASSES // inputs)
+        wanted = min(GRAPH_PASSES, max(1, round(GRAPH_US / max(device_us, 0.1))))
+        self._passes = inputs * -(-wanted // inputs)
         self._device = device
+        self._run_once = self._captured(rotation)
+        self._run_once()
+        once = elapsed_us(self._run_once, device)
+        self._replays = max(1, min(100, round(slice_us / max(once, 0.1))))
+
+    def _captured(self, rotation: Rotation) -> Callable[[], None]:
+        if self._device.type == "cpu":
+            return lambda: rotation.run(self._passes)
         current = torch.cuda.current_stream()
         side = torch.cuda.Stream()
         side.wait_stream(current)
@@ -100,17 +111,15 @@ class Replayed:
         current.wait_stream(side)
         torch.cuda.synchronize()
         rotation.release()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             rotation.run(self._passes)
         rotation.release()  # the memory stays with the graph
-        self._graph.replay()
-        once = elapsed_us(self._graph.replay, device)
-        self._replays = max(1, min(100, round(slice_us / max(once, 0.1))))
+        return graph.replay
 
     def _replay(self) -> None:
         for _ in range(self._replays):
-            self._graph.replay()
+            self._run_once()
 
     def sample_us(self) -> float:
         """Microseconds of one pass."""
@@ -143,12 +152,11 @@ Clock = Launched | Replayed | Copy
 def make_clocks(
     step: Callable[[Tensor], object], inputs: list[Tensor], device: torch.device, slice_us: float
 ) -> tuple[list[Clock], str]:
-    """As launched and, where that is worth it, as replayed; else the reason why not as replayed."""
+    """As launched and as replayed, or the reason why not as replayed."""
     launched = Launched(Rotation(step, inputs), device, slice_us)
-    if not launched.graph_is_worth_it:
-        return [launched], ""
     try:
-        return [launched, Replayed(Rotation(step, inputs), device, slice_us)], ""
+        rotation = Rotation(step, inputs)
+        return [launched, Replayed(rotation, device, slice_us, launched.device_us)], ""
     except Exception as error:
         return [launched], f"no graph: {one_line(error)}"
 

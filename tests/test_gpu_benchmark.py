@@ -81,10 +81,11 @@ def test_ratios_and_floors_are_those_of_the_times(tmp_path):
             (*small, "cuda", "replayed", 5, 1, ""),
             (*small, "eager", "launched", 100, 1, ""),
             (*small, "eager", "replayed", 30, 1, ""),
+            (*small, "compile", "launched", 60, 1, "no graph: planted"),
             (*small, "copy", "launched", 1000, 1, ""),
             (*large, "cuda", "replayed", 100, 4, ""),
             (*large, "loss_and_grad", "replayed", 80, 4, ""),
-            (*large, "eager", "launched", 2500, 4, ""),  # too long for a graph
+            (*large, "eager", "replayed", 2500, 4, ""),
             (*large, "compile", "replayed", 140, 4, ""),
             (*large, "liger", "", "", 0, "liger_kernel is not installed"),
             (*large, "copy", "launched", 1000, 1, ""),
@@ -94,7 +95,7 @@ def test_ratios_and_floors_are_those_of_the_times(tmp_path):
     (line,) = (line for line in replayed if line.startswith("| 1024"))
     assert "| 5.0 µs |" in line
     assert "6.0 (target 8, missed)" in line
-    assert line.endswith("| - | - | - | - |")  # in the cache: no floor
+    assert line.endswith("| - | - | - | - | - |")  # not replayed: no ratio; in the cache: no floor
     (line,) = (line for line in replayed if line.startswith("| 16384"))
     # A copy of 1 GB in 1 ms moves 2 TB/s; 65.5 MB of logits, three times: 98.3 us.
     assert "**25.0** (target 8)" in line
