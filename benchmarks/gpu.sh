@@ -3,8 +3,9 @@
 #
 #   bash benchmarks/gpu.sh [--out DIR] [STEP ...]
 #
-# Steps, the most valuable first: build smoke cuda_tests loss affine counters checks stalls;
-# `checks` is memcheck, racecheck, initcheck and triton_tests side by side. Without a name: all.
+# Steps, the most valuable first: build smoke cuda_checks loss affine counters triton_checks stalls.
+# cuda_checks is cuda_tests, memcheck and racecheck side by side, triton_checks is triton_tests and
+# initcheck; what measures runs alone. Without a name: all.
 # TOTAL_SECONDS (590) is what all of them take together: each step has a limit of its own, and what
 # it does not use goes to the next ones. A step that fails keeps none of them from running; with
 # little time in all, the last ones get none.
@@ -16,13 +17,15 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
 usage="usage: bash benchmarks/gpu.sh [--out DIR] [STEP ...]"
-STEPS=(build smoke cuda_tests loss affine counters checks stalls)
+STEPS=(build smoke cuda_checks loss affine counters triton_checks stalls)
+declare -A members=([cuda_checks]="cuda_tests memcheck racecheck"
+  [triton_checks]="triton_tests initcheck") # of the others themselves
 # Seconds that a step gets at least, and its share of what is left over; with 16 processors and a
 # library that came along built, all but the benchmarks and the checks end earlier.
-declare -A least=([build]=20 [smoke]=45 [cuda_tests]=65 [loss]=45 [affine]=40 [counters]=30
-  [checks]=50 [stalls]=0)
-declare -A share=([build]=0 [smoke]=0 [cuda_tests]=5 [loss]=140 [affine]=70 [counters]=5
-  [checks]=70 [stalls]=20)
+declare -A least=([build]=20 [smoke]=45 [cuda_checks]=65 [loss]=40 [affine]=30 [counters]=25
+  [triton_checks]=45 [stalls]=0)
+declare -A share=([build]=0 [smoke]=0 [cuda_checks]=30 [loss]=140 [affine]=80 [counters]=5
+  [triton_checks]=45 [stalls]=10)
 BUILD_SECONDS=150 # where no library came along
 TOTAL_SECONDS=${TOTAL_SECONDS:-590}
 
@@ -146,7 +149,7 @@ summarize() { # what comes back: a page to read, and everything
   {
     for name in "${names[@]}"; do cat "$results/$name.status"; done
     for name in cuda_tests triton_tests; do
-      echo "$name: $(tail -n 1 "$results/$name.log")"
+      [[ -f $results/$name.log ]] && echo "$name: $(tail -n 1 "$results/$name.log")"
     done
     cat "$results/report.txt"
     for name in "${names[@]}"; do
@@ -169,19 +172,17 @@ for ((i = 0; i < ${#steps[@]}; i++)); do
   limit=$((least[$step] + (shares ? spare * share[$step] / shares : 0)))
   [[ $step == build && $limit -lt $BUILD_SECONDS ]] && limit=$BUILD_SECONDS
   ((limit < left)) || limit=$left
-  names+=("$step")
+  read -ra now <<<"${members[$step]:-$step}"
+  names+=("${now[@]}")
   if ((limit < 8)); then
-    printf '%-13s %4s s  no time was left\n' "$step" 0 | tee "$results/$step.status"
+    for name in "${now[@]}"; do
+      printf '%-13s %4s s  no time was left\n' "$name" 0 | tee "$results/$name.status"
+    done
     continue
   fi
   echo "== $step, at most $limit s"
-  if [[ $step == checks ]]; then
-    names=("${names[@]:0:${#names[@]}-1}" memcheck racecheck initcheck triton_tests)
-    for name in "${names[@]: -4}"; do run "$name" $limit & done
-    wait
-  else
-    run "$step" $limit
-  fi
+  for name in "${now[@]}"; do run "$name" $limit & done
+  wait
   summarize
 done
 
@@ -189,5 +190,5 @@ timeout 20 "$PYTHON" -m benchmarks.gpu_report "$results" >"$results/report.txt"
 summarize
 echo
 cat "$out/gpu_summary.txt"
-echo "CSVs are in $results; those of benchmarks/results are drawn by python -m benchmarks.render"
+echo "cp $results/*.csv benchmarks/results && python -m benchmarks.render: draws the CSVs in the docs"
 for name in "${names[@]}"; do grep -q "passed$" "$results/$name.status" || exit 1; done

@@ -331,8 +331,8 @@ def test_the_script_runs_every_step_and_packs_what_they_left(tmp_path):
     summary = (tmp_path / "out" / "gpu_summary.txt").read_text()
     assert summary in done.stdout
     assert list(states(summary)) == [
-        "build", "smoke", "cuda_tests", "loss", "affine", "counters",
-        "memcheck", "racecheck", "initcheck", "triton_tests", "stalls",
+        "build", "smoke", "cuda_tests", "memcheck", "racecheck", "loss", "affine", "counters",
+        "triton_tests", "initcheck", "stalls",
     ]  # fmt: skip
     assert set(states(summary).values()) == {"passed"}
     assert "triton_tests: 3 passed" in summary
@@ -373,6 +373,19 @@ def test_the_script_builds_where_nothing_came_along_built(tmp_path):
     shutil.rmtree(tree / "build")
     assert run_script(tmp_path, "build", cases=cases).returncode == 0
     assert not (tree / "built").exists()
+
+
+def test_tests_of_one_backend_that_find_no_time_have_not_passed():
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["tests/test_layer_norm.py", "--only-backend", "reference", "--until"]
+    environment = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    done = subprocess.run(
+        [*command, "1"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    results = [line for line in done.stdout.splitlines() if line.startswith("tests/")]
+    assert len(results) > 5
+    assert all("reference" in line and "SKIPPED" in line for line in results)
+    assert done.returncode == pytest.ExitCode.INTERRUPTED
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
