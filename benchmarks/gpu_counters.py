@@ -126,7 +126,7 @@ def read_profile(lines: Iterable[str]) -> list[dict[str, object]]:
         if kernel == SEPARATOR:
             place += 1
             continue
-        case, count = cases[place]
+        case, count = cases[place] if place >= 0 else ("unknown", 0)
         found: dict[str, object] = {"case": case, "kernel": kernel}
         found |= {"blocks": row["Grid Size"], "threads": row["Block Size"]}
         for name, (metric, unit) in METRICS.items():

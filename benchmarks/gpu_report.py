@@ -145,9 +145,13 @@ def _bytes(key: Key) -> int:
     return int(rows) * int(columns) * DTYPES[dtype].itemsize
 
 
-def floor_us(passes: int, key: Key, copy_us: float, copied_bytes: int) -> float:
-    """Time of reading and writing the logits ``passes`` times in all, at the copy's rate."""
-    return passes * _bytes(key) / (2 * copied_bytes) * copy_us
+PASSES = 3
+"""How often the logits' memory is read or written by a pass that keeps nothing on the chip."""
+
+
+def floor_us(key: Key, copy_us: float, copied_bytes: int) -> float:
+    """Time of two reads and one write of the logits at the copy's rate."""
+    return PASSES * _bytes(key) / (2 * copied_bytes) * copy_us
 
 
 def _fraction(value: float | None, floor: float, key: Key) -> str:
@@ -168,18 +172,18 @@ def time_table(mode: str, folder: Path | None = None) -> list[str]:
     ours = _first_of_ours(names)
     head = ["B x C", "dtype", *(LABELS[name] for name in names), "vs (b)", "vs (c)"]
     if mode == "replayed":
-        head += ["two reads, one write", "of it", "one read, one write", "`loss_and_grad` of it"]
+        head += ["the floor", "of it", "`loss_and_grad` of it"]
     cold = _beyond_the_cache(TIME, LOSS_KEYS, folder)
     copied = _copied_bytes(TIME, folder)
     lines = []
     for key, row in times.items():
         cells = _case(key) + _cells(row, names) + _ratios(row, ours, (VS_EAGER, VS_COMPILE))
         if mode == "replayed" and key in cold and COPY in row:
-            for passes, name in ((3, ours), (2, "loss_and_grad")):
-                floor = floor_us(passes, key, row[COPY], copied)
-                cells += [markdown.time(floor, digits=1), _fraction(row.get(name), floor, key)]
+            floor = floor_us(key, row[COPY], copied)
+            cells.append(markdown.time(floor, digits=1))
+            cells += [_fraction(row.get(name), floor, key) for name in (ours, "loss_and_grad")]
         elif mode == "replayed":
-            cells += ["-"] * 4
+            cells += ["-"] * 3
         lines.append(cells)
     return _with_notes(markdown.table(head, lines, words=2), TIME, LOSS_KEYS, folder)
 
@@ -210,10 +214,10 @@ def _megabytes(size: int) -> str:
 
 def floors() -> list[str]:
     """Bytes only: what a pass must move, whatever the machine."""
-    head = ["B x C", "dtype", "logits", "two reads, one write", "one read, one write"]
+    head = ["B x C", "dtype", "logits", "two reads, one write"]
     keys = [(str(case.rows), str(case.columns), case.dtype) for case in CASES]
     lines = [
-        _case(key) + [_megabytes(passes * _bytes(key)) for passes in (1, 3, 2)] for key in keys
+        _case(key) + [_megabytes(passes * _bytes(key)) for passes in (1, PASSES)] for key in keys
     ]
     return markdown.table(head, lines, words=2)
 
@@ -232,7 +236,7 @@ def _predicted() -> list[tuple[str, Key, list[str]]]:
     for row in rows:
         key = row["rows"], row["columns"], row["dtype"]
         percent = int(row["percent_of_floor"])
-        floor = 1e6 * 3 * _bytes(key) / float(header["bytes per second"])
+        floor = 1e6 * PASSES * _bytes(key) / float(header["bytes per second"])
         cells = [row["statistics"], row["gradient"], markdown.time(100 * floor / percent)]
         found.append((row["kernels"], key, [*cells, f"{percent}%"]))
     return found
@@ -251,7 +255,7 @@ def _measured(key: Key, folder: Path | None) -> list[str]:
     cells |= {what: f"{value:.0f}" for what, value in counted.items()}
     row = _times("replayed", folder).get(key, {}) if TIME in there else {}
     if {"cuda", COPY} <= set(row):
-        floor = floor_us(3, key, row[COPY], _copied_bytes(TIME, folder))
+        floor = floor_us(key, row[COPY], _copied_bytes(TIME, folder))
         cells["time"] = markdown.time(row["cuda"])
         cells["of the floor"] = f"{100 * floor / row['cuda']:.0f}%"
     return list(cells.values())
