@@ -88,7 +88,8 @@ smoke() { # every kernel; Triton's compile while CUDA's run
 
 run_tests() { # BACKEND LIMIT; a missing backend is a failure here, not a reason to skip
   local parallel=() until=$(($(date +%s) + $2 - 12)) # then the rest is skipped: what failed is said
-  "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n "$workers")
+  # Neighbours, which share what Triton compiles, stay in one worker until another has nothing left.
+  "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n "$workers" --dist worksteal)
   # One compiler per worker: Inductor would start a pool of them in each.
   UEO_FAST_REQUIRE_GPU=1 TORCHINDUCTOR_COMPILE_THREADS=1 "$PYTHON" -m pytest -v --tb=short -r fE \
     -p no:cacheprovider --durations=15 "${parallel[@]}" --only-backend "$1" --until "$until" \
