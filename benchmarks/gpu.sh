@@ -3,25 +3,30 @@
 #
 #   bash benchmarks/gpu.sh [--out DIR] [STEP ...]
 #
-# Steps, the most valuable first: facts build smoke cuda_tests loss affine counters checks stalls;
-# `checks` is memcheck, racecheck, initcheck and triton_tests side by side. Without a name: all.
+# Steps, the most valuable first: build smoke cuda_checks loss affine counters triton_checks stalls.
+# cuda_checks is cuda_tests, memcheck and racecheck side by side, triton_checks is triton_tests and
+# initcheck; what measures runs alone. Without a name: all.
 # TOTAL_SECONDS (590) is what all of them take together: each step has a limit of its own, and what
-# it does not use goes to the next ones. A step that fails keeps none of them from running.
+# it does not use goes to the next ones. A step that fails keeps none of them from running; with
+# little time in all, the last ones get none.
 #
-# Logs and CSVs are in build/gpu/results; DIR (build/gpu) gets them as one file, gpu_results.tar.gz,
-# and gpu_summary.txt, both anew after every step. PYTHON names another interpreter than python3.
+# Logs and CSVs are in build/gpu/results. DIR (build/gpu) gets all of that as one file,
+# gpu_results.tar.gz, and gpu_summary.txt, a page of it, both anew after every step. PYTHON names
+# another interpreter than python3. The exit status is 0 only if all steps passed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
 usage="usage: bash benchmarks/gpu.sh [--out DIR] [STEP ...]"
-STEPS=(facts build smoke cuda_tests loss affine counters checks stalls)
-# Seconds that a step gets at least, and its share of what is left over. Those of the tests and of
-# the checks are for 16 processors.
-declare -A least=([facts]=25 [build]=20 [smoke]=45 [cuda_tests]=60 [loss]=60 [affine]=30
-  [counters]=35 [checks]=50 [stalls]=0)
-declare -A share=([facts]=0 [build]=0 [smoke]=0 [cuda_tests]=10 [loss]=150 [affine]=60
-  [counters]=10 [checks]=70 [stalls]=20)
-BUILD_SECONDS=150 # where no built library came along
+STEPS=(build smoke cuda_checks loss affine counters triton_checks stalls)
+declare -A members=([cuda_checks]="cuda_tests memcheck racecheck"
+  [triton_checks]="triton_tests initcheck") # of the others themselves
+# Seconds that a step gets at least, and its share of what is left over; with 16 processors and a
+# library that came along built, all but the benchmarks and the checks end earlier.
+declare -A least=([build]=20 [smoke]=45 [cuda_checks]=65 [loss]=40 [affine]=30 [counters]=25
+  [triton_checks]=45 [stalls]=0)
+declare -A share=([build]=0 [smoke]=0 [cuda_checks]=30 [loss]=140 [affine]=80 [counters]=5
+  [triton_checks]=45 [stalls]=10)
+BUILD_SECONDS=150 # where no library came along
 TOTAL_SECONDS=${TOTAL_SECONDS:-590}
 
 out=build/gpu results=build/gpu/results steps=()
@@ -42,72 +47,64 @@ while (($#)); do
 done
 ((${#steps[@]})) || steps=("${STEPS[@]}")
 
+if ! command -v nvidia-smi >/dev/null; then
+  echo "benchmarks/gpu.sh: there is no GPU here (no nvidia-smi)" >&2
+  exit 2
+fi
 # A python3 may be a script that calls another, which profilers would rather be given themselves.
 PYTHON=$("${PYTHON:-python3}" -c "import sys; print(sys.executable)") || exit 2
 PATH="$(dirname "$PYTHON"):$PATH" # cmake and ninja may be packages of it
 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # for those that are not installed
-export PYTHON PATH PYTHONPATH PYTHONUNBUFFERED=1 results
+workers=$(($(nproc) > 4 ? $(nproc) - 3 : 1)) # beside them run a controller and three sanitizers
+export PYTHON PATH PYTHONPATH PYTHONUNBUFFERED=1 results workers
 rm -rf "$results"
 mkdir -p "$results" "$out"
 
-facts() {
+ready() { # says what is here, too
+  "$PYTHON" -m ueo_fast.info | tee "$results/info.txt"
+  grep -q "^backend cuda .*ready" "$results/info.txt"
+}
+build() {
   local name
   nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit,memory.total \
-    --format=csv || return
+    --format=csv
   for name in nvcc cmake ninja c++ ncu compute-sanitizer; do
     echo "$name: $(command -v $name || echo missing)"
   done
-  nvcc --version | tail -n 2
   echo "$(nproc) processors"
-  "$PYTHON" -m ueo_fast.info
-}
-
-build() { # of what came along built, only what runs here is kept
-  "$PYTHON" -m ueo_fast.info | grep -q "^backend cuda .*ready" && { echo "came along built"; return; }
-  "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m ueo_fast.info |
-    grep "^CUDA library\|^backend cuda" | tee /dev/stderr | grep -q "^backend cuda .*ready"
+  # In a copied tree, libraries that came along built are taken as they are, if they run here.
+  [[ ! -d build/cmake ]] && ready && { echo "came along built"; return; }
+  "$PYTHON" setup.py build_ext --inplace && ready
 }
 
 smoke() { # every kernel; Triton's compile while CUDA's run
   local failed=0
-  "$PYTHON" -m benchmarks.sanitize_set triton --jobs $(($(nproc) - 2)) >"$results/smoke_triton.log" 2>&1 &
+  "$PYTHON" -m benchmarks.sanitize_set triton --jobs "$workers" >"$results/smoke_triton.log" 2>&1 &
   "$PYTHON" -m benchmarks.sanitize_set cuda || failed=1
   wait $! || failed=1
   cat "$results/smoke_triton.log"
   return $failed
 }
 
-run_tests() { # BACKEND LIMIT WORKERS; a missing backend is a failure here, no reason to skip
-  local workers=() until=$(($(date +%s) + $2 - 12)) # then the rest is skipped: what failed is said
-  "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-n "$3")
+run_tests() { # BACKEND LIMIT; a missing backend is a failure here, not a reason to skip
+  local parallel=() until=$(($(date +%s) + $2 - 12)) # then the rest is skipped: what failed is said
+  # Neighbours, which share what Triton compiles, stay in one worker until another has nothing left.
+  "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n "$workers" --dist worksteal)
   # One compiler per worker: Inductor would start a pool of them in each.
-  UEO_FAST_REQUIRE_GPU=1 TORCHINDUCTOR_COMPILE_THREADS=1 "$PYTHON" -m pytest -v --tb=short -r fE -p no:cacheprovider --durations=15 \
-    "${workers[@]}" --only-backend "$1" --until "$until" tests/test_gpu.py tests/test_gpu_affine.py \
-    tests/test_gpu_sizes.py tests/test_patch_gpu.py tests/test_ueo_loss*.py \
-    tests/test_channel_affine*.py tests/test_frozen_batch_norm.py tests/test_layer_norm.py
+  UEO_FAST_REQUIRE_GPU=1 TORCHINDUCTOR_COMPILE_THREADS=1 "$PYTHON" -m pytest -v --tb=short -r fE \
+    -p no:cacheprovider --durations=15 "${parallel[@]}" --only-backend "$1" --until "$until" \
+    tests/test_gpu.py tests/test_gpu_affine.py tests/test_gpu_sizes.py tests/test_patch_gpu.py \
+    tests/test_ueo_loss*.py tests/test_channel_affine*.py tests/test_frozen_batch_norm.py \
+    tests/test_layer_norm.py
 }
-cuda_tests() { run_tests cuda "$1" $(($(nproc) - 2)); }
-triton_tests() { run_tests triton "$1" $(($(nproc) - 3)); }
+cuda_tests() { run_tests cuda "$1"; }
+triton_tests() { run_tests triton "$1"; }
 
 loss() { "$PYTHON" -m benchmarks.bench_ueo_loss_gpu --seconds $(($1 - 12)) --out "$results"; }
 affine() { "$PYTHON" -m benchmarks.bench_affine_gpu --seconds $(($1 - 12)) --out "$results"; }
 
-profile() { # what ncu says of one call of each case; the clocks stay as they are
-  command -v ncu >/dev/null || { echo "ncu is not on PATH"; return "$NOT_THERE"; }
-  ncu --clock-control none --target-processes all --kernel-name "regex:ueo_|channel_affine|layer_norm" \
-    --csv --page raw --print-units base --log-file "$results/$1" "${@:2}" \
-    "$PYTHON" -m benchmarks.gpu_kernels
-}
-counters() {
-  local metrics=gpu__time_duration.sum,smsp__inst_executed.sum,launch__registers_per_thread
-  metrics+=,smsp__issue_active.avg.pct_of_peak_sustained_active
-  metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
-  metrics+=,dram__bytes_read.sum,dram__bytes_write.sum
-  metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active
-  profile ncu_counters.txt --metrics $metrics
-  "$PYTHON" -m benchmarks.gpu_kernels --from "$results/ncu_counters.txt" --out "$results"
-}
-stalls() { profile ncu_stalls.txt --section WarpStateStats --section SpeedOfLight; }
+counters() { "$PYTHON" -m benchmarks.gpu_counters --out "$results"; }
+stalls() { "$PYTHON" -m benchmarks.gpu_counters --section WarpStateStats --section SpeedOfLight; }
 
 sanitize() {
   command -v compute-sanitizer >/dev/null || {
@@ -129,7 +126,7 @@ initcheck() { sanitize initcheck; }
 # `timeout` runs programs, not functions: a step is this script's function in a shell of its own.
 NOT_THERE=77 # exit status of a step that cannot run here
 export NOT_THERE
-export -f facts build smoke run_tests cuda_tests triton_tests loss affine profile counters stalls
+export -f ready build smoke run_tests cuda_tests triton_tests loss affine counters stalls
 export -f sanitize memcheck racecheck initcheck
 
 run() { # NAME LIMIT: leaves NAME.log and NAME.status
@@ -146,37 +143,28 @@ run() { # NAME LIMIT: leaves NAME.log and NAME.status
   cat "$results/$1.status"
 }
 
-summarize() {
-  local name file
+summarize() { # what comes back: a page to read, and everything
+  local name trouble
+  trouble="^(FAILED|ERROR|failed|E  )|^\[gw.* FAILED|[Ee]rror:"
+  trouble+="|========= .*(Invalid|Error|Race|Uninit|hazard)"
   {
-    for name in facts build smoke cuda_tests loss affine counters memcheck racecheck initcheck \
-      triton_tests stalls; do
-      [[ -f $results/$name.status ]] && cat "$results/$name.status"
+    for name in "${names[@]}"; do cat "$results/$name.status"; done
+    for name in cuda_tests triton_tests; do
+      [[ -f $results/$name.log ]] && echo "$name: $(tail -n 1 "$results/$name.log")"
     done
-    for file in "$results"/*_tests.log; do
-      [[ -f $file ]] && echo "$(basename "$file"): $(tail -n 1 "$file")"
-    done
-    for name in loss affine counters; do
-      [[ -f $results/$name.log ]] && sed -n '/^us, /,$p' "$results/$name.log" | head -n 45
-    done
-    for file in "$results"/*.status; do
-      grep -q "passed$\|skipped" "$file" && continue
-      name=$(basename "$file" .status)
+    cat "$results/report.txt"
+    for name in "${names[@]}"; do
+      grep -q "passed$\|skipped" "$results/$name.status" && continue
       echo "-- $name"
-      grep -E "^(FAILED|ERROR|failed|E  )|^\[gw.* FAILED|========= .*(Invalid|Error|Race|Uninit|hazard)|Error:|error:" \
-        "$results/$name.log" | sort | uniq -c | sort -rn | cut -c1-180 | head -n 12
+      grep -E "$trouble" "$results/$name.log" | cut -c1-180 | sort | uniq -c | sort -rn | head -n 12
       tail -n 3 "$results/$name.log" | cut -c1-180
     done
-  } 2>/dev/null | cut -c1-240 | head -c 9500 >"$out/gpu_summary.txt"
-  tar -czf "$out/gpu_results.tar.gz.new" -C "$results" . &&
-    mv "$out/gpu_results.tar.gz.new" "$out/gpu_results.tar.gz"
+  } 2>/dev/null | head -c 9500 >"$out/gpu_summary.txt"
+  tar -czf "$out/new.tar.gz" -C "$results" . && mv "$out/new.tar.gz" "$out/gpu_results.tar.gz"
 }
 
-if ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-  echo "benchmarks/gpu.sh: $PYTHON has no torch that can use a GPU here" >&2
-  exit 2
-fi
-deadline=$((TOTAL_SECONDS - 3)) # SECONDS is 0 where the script begins
+deadline=$((TOTAL_SECONDS - 10)) # SECONDS is 0 where the script begins; the report takes some
+names=() # of what has run
 for ((i = 0; i < ${#steps[@]}; i++)); do
   step=${steps[i]} later=0 shares=0
   for other in "${steps[@]:i}"; do ((later += least[$other], shares += share[$other])); done
@@ -185,22 +173,23 @@ for ((i = 0; i < ${#steps[@]}; i++)); do
   limit=$((least[$step] + (shares ? spare * share[$step] / shares : 0)))
   [[ $step == build && $limit -lt $BUILD_SECONDS ]] && limit=$BUILD_SECONDS
   ((limit < left)) || limit=$left
+  read -ra now <<<"${members[$step]:-$step}"
+  names+=("${now[@]}")
   if ((limit < 8)); then
-    printf '%-13s %4s s  no time was left\n' "$step" 0 | tee "$results/$step.status"
+    for name in "${now[@]}"; do
+      printf '%-13s %4s s  no time was left\n' "$name" 0 | tee "$results/$name.status"
+    done
     continue
   fi
   echo "== $step, at most $limit s"
-  if [[ $step == checks ]]; then
-    for name in memcheck racecheck initcheck triton_tests; do run $name $limit & done
-    wait
-  else
-    run "$step" $limit
-  fi
+  for name in "${now[@]}"; do run "$name" $limit & done
+  wait
   summarize
 done
 
+timeout 20 "$PYTHON" -m benchmarks.gpu_report "$results" >"$results/report.txt"
+summarize
 echo
 cat "$out/gpu_summary.txt"
-for file in "$results"/*.status; do
-  grep -q "passed$" "$file" || exit 1
-done
+echo "cp $results/*.csv benchmarks/results && python -m benchmarks.render: draws the CSVs in the docs"
+for name in "${names[@]}"; do grep -q "passed$" "$results/$name.status" || exit 1; done

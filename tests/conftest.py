@@ -38,6 +38,7 @@ from loss_backends import CUDA_HOST, LossBackend, spared_reason  # noqa: E402
 from ueo_fast import backends  # noqa: E402
 
 BACKEND_PARAMETERS = ("backend", "gpu_backend")
+TIME_SPENT = "the time for the tests was spent"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,7 +54,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     until = item.config.getoption("--until")
     if until is not None and time.time() > until:
-        pytest.skip("the time for the tests was spent")
+        pytest.skip(TIME_SPENT)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tests that found no time have not passed."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = [] if reporter is None else reporter.stats.get("skipped", [])
+    if any(TIME_SPENT in str(report.longrepr) for report in skipped):
+        session.exitstatus = pytest.ExitCode.INTERRUPTED
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

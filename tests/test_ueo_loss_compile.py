@@ -82,9 +82,9 @@ def test_ops_refuse_what_would_read_foreign_memory(backend):
     with pytest.raises(RuntimeError, match="logits must be float64, float32, float16 or bfloat16"):
         ops.ueo_loss_forward(logits.int(), None, None, 1.0, 1.0, 0.0)
     with pytest.raises(RuntimeError, match=r"confidence must have shape \(60,\)"):
-        ops.ueo_loss_forward(logits, torch.ones(59), None, 1.0, 1.0, 0.0)
+        ops.ueo_loss_forward(logits, logits.new_ones(59), None, 1.0, 1.0, 0.0)
     with pytest.raises(RuntimeError, match="marginal_weights must have the compute dtype"):
-        ops.ueo_loss_forward(logits, None, torch.ones(60).double(), 1.0, 1.0, 0.0)
+        ops.ueo_loss_forward(logits, None, logits.new_ones(60).double(), 1.0, 1.0, 0.0)
     other_type, scattered = saved.double(), saved.repeat_interleave(2)[::2]
     for other in (saved[1:], saved[None], other_type, scattered):
         with pytest.raises(RuntimeError, match=f"must be that of ueo_loss_forward: {60 * 5 + 42}"):

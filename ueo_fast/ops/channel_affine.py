@@ -49,12 +49,13 @@ def is_dense(x: Tensor) -> bool:
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return True
     expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
+    left = [dim for dim in range(x.dim()) if x.shape[dim] != 1]
+    while left:  # searched, not sorted: Dynamo cannot sort sizes that it does not know
+        following = [dim for dim in left if x.stride(dim) == expected]
+        if not following:
             return False
-        expected *= size
+        expected *= x.shape[following[0]]
+        left.remove(following[0])
     return True
 
 
