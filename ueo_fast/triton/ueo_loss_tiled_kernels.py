@@ -16,6 +16,7 @@ from ueo_fast.triton.ueo_loss_math import (
     LN2,
     LOG2E,
     clamp_exponent,
+    constant,
     join,
     largest_weights,
     load_weights,
@@ -48,7 +49,7 @@ def online_softmax(
 ):
     """Step 1 of rows: max, sum of e = exp(z - max), of e log2(e), and of 2^(scale (z - max))."""
     # Finite: the first tiles of a row may be masked as a whole.
-    lowest: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234e38
+    lowest = constant(dtype, -1.7976931348623157e308, -3.4028234663852886e38)
     m = tl.full((ROWS,), lowest, dtype)
     s = tl.zeros((ROWS,), dtype)
     dot = tl.zeros((ROWS,), dtype)
