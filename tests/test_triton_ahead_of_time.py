@@ -29,6 +29,7 @@ SHAPES = {
     "longest held": (512, 4000),  # the longest row in registers in float64
     "longest held float": (512, 8192),
     "tiled": (4096, 21841),
+    "tiled vectors": (4096, 16384),  # rows begin at 16 bytes
 }
 PROCESSORS = 132
 DTYPES = ("float32", "float16", "bfloat16", "float64")

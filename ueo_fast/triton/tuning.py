@@ -43,6 +43,11 @@ class Tuning:
     tiled_warps: int = 16
     """8 elements per thread of such a tile: with 16, sixteen warps spill (128 registers each)."""
 
+    tiled_slot: int = 4
+    """Elements of a row that one thread holds of such a tile: a slot for each of its 512 threads.
+    Vectors of half precision are 8 elements; there the tile is twice as wide, so that each thread
+    still holds the same columns of both rows and adds them up by itself."""
+
     warps_per_processor: int = 16
     """Programs are as many as are resident at once with max_registers: one wave, 32 KiB of loads
     in flight per SM, more than what memory's latency asks for. Each costs a row of partial column
@@ -98,6 +103,7 @@ class Plan:
     warps: int  # of a program
     chunk_rows: int  # rows of a chunk, a multiple of block_rows
     chunks: int
+    slot: int = 1  # of a tiled row, the elements of a tile in one thread
 
     @property
     def finish_tile(self) -> tuple[int, int]:
@@ -148,4 +154,5 @@ def make_plan(
         warps=warps,
         chunk_rows=tiles_per_chunk * block_rows,
         chunks=-(-tiles // tiles_per_chunk),
+        slot=TUNING.tiled_slot // share if tiled else 1,
     )
