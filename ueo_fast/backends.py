@@ -16,7 +16,8 @@ from ueo_fast import _extension
 
 CAPABILITIES = ("base", "avx2", "avx512")
 
-OLDEST_TRITON = (3, 5)
+OLDEST_TRITON = (3, 6)
+"""The oldest whose compilation of every kernel was tested; PyTorch 2.10 and 2.11 install it."""
 OLDEST_GPU = (8, 0)
 """Compute capability from which our GPU kernels run (asynchronous copies, bfloat16)."""
 

@@ -59,6 +59,22 @@ def _check_saved(grad_loss: Tensor | None, logits: Tensor, saved: Tensor) -> Non
         )
 
 
+def _tile(plan: Plan, logits: Tensor) -> dict[str, int]:
+    """The tile of a kernel, as its compile-time parameters."""
+    if not plan.tiled:
+        return {"ROWS": plan.block_rows, "COLUMNS": plan.block_columns}
+    # What Triton knows of a number is whether 16 divides it, and without that no vector is sure to
+    # be aligned and inside the row.
+    vector = logits.shape[1] % 16 == 0 and logits.stride(0) % 16 == 0
+    wider = 2 if vector and logits.element_size() == 2 else 1
+    return {
+        "ROWS": plan.block_rows,
+        "COLUMNS": plan.block_columns * wider,
+        "SLOT": plan.slot * wider,
+        "VECTOR": vector,
+    }
+
+
 def _forward_with(
     plan: Plan,
     logits: Tensor,
@@ -92,8 +108,7 @@ def _forward_with(
         plan.chunk_rows,
         *split(confidence_scale * math.log2(math.e)),
         *split(eps),
-        ROWS=plan.block_rows,
-        COLUMNS=plan.block_columns,
+        **_tile(plan, logits),
         SCALED=confidence is None and confidence_scale != 1,
         EPS=eps != 0,
         WEIGHTS=TUNING.weights_block,
@@ -178,8 +193,7 @@ def ueo_loss_backward(
             plan.chunk_rows,
             *split(trade_off),
             *split(eps),
-            ROWS=plan.block_rows,
-            COLUMNS=plan.block_columns,
+            **_tile(plan, logits),
             EPS=eps != 0,
             num_warps=plan.warps,
         )
@@ -225,8 +239,7 @@ def max_softmax(logits: Tensor, scale: float) -> Tensor:
             columns,
             logits.stride(0),
             *split(scale * math.log2(math.e)),
-            ROWS=plan.block_rows,
-            COLUMNS=plan.block_columns,
+            **_tile(plan, logits),
             num_warps=plan.warps,
         )
 
