@@ -180,7 +180,12 @@ inline RowPlan plan_rows(const Device& device, const RowShape& row, int64_t rows
   return plan;
 }
 
-// Column sums of a unit: rows of this many numbers, so that each starts at 16 bytes.
+// Rows of column sums that a kernel leaves behind: block b writes rows b + blocks * k.
+inline int64_t partial_sums_of(const RowPlan& plan) {
+  return plan.grid.blocks * divide_up(plan.steps, tuning::kRowsPerSum);
+}
+
+// Column sums of a block: rows of this many numbers, so that each starts at 16 bytes.
 inline int64_t column_stride(int columns) {
   return divide_up(columns, tuning::kPieceColumns) * tuning::kPieceColumns;
 }

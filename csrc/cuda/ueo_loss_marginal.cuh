@@ -47,6 +47,7 @@ __device__ __forceinline__ void finish_batch(const MarginalArguments<A>& args, B
   const int sets = lanes < 32 ? kThreads / 32 : groups;
   const int set = lanes < 32 ? block.rank / 32 : block.rank / lanes;
   double entropy[1] = {0};
+  double inverse_weight_sum = 0;
   bool first = true;
   for (int tile = static_cast<int>(blockIdx.x); tile * tile_columns < args.columns;
        tile += static_cast<int>(gridDim.x)) {
@@ -63,6 +64,7 @@ __device__ __forceinline__ void finish_batch(const MarginalArguments<A>& args, B
     }
     if (first) {  // after the loads of both are under way
       block.reduce(Sum{}, batch);
+      inverse_weight_sum = 1 / batch[1];
       first = false;
     }
     for (int offset = 16; offset >= lanes; offset /= 2) {
@@ -79,7 +81,7 @@ __device__ __forceinline__ void finish_batch(const MarginalArguments<A>& args, B
       if (c >= args.columns) break;
       double sum = 0;
       for (int s = 0; s < sets; ++s) sum += shared[s * tile_columns + i];
-      const A q = static_cast<A>(sum / batch[1]);
+      const A q = static_cast<A>(sum * inverse_weight_sum);
       args.marginal[c] = q;
       const A log_q = log2_of(args.eps == 0 && q < kSmallestNormal<A> ? kSmallestNormal<A>
                                                                       : q + args.eps);
