@@ -50,10 +50,13 @@ inline constexpr int kRowsPerSum = 128;
 inline constexpr int kRegisterThreads = 256;
 inline constexpr int kSharedRowThreads = 1024;
 
-// Adjacent columns that a thread adds up over the units when all rows have been seen: 16 bytes of
-// floats. A tile of columns is as wide as gives each block one, so that nothing waits for a second.
+// Adjacent columns that a thread of the marginal kernel adds up over the blocks' sums: 16 bytes of
+// floats. Up to so many of these per thread one block of the most threads does it alone, which saves a
+// wait for the others; above, tiles of columns are as wide as gives each multiprocessor one.
 inline constexpr int kPieceColumns = 4;
-inline constexpr int kMostTileLanes = 256;
+inline constexpr int kPiecesAlone = 8;
+inline constexpr int kMarginalThreads = 1024;
+inline constexpr int kMarginalTileThreads = 256;
 
 // Up to here every block looks for the largest given weight itself (a few microseconds of reading
 // from the L2); above, the blocks of a launch of its own share the work.
@@ -189,18 +192,19 @@ inline int64_t partial_sums_of(const RowPlan& plan) {
 inline int64_t column_stride(int columns) {
   return divide_up(columns, tuning::kPieceColumns) * tuning::kPieceColumns;
 }
-// Threads for the columns of a tile if `blocks` blocks share them.
-inline int tile_lanes(int columns, int blocks) {
+struct MarginalPlan {
+  int tile_lanes;  // threads for the columns of a tile
+  Grid grid;
+};
+inline MarginalPlan plan_marginal(const Device& device, int columns, int64_t partials) {
   const int64_t pieces = column_stride(columns) / tuning::kPieceColumns;
-  return std::min(tuning::kMostTileLanes, power_of_two_from(divide_up(pieces, blocks)));
-}
-// Shared memory of finish_batch: a double per thread and column of its piece.
-inline constexpr int64_t kMarginalBytes = 8 * tuning::kRegisterThreads * tuning::kPieceColumns;
-// The launch of the marginal on its own.
-inline Grid marginal_grid(const Device& device, int columns) {
-  const int lanes = tile_lanes(columns, device.multiprocessors);
-  const int blocks = static_cast<int>(divide_up(columns, int64_t{lanes} * tuning::kPieceColumns));
-  return {blocks, tuning::kRegisterThreads, kScratchBytes + kMarginalBytes};
+  const bool alone = partials * pieces <= tuning::kPiecesAlone * tuning::kMarginalThreads;
+  const int threads = alone ? tuning::kMarginalThreads : tuning::kMarginalTileThreads;
+  const int wanted = alone ? 1 : device.multiprocessors;
+  const int lanes = std::min(threads, power_of_two_from(divide_up(pieces, wanted)));
+  const int blocks = alone ? 1 : static_cast<int>(divide_up(pieces, lanes));
+  return {lanes,
+          {blocks, threads, kScratchBytes + int64_t{8} * threads * tuning::kPieceColumns}};
 }
 inline Grid scan_grid(int64_t rows) {
   return {static_cast<int>(std::min<int64_t>(divide_up(rows, 4 * tuning::kScanThreads),

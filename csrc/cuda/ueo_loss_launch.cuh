@@ -80,13 +80,13 @@ int scan_parts(Launcher& launcher, const Weights<A>& weights, int64_t rows, Weig
 template <class A>
 MarginalArguments<A> marginal_arguments(const ForwardCall& call, const Part<A>& workspace,
                                         const Workspace& at, const StatisticsPlan& plan,
-                                        int blocks) {
+                                        int tile_lanes) {
   const int columns = static_cast<int>(call.logits.columns);
   return {workspace.template at<A>(at.partial_sums),
           plan.partials(),
           column_stride(columns),
           columns,
-          tile_lanes(columns, blocks),
+          tile_lanes,
           workspace.template at<double>(at.block_sums),
           plan.blocks(),
           call.logits.rows,
@@ -142,8 +142,9 @@ void run_forward(Launcher& launcher, const Device& device, const ForwardCall& ca
     launcher.run(UEO_FAST_PICK(ueo_statistics_any, T, plan.any.block_team), plan.any.grid,
                  statistics);
   }
-  const Grid grid = marginal_grid(device, row.columns);
-  launcher.run(&ueo_marginal<A>, grid, marginal_arguments(call, workspace, at, plan, grid.blocks));
+  const MarginalPlan marginal = plan_marginal(device, row.columns, plan.partials());
+  launcher.run(&ueo_marginal<A>, marginal.grid,
+               marginal_arguments(call, workspace, at, plan, marginal.tile_lanes));
 }
 
 template <class T, class Launcher>

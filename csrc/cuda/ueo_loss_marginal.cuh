@@ -31,20 +31,24 @@ struct alignas(16) Piece {
   A x[tuning::kPieceColumns];
 };
 
-// By all blocks of a grid together; whoever comes last writes the loss. `shared` is kMarginalBytes.
+// A tile of columns for each block; whoever comes last writes the loss.
 template <class A>
-__device__ __forceinline__ void finish_batch(const MarginalArguments<A>& args, BlockTeam& block, double* shared) {
-  constexpr int kThreads = tuning::kRegisterThreads;
+UEO_FAST_KERNEL __launch_bounds__(tuning::kMarginalThreads)
+    ueo_marginal(MarginalArguments<A> args) {
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  double* shared = scratch + kScratchBytes / 8;  // one for each thread and column of its piece
+  BlockTeam block{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), scratch};
+  const int threads = block.size;
   constexpr int kWide = tuning::kPieceColumns;
   double batch[3] = {0, 0, 0};  // sums of w, v, w H
-  for (int b = block.rank; b < args.blocks; b += kThreads) {
+  for (int b = block.rank; b < args.blocks; b += threads) {
     for (int i = 0; i < 3; ++i) batch[i] += args.block_sums[b * 3 + i];
   }
   const int lanes = args.tile_lanes;
   const int tile_columns = lanes * kWide;
   const int lane = block.rank & (lanes - 1);
-  const int groups = kThreads / lanes;  // which share the partial sums
-  const int sets = lanes < 32 ? kThreads / 32 : groups;
+  const int groups = threads / lanes;  // which share the partial sums
+  const int sets = lanes < 32 ? threads / 32 : groups;
   const int set = lanes < 32 ? block.rank / 32 : block.rank / lanes;
   double entropy[1] = {0};
   double inverse_weight_sum = 0;
@@ -76,7 +80,7 @@ __device__ __forceinline__ void finish_batch(const MarginalArguments<A>& args, B
       for (int k = 0; k < kWide; ++k) shared[set * tile_columns + lane * kWide + k] = sums[k];
     }
     __syncthreads();
-    for (int i = block.rank; i < tile_columns; i += kThreads) {
+    for (int i = block.rank; i < tile_columns; i += threads) {
       const int c = tile * tile_columns + i;
       if (c >= args.columns) break;
       double sum = 0;
@@ -91,39 +95,32 @@ __device__ __forceinline__ void finish_batch(const MarginalArguments<A>& args, B
   }
   if (first) block.reduce(Sum{}, batch);  // a block without a tile may still be the last
   block.reduce(Sum{}, entropy);
-  if (block.rank == 0) {
-    args.entropies[blockIdx.x] = entropy[0];
-    __threadfence();  // this block's entropy before its mark
-    shared[0] = atomicAdd(args.finished, 1u);
-  }
-  __syncthreads();
-  if (shared[0] != gridDim.x - 1) return;
 
-  // Step 7, by one block that sees the entropies of all.
-  __threadfence();  // all marks before all entropies
-  double total[1] = {0};
-  for (int i = block.rank; i < static_cast<int>(gridDim.x); i += kThreads) {
-    total[0] += args.entropies[i];
+  // Step 7, by one block: the only one, or the last, which sees the entropies of all.
+  if (gridDim.x > 1) {
+    if (block.rank == 0) {
+      args.entropies[blockIdx.x] = entropy[0];
+      __threadfence();  // this block's entropy before its mark
+      shared[0] = atomicAdd(args.finished, 1u);
+    }
+    __syncthreads();
+    if (shared[0] != gridDim.x - 1) return;
+    __threadfence();  // all marks before all entropies
+    entropy[0] = 0;
+    for (int i = block.rank; i < static_cast<int>(gridDim.x); i += threads) {
+      entropy[0] += args.entropies[i];
+    }
+    block.reduce(Sum{}, entropy);
   }
-  block.reduce(Sum{}, total);
   if (block.rank != 0) return;
   const double conditional = batch[2] / batch[0];
   const double unit = args.range == nullptr ? 1.0 : args.range->largest_confidence;
   args.summary[kConditionalEntropy] = static_cast<A>(conditional);
-  args.summary[kMarginalEntropy] = static_cast<A>(total[0]);
+  args.summary[kMarginalEntropy] = static_cast<A>(entropy[0]);
   args.summary[kMeanConfidence] = static_cast<A>(batch[0] / args.rows * unit);
   args.summary[kConfidenceSum] = static_cast<A>(batch[0]);
   args.summary[kMarginalWeightSum] = static_cast<A>(batch[1]);
-  *args.loss = static_cast<A>(conditional - args.trade_off * total[0]);
-}
-
-// A launch of its own, where the statistics kernel could not wait for all of its blocks.
-template <class A>
-UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads)
-    ueo_marginal(MarginalArguments<A> args) {
-  double* scratch = reinterpret_cast<double*>(shared_memory());
-  BlockTeam block{static_cast<int>(threadIdx.x), tuning::kRegisterThreads, scratch};
-  finish_batch(args, block, scratch + kScratchBytes / 8);
+  *args.loss = static_cast<A>(conditional - args.trade_off * entropy[0]);
 }
 
 }  // namespace ueo_fast::cuda
