@@ -86,18 +86,18 @@ def memory_table() -> list[str]:
     return lines
 
 
-def experiments(only: str = "") -> list[str]:
+def experiments(only: str = "", name: str = "experiments.csv") -> list[str]:
     lines = [
         "| change | predicted | B x C | before | after | |",
         "| --- | --- | --- | ---: | ---: | --- |",
     ]
     last = ""
-    for row in results_file.read("experiments.csv")[1]:
+    for row in results_file.read(name)[1]:
         change = row["change"]
         if not change.startswith(only):
             continue
         words = [change, row["prediction"]] if change != last else ["", ""]
-        size = f"{row['rows']} x {row['columns']}"
+        size = f"{row['rows']} x {row['columns']} {row.get('dtype', '')}".strip()
         spent = [markdown.time(float(row["before_us"])), markdown.time(float(row["after_us"]))]
         verdict = row["verdict"] if change != last else ""
         lines.append(f"| {' | '.join([*words, size, *spent, verdict])} |")
@@ -114,6 +114,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": memory_table,
     "experiments": experiments,
     "keep": lambda: experiments("backward reads exp"),
+    "gpu experiments": lambda: experiments(name="gpu_experiments.csv"),
     **gpu_report.TABLES,
     **affine_report.TABLES,
     **step_report.TABLES,
