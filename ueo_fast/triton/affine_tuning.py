@@ -55,13 +55,13 @@ AFFINE = AffineTuning()
 
 
 BUDGETS = {
-    "channel_affine_kernels.forward_kernel": Budget(48, 48),
-    "channel_affine_kernels.backward_kernel": Budget(128, 80),
-    "channel_affine_kernels.finish_sums_kernel": Budget(80, 96),
-    "layer_norm_kernels.forward_kernel": Budget(64, 80),
-    "layer_norm_kernels.backward_kernel": Budget(128, 120),
-    "layer_norm_kernels.forward_tiled_kernel": Budget(72, 56),
-    "layer_norm_kernels.backward_tiled_kernel": Budget(128, 80),
+    "channel_affine_kernels.forward_kernel": Budget(56, 48),
+    "channel_affine_kernels.backward_kernel": Budget(144, 96),
+    "channel_affine_kernels.finish_sums_kernel": Budget(80, 104),
+    "layer_norm_kernels.forward_kernel": Budget(72, 88),
+    "layer_norm_kernels.backward_kernel": Budget(128, 128),
+    "layer_norm_kernels.forward_tiled_kernel": Budget(72, 64),
+    "layer_norm_kernels.backward_tiled_kernel": Budget(128, 88),
 }
 """Of the affine kernels, by module and name."""
 
