@@ -52,6 +52,7 @@ SHAPES = {
     (16384, 1000): "beyond shared memory in float32",
     (65536, 345): "many short rows",
     (600, 21841): "long rows",
+    (600, 16384): "long rows of whole vectors",
     (8, 50257): "rows longer than a block holds",
     (100_000, 3): "rows far shorter than a warp",
 }

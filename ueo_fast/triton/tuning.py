@@ -109,9 +109,9 @@ class Budget:
 
 BUDGETS = {
     "ueo_loss_kernels.forward_kernel": Budget(128, 168),
-    "ueo_loss_kernels.backward_kernel": Budget(120, 120),
+    "ueo_loss_kernels.backward_kernel": Budget(120, 128),
     "ueo_loss_kernels.finish_kernel": Budget(104, 136),
-    "ueo_loss_kernels.max_softmax_kernel": Budget(40, 48),
+    "ueo_loss_kernels.max_softmax_kernel": Budget(48, 48),
     "ueo_loss_tiled_kernels.forward_tiled_kernel": Budget(128, 128, loop_instructions=300),
     "ueo_loss_tiled_kernels.backward_tiled_kernel": Budget(128, 128, loop_instructions=540),
     "ueo_loss_tiled_kernels.max_softmax_tiled_kernel": Budget(64, 64, loop_instructions=150),
