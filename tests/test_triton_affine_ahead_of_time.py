@@ -5,6 +5,7 @@ See tests/test_triton_ahead_of_time.py: launches are recorded in another process
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -48,18 +49,25 @@ ALL_CASES = [
 def call_channel_affine(launchers, shape, dim, dtype, compute, every_option):
     x = torch.empty(shape, dtype=dtype)
     values = torch.empty(shape[dim], dtype=compute)
-    options = [(False, True, True, True), (True, True, True, True)]
+    batch_norm, linear = (values, values, values, values, 1e-5), (values, values, None, None, 0.0)
+    options = [
+        (batch_norm, False, True, True, True),
+        (batch_norm, True, True, True, True),
+        (linear, False, False, True, True),
+    ]
     if every_option:
-        options += [(False, False, True, False), (False, True, True, False)]
-        options += [(False, True, False, True), (True, False, True, True)]
-        options += [(False, False, True, True), (True, False, False, True)]
-    for residual, relu, needs_x, needs_sums in options:
+        stored = (*(value.to(dtype) for value in batch_norm[:4]), 1e-5)
+        options += [
+            (parameters, *flags)
+            for parameters in (batch_norm, linear, stored)
+            for flags in itertools.product([False, True], repeat=4)
+            if flags[2] or flags[3]
+        ]
+    for parameters, residual, relu, needs_x, needs_sums in options:
         added = x if residual else None
-        _, bits = launchers.KERNELS["channel_affine_forward"](x, values, values, added, dim, relu)
-        flags = relu, needs_x, needs_sums, residual
-        launchers.KERNELS["channel_affine_backward"](
-            x, x, values, values, values, bits, dim, *flags
-        )
+        _, bits = launchers.KERNELS["channel_affine_forward"](x, *parameters, added, dim, relu)
+        needs = needs_x, needs_sums, needs_sums, residual
+        launchers.KERNELS["channel_affine_backward"](x, x, *parameters, bits, dim, relu, *needs)
 
 
 def call_layer_norm(launchers, shape, dtype, compute, every_option):

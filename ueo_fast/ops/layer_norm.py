@@ -47,7 +47,8 @@ def forward(
     backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Without autograd: result (rows, columns) contiguous, mean (rows,), 1 / deviation (rows,)."""
-    return registry.of(backend).layer_norm_forward(x, weight, bias, eps)
+    op = OPS.of(backend, "layer_norm_forward")
+    return op(x, weight, bias, eps)
 
 
 def backward(
@@ -61,9 +62,8 @@ def backward(
     needs_sums: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradient by x (rows, columns) and the sums (2, columns): see csrc/library.cpp."""
-    return registry.of(backend).layer_norm_backward(
-        grad_out.contiguous(), x, mean, rstd, weight, needs_x, needs_sums
-    )
+    op = OPS.of(backend, "layer_norm_backward")
+    return op(grad_out.contiguous(), x, mean, rstd, weight, needs_x, needs_sums)
 
 
 class LayerNormFunction(torch.autograd.Function):

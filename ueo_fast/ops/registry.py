@@ -27,9 +27,11 @@ class Ops:
 
     def __init__(self, stem: str, fakes: Mapping[str, Callable[..., Any]]) -> None:
         self.fakes = fakes
+        self._overloads: dict[tuple[str, str], Any] = {}
         if _extension.cpu_error is None:
             for name, fake in fakes.items():
                 torch.library.register_fake(f"ueo_fast::{name}", _on_one_device(name, fake))
+            self._find("ueo_fast")
 
         def kernel(name: str) -> Callable[..., Any]:
             # Imports triton: only once an op of it runs.
@@ -67,6 +69,17 @@ class Ops:
             torch.library.register_fake(
                 f"{namespace}::{name}", _on_one_device(name, fake), lib=library
             )
+        self._find(namespace)
+
+    def _find(self, namespace: str) -> None:
+        """Looks ops up once: ``torch.ops.ueo_fast.op(...)`` chooses an overload at every call."""
+        for name in self.fakes:
+            packet = getattr(getattr(torch.ops, namespace), name)
+            self._overloads[namespace, name] = packet.default
+
+    def of(self, backend: str, name: str) -> Any:
+        """The op of a compiled backend."""
+        return self._overloads[backends.COMPILED[backend].namespace, name]
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:

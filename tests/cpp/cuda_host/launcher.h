@@ -6,8 +6,11 @@
 namespace cuda_host {
 
 struct Launcher {
+  int launches = 0;
+
   template <class... Parameters, class AnyGrid, class... Arguments>
   void run(void (*kernel)(Parameters...), const AnyGrid& grid, const Arguments&... arguments) {
+    ++launches;
     const Grid host{static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.threads),
                     static_cast<size_t>(grid.shared_bytes), grid.cooperative};
     launch(host, [&] { kernel(arguments...); }, reinterpret_cast<const void*>(kernel));
