@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import cuda_host_build
 import pytest
@@ -122,7 +123,7 @@ PATHS = {
     "fewer samples than a period": ((3, 7), 1, {"period": 6, "lines": 1}),
     "one channel": ((1, 1, 999), 1, {"tiles": 1, "segments": 2}),
     "one period of several tiles": ((3, 700, 3), 1, {"tiles": 5, "lines": 1, "chunks": 1}),
-    "several tiles and periods": ((20, 600, 5), 1, {"tiles": 3, "width": 256, "steps": 15}),
+    "several tiles and periods": ((20, 600, 5), 1, {"tiles": 3, "width": 256, "chunks": 2}),
     "a channel across tiles": ((4, 3, 1500), 1, {"tiles": 9, "one_channel": True, "segments": 2}),
     "more periods than a sum may have": ((600, 1024), 1, {"steps": 128, "chunks": 5}),
     "a last dimension of channels": ((5, 11, 24), 2, {"period": 6, "lines": 42}),
@@ -303,6 +304,8 @@ def test_plans_of_channel_affine_cover_the_tensor(channels, inner, outer, size, 
     assert plan.tiles == 1 or plan.lines == 1
     assert plan.steps <= 128  # kRowsPerSum
     assert plan.blocks == plan.tiles * plan.chunks < 2**31
+    needed = math.ceil(outer * channels * inner / (plan.period * per_slot))
+    assert plan.steps <= math.ceil(needed / plan.lines)  # no thread walks on behind the end
     periods = plan.chunks * plan.steps * plan.lines
     assert periods * plan.period * per_slot >= outer * channels * inner
     assert plan.shared_bytes <= 48 * KIB  # no opt-in

@@ -57,12 +57,9 @@ def call_channel_affine(launchers, shape, dim, dtype, compute, every_option):
     ]
     if every_option:
         stored = (*(value.to(dtype) for value in batch_norm[:4]), 1e-5)
-        options += [
-            (parameters, *flags)
-            for parameters in (batch_norm, linear, stored)
-            for flags in itertools.product([False, True], repeat=4)
-            if flags[2] or flags[3]
-        ]
+        flags = [False, True]
+        options += itertools.product((batch_norm, linear), flags, flags, [False], [True])
+        options += itertools.product((batch_norm, linear, stored), flags, flags, [True], flags)
     for parameters, residual, relu, needs_x, needs_sums in options:
         added = x if residual else None
         _, bits = launchers.KERNELS["channel_affine_forward"](x, *parameters, added, dim, relu)

@@ -72,14 +72,15 @@ def add_partials(
     first: Tensor | None,
     second: Tensor | None,
     var: Tensor | None = None,
-    eps: tuple[float, float] = (0.0, 0.0),
+    eps_high: float = 0.0,
+    eps_low: float = 0.0,
 ) -> None:
     """Adds partial sums (chunks, 2, n), n > 0, up in a fixed order.
 
     Args:
         partials: of both sums.
         first, second: (n,), or None: where the sums go.
-        var, eps: what the second sum is then divided by the root of.
+        var, eps_high, eps_low: what the second sum is then divided by the root of.
     """
     chunks, _, columns = partials.shape
     few = chunks <= TUNING.finish_few_chunks
@@ -90,7 +91,8 @@ def add_partials(
         first,
         second,
         var,
-        *eps,
+        eps_high,
+        eps_low,
         chunks,
         columns,
         CHUNKS=tile_chunks,
@@ -182,7 +184,9 @@ def channel_affine_backward(
         needs_x, needs_weight, needs_bias, needs_residual: what to compute.
     """
     outer, channels, inner = memory_shape(grad_out, dim)
-    parameters = _parameters(grad_out, channels, weight, bias, mean, var, eps)
+    weights, biases, means, variances, *split_eps = _parameters(
+        grad_out, channels, weight, bias, mean, var, eps
+    )
     needs_sums = needs_weight or needs_bias
     if x is not None:
         _check_like("x", x, grad_out)
@@ -214,7 +218,11 @@ def channel_affine_backward(
     kernels.backward_kernel[(plan.chunks * plan.channel_tiles,)](
         grad_out,
         x if needs_sums or from_x else None,
-        *parameters,
+        weights if needs_x or from_x else None,
+        biases if from_x else None,
+        means if needs_sums or from_x else None,
+        variances if needs_x or from_x else None,
+        *split_eps,
         bits if has_bits else None,
         grad_x if needs_x else None,
         grad_residual if needs_residual else None,
@@ -234,13 +242,12 @@ def channel_affine_backward(
         num_warps=plan.warps,
     )
     if partials is not None:
-        *_, var, high, low = parameters
         add_partials(
             partials,
             grad_bias if needs_bias else None,
             grad_weight if needs_weight else None,
-            var,
-            (high, low),
+            variances,
+            *split_eps,
         )
     return grad_x, grad_weight, grad_bias, grad_residual
 

@@ -61,9 +61,13 @@ def modulation(
     there,
     dtype: tl.constexpr,
 ):
-    """scale = weight / sqrt(var + eps), shift = bias - mean scale; what is None is left out."""
+    """scale = weight / sqrt(var + eps), shift = bias - mean scale, and the mean.
+
+    What is None is left out.
+    """
     scale = tl.full(channel.shape, 1.0, dtype)
     shift = tl.full(channel.shape, 0.0, dtype)
+    center = tl.full(channel.shape, 0.0, dtype)
     if var is not None:
         scale = inverse_deviation(var, eps_high, eps_low, channel, there, dtype)
     if weight is not None:
@@ -73,7 +77,7 @@ def modulation(
     if mean is not None:
         center = tl.load(mean + channel, mask=there, other=0.0).to(dtype)
         shift = tl.fma(-center, scale, shift)
-    return scale, shift
+    return scale, shift, center
 
 
 @triton.jit
@@ -114,7 +118,7 @@ def forward_kernel(
     place = first if ALIGNED else offset  # a thread has a byte: its channel's numbers once
     channel = channel_of(base, place, channels, inner, GROUPS * 8, SHORT, NARROW)
     there = base + place < elements
-    a, b = modulation(weight, bias, mean, var, eps_high, eps_low, channel, there, dtype)
+    a, b, _ = modulation(weight, bias, mean, var, eps_high, eps_low, channel, there, dtype)
     y = modulate(tl.load(x + base + offset, mask=inside, other=0.0).to(dtype), a, b)
     if residual is not None:
         y += tl.load(residual + base + offset, mask=inside, other=0.0).to(dtype)
@@ -170,13 +174,9 @@ def backward_kernel(
     outer_tile = begin // inner_tiles
     inner_tile = begin - outer_tile * inner_tiles
 
-    a, b = modulation(weight, bias, mean, var, eps_high, eps_low, channel, there, dtype)
-    a, b = a[None, :, None], b[None, :, None]
+    a, b, center = modulation(weight, bias, mean, var, eps_high, eps_low, channel, there, dtype)
+    a, b, center = a[None, :, None], b[None, :, None], center[None, :, None]
     if partials is not None:
-        center = tl.zeros((CHANNELS,), dtype)
-        if mean is not None:
-            center = tl.load(mean + channel, mask=there, other=0.0).to(dtype)
-        center = center[None, :, None]
         sum_g = tl.zeros((OUTER, CHANNELS, INNER), dtype)
         sum_gx = tl.zeros((OUTER, CHANNELS, INNER), dtype)
     for _ in range(begin, end):
