@@ -66,13 +66,15 @@ def is_dense(x: Tensor) -> bool:
     """Whether the elements fill their memory without gaps, in some order of the dimensions."""
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return True
+    # As csrc/channel_affine.h does. No sorting: the Dynamo of torch 2.11 sorts no dynamic sizes.
     expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
+    while expected < x.numel():
+        sizes = [
+            n for n, step in zip(x.shape, x.stride(), strict=True) if n > 1 and step == expected
+        ]
+        if not sizes:
             return False
-        expected *= size
+        expected *= sizes[-1]
     return True
 
 
