@@ -155,8 +155,8 @@ __device__ __forceinline__ ComputeType<T> deviation_inverse(const ChannelParamet
   return reciprocal_root_near(var + static_cast<A>(parameters.eps));
 }
 
-// What a channel's elements are multiplied by and moved by. Each step rounds once by its own, so
-// that backward finds forward's bits whatever the compiler makes of the rest.
+// What a channel's elements are multiplied by and moved by. No step is one that the compiler could
+// fuse with another, so that backward finds forward's bits.
 template <class A>
 struct Modulation {
   A scale;
@@ -169,14 +169,15 @@ __device__ __forceinline__ Modulation<ComputeType<T>> modulation(
     const ChannelParameters& parameters, int channel) {
   Modulation<ComputeType<T>> of;
   of.mean = number_of<T>(parameters.mean, channel, 0);
-  of.scale = number_of<T>(parameters.weight, channel, 1) * deviation_inverse<T>(parameters, channel);
+  of.scale =
+      number_of<T>(parameters.weight, channel, 1) * deviation_inverse<T>(parameters, channel);
   of.shift = number_of<T>(parameters.bias, channel, 0);
   // Without a mean an infinite scale must not meet 0.
   if (parameters.mean.data != nullptr) of.shift = multiply_add(-of.mean, of.scale, of.shift);
   return of;
 }
 
-// f(k, numbers) with the channel's numbers for each of the n elements of the period from `first` on.
+// f(k, numbers), with those of its channel, for the n elements of the period from `first` on.
 template <class T, int n, class F>
 __device__ __forceinline__ void for_each_element(const AffinePlan& plan, int64_t first,
                                                  const ChannelParameters& parameters, F&& f) {

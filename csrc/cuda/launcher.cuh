@@ -23,9 +23,9 @@ inline constexpr Storage kStorageOf<Half> = Storage::kHalf;
 template <>
 inline constexpr Storage kStorageOf<BFloat16> = Storage::kBFloat16;
 
-// Lets a kernel have all the shared memory of the current GPU: not what one launch needs, as another
-// thread may be launching the same kernel with more. The driver is asked once per kernel and GPU,
-// which takes as long as a launch.
+// Lets a kernel have all the shared memory of the current GPU: not what one launch needs, as
+// another thread may be launching the same kernel with more. Asked once per kernel and GPU: the
+// driver's answer takes as long as a launch.
 inline cudaError_t opt_in_once(const void* kernel, int shared_per_block) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> done;
@@ -51,7 +51,8 @@ struct CudaLauncher {
     const int shared = static_cast<int>(grid.shared_bytes);
     constexpr int kWithoutOptIn = 48 << 10;
     if (shared > kWithoutOptIn) {
-      error = opt_in_once(reinterpret_cast<const void*>(kernel), static_cast<int>(shared_per_block));
+      error = opt_in_once(reinterpret_cast<const void*>(kernel),
+                          static_cast<int>(shared_per_block));
       if (error != cudaSuccess) return;
     }
     cudaLaunchAttribute cooperative{};
