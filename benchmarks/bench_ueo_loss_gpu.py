@@ -1,33 +1,219 @@
-"""Time, memory and launches of the loss on a GPU; `bash benchmarks/gpu.sh bench` runs it.
+"""Time, memory and launches of the loss on a GPU; `bash benchmarks/gpu.sh loss` runs it.
 
-    python -m benchmarks.bench_ueo_loss_gpu [--quick] [--out DIR] [--seconds N] [--dry-run]
+    python -m benchmarks.bench_ueo_loss_gpu [--out DIR] [--seconds N] [--dry-run]
 
-Writes ueo_loss_gpu_time.csv, _memory.csv and _launches.csv after every shape: a run that is cut
-short leaves what it has. `--dry-run` goes the same way on a CPU with tiny shapes; its figures mean
-nothing and its CSVs belong nowhere near the docs.
+At one shape after the other: times in turns, then memory, then launches; the same again for
+compilers, which take long. Writes ueo_loss_gpu_time.csv, _memory.csv and _launches.csv after every
+shape: a run that is cut short leaves what it has. `--dry-run` goes the same way on a CPU with tiny
+shapes; its figures mean nothing and its CSVs belong nowhere near the docs.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from benchmarks import gpu_report, results_file
+from benchmarks import gpu_counters, gpu_report, results_file
+from benchmarks.cases import Case
 from benchmarks.environment import describe_gpu
-from benchmarks.gpu_cases import CASES, CONTENDERS, DRY_CASES, DRY_CONTENDERS, QUICK_CASES
-from benchmarks.gpu_measure import Bench, Rows, Settings, left_out
+from benchmarks.gpu_cases import (
+    CASES,
+    COPY,
+    DRY_CASES,
+    DRY_ROUNDS,
+    EAGER,
+    LARGEST,
+    ROUNDS,
+    Contender,
+    Pass,
+    inputs_wanted,
+    lack_of_memory,
+    make_inputs,
+)
+from benchmarks.gpu_timing import Copy, in_turns, make_clocks, one_line, spread
 
-LARGEST_CASE_SECONDS = 8
+CASE_SECONDS, LARGEST_CASE_SECONDS = 4, 10
 """Not begun with less time left than that."""
+
+Row = dict[str, object]
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+"""Between contenders, relative: this tells a wrong contender from a right one, no more."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: torch.device
+    repeats: int
+    slice_us: float  # about how long a contender is measured before the next one's turn
+    copy_bytes: int
+    cache_bytes: int
+
+
+@dataclass
+class Rows:
+    """What becomes the three CSVs."""
+
+    time: list[Row] = field(default_factory=list)
+    memory: list[Row] = field(default_factory=list)
+    launches: list[Row] = field(default_factory=list)
+
+
+def _key(case: Case, name: str) -> Row:
+    return {
+        "rows": case.rows,
+        "columns": case.columns,
+        "dtype": case.dtype,
+        "contender": name,
+    }
+
+
+def _time_row(
+    case: Case, name: str, mode: str, times: Sequence[float], inputs: int, note: str, turn: int
+) -> Row:
+    row = {**_key(case, name), "mode": mode, **spread(times), "inputs": inputs}
+    return {**row, "round": turn, "note": note}
+
+
+def left_out(case: Case, name: str, note: str, rows: Rows, turn: int = 1) -> None:
+    """The reason, in every CSV, of a contender that was not measured."""
+    rows.time.append(_time_row(case, name, "", (), 0, note, turn))
+    if not _is_counted(case, name, rows):
+        rows.memory.append({**_key(case, name), "peak_over_logits": "", "note": note})
+        rows.launches.append({**_key(case, name), "launches": "", "kernels": "", "note": note})
+
+
+def _is_counted(case: Case, name: str, rows: Rows) -> bool:
+    """Memory and launches are counted once, not in every round."""
+    key = _key(case, name).items()
+    return any(key <= row.items() for row in rows.memory)
+
+
+def disagreement(ours: tuple[Tensor, Tensor], true: tuple[Tensor, Tensor], case: Case) -> str:
+    """What is wrong with a contender's loss or gradient; empty if nothing is."""
+    tolerance = TOLERANCE[case.dtype]
+    loss, expected = float(ours[0]), float(true[0])
+    if not abs(loss - expected) <= tolerance * max(1.0, abs(expected)):
+        return f"wrong: loss {loss:.6g}, expected {expected:.6g}"
+    ends = [torch.cat([grad[:4], grad[-4:]]).double() for grad in (ours[1], true[1])]
+    error = float((ends[0] - ends[1]).norm() / ends[1].norm())
+    return "" if error <= tolerance else f"wrong: gradient off by {error:.2g}"
+
+
+class Bench:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._copy = Copy(settings.copy_bytes, settings.device)
+
+    def measure(
+        self, case: Case, contenders: Sequence[Contender], rows: Rows, turn: int = 1
+    ) -> None:
+        settings = self.settings
+        inputs = make_inputs(case, inputs_wanted(case, settings.cache_bytes), settings.device)
+        steps: dict[str, Pass] = {}
+        truth = None
+        # The others are compared with plain PyTorch, or with one that has been in its turn.
+        for one in sorted(contenders, key=lambda one: one is not EAGER):
+            step, result, note = self._prepare(one, case, inputs[0], truth)
+            if step is None:
+                left_out(case, one.name, note, rows, turn)
+                continue
+            if truth is None and (one is EAGER or turn > 1):
+                truth = result
+            del result
+            steps[one.name] = step
+        del truth
+        order = [one.name for one in contenders if one.name in steps]
+        self._times(case, {name: steps[name] for name in order}, inputs, rows, turn)
+        self._clear()
+        for name in order:
+            if not _is_counted(case, name, rows):
+                self._counters(case, name, steps[name], inputs[0], rows)
+        del inputs, steps
+        self._clear()
+
+    def _prepare(
+        self, one: Contender, case: Case, logits: Tensor, truth: tuple[Tensor, Tensor] | None
+    ) -> tuple[Pass | None, tuple[Tensor, Tensor] | None, str]:
+        """A pass that has run once, its result, or the reason why there is none."""
+        reason = one.unavailable() or lack_of_memory(one, case, self._free_bytes())
+        if reason:
+            return None, None, reason
+        try:
+            step = one.make()
+            result = step(logits)
+            note = "" if truth is None else disagreement(result, truth, case)
+        except Exception as error:  # a contender that fails must not end the run
+            self._clear()
+            return None, None, f"failed: {one_line(error)}"
+        return (None, None, note) if note else (step, result, "")
+
+    def _times(
+        self, case: Case, steps: dict[str, Pass], inputs: list[Tensor], rows: Rows, turn: int
+    ) -> None:
+        settings = self.settings
+        clocks = {}
+        notes: dict[str, str] = {}
+        for name, step in steps.items():
+            try:
+                made, notes[name] = make_clocks(step, inputs, settings.device, settings.slice_us)
+            except Exception as error:
+                left_out(case, name, f"failed: {one_line(error)}", rows, turn)
+                continue
+            clocks |= {(name, clock.mode): clock.sample_us for clock in made}
+        clocks[COPY, self._copy.mode] = self._copy.sample_us
+        for (name, mode), times in in_turns(clocks, settings.repeats).items():
+            used = 1 if name == COPY else len(inputs)
+            note = notes.get(name, "")
+            rows.time.append(_time_row(case, name, mode, times, used, note, turn))
+
+    def _counters(self, case: Case, name: str, step: Pass, logits: Tensor, rows: Rows) -> None:
+        def run() -> object:
+            return step(logits)
+
+        def peak() -> Row:
+            return {"peak_over_logits": f"{gpu_counters.peak_bytes(run) / case.bytes:.3f}"}
+
+        def launches() -> Row:
+            found = gpu_counters.launches(run)
+            names = ((gpu_counters.short_name(kernel), n) for kernel, n in found.items())
+            kernels = " + ".join(f"{n} {kernel}" if n > 1 else kernel for kernel, n in names)
+            return {"launches": found.total(), "kernels": kernels}
+
+        nothing: Row = {"peak_over_logits": ""}
+        rows.memory.append({**_key(case, name), **self._counted(peak, nothing)})
+        nothing = {"launches": "", "kernels": ""}
+        rows.launches.append({**_key(case, name), **self._counted(launches, nothing)})
+
+    def _counted(self, count: Callable[[], Row], nothing: Row) -> Row:
+        if self.settings.device.type == "cpu":
+            return {**nothing, "note": "needs a GPU"}
+        try:
+            return {**count(), "note": ""}
+        except Exception as error:
+            return {**nothing, "note": f"failed: {one_line(error)}"}
+
+    def _free_bytes(self) -> int:
+        if self.settings.device.type == "cpu":
+            return 1 << 40
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached
+
+    def _clear(self) -> None:
+        gc.collect()
+        if self.settings.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three shapes, three repeats")
     parser.add_argument("--out", type=Path, default=results_file.FOLDER, help="folder of the CSVs")
     parser.add_argument("--seconds", type=float, default=120, help="stop after about that long")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny shapes")
@@ -36,21 +222,18 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _settings(args: argparse.Namespace) -> Settings:
     if args.dry_run:
-        return Settings(torch.device("cpu"), DRY_CONTENDERS, 2, 1e3, 1 << 20, 1 << 10, 0)
+        return Settings(torch.device("cpu"), 2, 1e3, 1 << 20, 1 << 10)
     return Settings(
         device=torch.device("cuda", torch.cuda.current_device()),
-        contenders=CONTENDERS,
-        repeats=3 if args.quick else 9,
+        repeats=9,
         slice_us=5e3,
         copy_bytes=1 << 30,
         cache_bytes=torch.cuda.get_device_properties().L2_cache_size,
-        compile_seconds=0.6 * args.seconds,
     )
 
 
 def _command(args: argparse.Namespace) -> str:
-    flags = [f"--seconds {args.seconds:g}", *["--quick"] * args.quick]
-    flags += ["--dry-run"] * args.dry_run
+    flags = [f"--seconds {args.seconds:g}", *["--dry-run"] * args.dry_run]
     return " ".join(["python -m benchmarks.bench_ueo_loss_gpu", *flags])  # no path of this machine
 
 
@@ -66,20 +249,25 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(settings)
     rows = Rows()
-    cases = DRY_CASES if args.dry_run else QUICK_CASES if args.quick else CASES
-    for case in cases:
-        start = time.monotonic()
-        if deadline - start < LARGEST_CASE_SECONDS:
-            for one in settings.contenders:
-                left_out(case, one.name, "the time for the benchmark was spent", rows)
-        else:
-            bench.measure(case, rows)
-        for name, found in zip(
-            gpu_report.CSVS, (rows.time, rows.memory, rows.launches), strict=True
-        ):
-            results_file.write(name, header, found, args.out)
-        print(f"{case}: {time.monotonic() - start:.1f} s", flush=True)
-    print("\n".join(gpu_report.short_table(args.out)))
+    cases = DRY_CASES if args.dry_run else CASES
+    rounds = DRY_ROUNDS if args.dry_run else ROUNDS
+    for turn, contenders in enumerate(rounds, 1):
+        for case in cases:
+            start = time.monotonic()
+            if deadline - start < (LARGEST_CASE_SECONDS if case is LARGEST else CASE_SECONDS):
+                for one in contenders:
+                    left_out(case, one.name, "the time for the benchmark was spent", rows, turn)
+            else:
+                try:
+                    bench.measure(case, contenders, rows, turn)
+                except Exception as error:  # a shape that fails must not end the run
+                    print(f"{case} failed: {one_line(error)}", flush=True)
+            for name, found in zip(
+                gpu_report.LOSS_CSVS, (rows.time, rows.memory, rows.launches), strict=True
+            ):
+                results_file.write(name, header, found, args.out)
+            print(f"{case}: {time.monotonic() - start:.1f} s", flush=True)
+    print("\n".join(gpu_report.short_report(args.out)))
     return 0
 
 

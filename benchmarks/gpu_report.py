@@ -1,4 +1,4 @@
-"""Tables of the GPU's CSVs: for docs/performance.md, and a short one for a terminal.
+"""Tables of the GPU's CSVs: for docs/performance.md, and short ones for a terminal.
 
     python -m benchmarks.gpu_report [DIR]
 
@@ -8,64 +8,131 @@ As long as there is no CSV the docs say so, and how to get one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import markdown, results_file
+from benchmarks.affine_cases import AffineCase
+from benchmarks.affine_report import if_measured, layer_cells, tower_cells
+from benchmarks.cases import DTYPES, Case
 from benchmarks.gpu_cases import CASES, COPY, LABELS
 
-CSVS = ("ueo_loss_gpu_time.csv", "ueo_loss_gpu_memory.csv", "ueo_loss_gpu_launches.csv")
-TIME, MEMORY, LAUNCHES = CSVS
+LOSS_CSVS = ("ueo_loss_gpu_time.csv", "ueo_loss_gpu_memory.csv", "ueo_loss_gpu_launches.csv")
+AFFINE_CSVS = ("affine_gpu_time.csv", "visual_step_gpu.csv")
+TIME, MEMORY, LAUNCHES = LOSS_CSVS
+LAYERS, TOWERS = AFFINE_CSVS
+KERNELS = "gpu_kernels.csv"
+CSVS = (*LOSS_CSVS, *AFFINE_CSVS, KERNELS)
+PREDICTIONS = "gpu_predictions.csv"  # beside this file: nobody measured them
+BEFORE = "gpu_before"
+"""Folder in benchmarks/results: the first run, with the kernels that "before" is about."""
+
+LOSS_KEYS = ("rows", "columns", "dtype")
+LAYER_KEYS = ("op", "shape", "layout", "dtype")
+TOWER_KEYS = ("model", "batch", "layout", "dtype")
 NOT_MEASURED = ["Not measured yet: `bash benchmarks/gpu.sh` on a machine with a GPU does it."]
-OURS = ("cuda", "triton", "cpp")  # the first that a CSV holds is what ratios are of; cpp: dry runs
+OURS = ("cuda", "triton", "cpp", "patched")
+"""The first that a CSV holds is what ratios are of; cpp: dry runs."""
+AGAIN = "again "
+"""Before the name of one of ours that took turns with a compiler: what that is compared with."""
 VS_EAGER, VS_COMPILE, OF_FLOOR = 8.0, 1.5, 0.85
-"""Design targets; the floor's from 16384 x 1000 on."""
+"""Design targets of the loss; the floor's from 16384 x 1000 on."""
 
-Key = tuple[int, int, str]
+Key = tuple[str, ...]
 Values = dict[Key, dict[str, str]]
+Numbers = dict[Key, dict[str, float]]
 
 
-def _values(name: str, column: str, folder: Path | None, mode: str = "") -> Values:
-    """One column by case and contender; times not replayed as graphs are taken as launched."""
+# ---- What all tables share ----------------------------------------------------------------------
+
+
+def _values(
+    name: str, keys: Sequence[str], column: str, folder: Path | None, mode: str = ""
+) -> Values:
+    """One column by case and contender; the copy needs no graph, so it has no second mode."""
     found: Values = {}
     for row in results_file.read(name, folder)[1]:
-        key = int(row["rows"]), int(row["columns"]), row["dtype"]
-        of_case = found.setdefault(key, {})
-        if row.get("mode", mode) == mode:
-            of_case[row["contender"]] = row[column]
-        elif row.get("mode") == "launched":
-            of_case.setdefault(row["contender"], row[column])
+        of_case = found.setdefault(tuple(row[key] for key in keys), {})
+        who = row["contender"]
+        if row.get("round", "1") != "1" and who != "compile":
+            who = AGAIN + who
+        if row.get("mode", mode) == mode or who == COPY:
+            of_case[who] = row[column]
     return found
 
 
-def _times(mode: str, folder: Path | None) -> dict[Key, dict[str, float]]:
-    values = _values(TIME, "median_us", folder, mode)
-    return {key: {name: float(us) for name, us in row.items() if us} for key, row in values.items()}
+def _numbers(
+    name: str, keys: Sequence[str], column: str, folder: Path | None, mode: str = ""
+) -> Numbers:
+    values = _values(name, keys, column, folder, mode)
+    return {
+        key: {who: float(value) for who, value in row.items() if value}
+        for key, row in values.items()
+    }
 
 
-def _notes(name: str, folder: Path | None) -> list[str]:
-    """What was left out and why, once per contender and reason."""
+def _times(mode: str, folder: Path | None) -> Numbers:
+    return _numbers(TIME, LOSS_KEYS, "median_us", folder, mode)
+
+
+def _with_notes(lines: list[str], name: str, keys: Sequence[str], folder: Path | None) -> list[str]:
+    """And below the table what was left out and why, once per contender and reason."""
     found: dict[str, list[str]] = {}
+    cases = set()
     for row in results_file.read(name, folder)[1]:
+        case = (
+            " ".join([f"{row['rows']} x {row['columns']}", row["dtype"]])
+            if keys == LOSS_KEYS
+            else " ".join(row[key] for key in keys)
+        )
+        cases.add(case)
         if row["note"] and row["contender"] != COPY:
             reason = f"{LABELS[row['contender']]}: {row['note']}"
-            found.setdefault(reason, []).append(f"{row['rows']} x {row['columns']} {row['dtype']}")
-    cases = len(_values(name, "contender", folder))
-    return [
-        f"Left out: {reason}" + ("" if len(where) >= cases else f" ({', '.join(where)})") + "."
-        for reason, where in found.items()
-    ]
+            found.setdefault(reason, []).append(case)
+    for reason, where in found.items():
+        everywhere = set(where) == cases
+        places = "" if everywhere else f" ({', '.join(dict.fromkeys(where))})"
+        lines = [*lines, "", f"Left out: {reason}{places}."]
+    return lines
 
 
-def _with_notes(lines: list[str], name: str, folder: Path | None) -> list[str]:
-    notes = _notes(name, folder)
-    return [*lines, "", *"\n\n".join(notes).split("\n")] if notes else lines
-
-
-def _columns(values: dict[Key, dict[str, float]] | Values) -> list[str]:
+def _columns(values: Numbers | Values) -> list[str]:
     """The contenders with a figure anywhere, in a fixed order."""
     present = {name for row in values.values() for name, value in row.items() if value != ""}
     return [name for name in LABELS if name in present]
+
+
+def _first_of_ours(names: Sequence[str]) -> str:
+    return next((name for name in OURS if name in names), "")
+
+
+def _ratios(row: dict[str, float], ours: str, targets: Sequence[float | None]) -> list[str]:
+    mine = row.get(ours), row.get(AGAIN + ours, row.get(ours))
+    return [
+        markdown.ratio(row[other] / time, target) if time and other in row else "-"
+        for other, target, time in zip(("eager", "compile"), targets, mine, strict=True)
+    ]
+
+
+def _cells(row: dict[str, float], names: Sequence[str], digits: int = 1) -> list[str]:
+    return [markdown.time(row[name], digits) if name in row else "-" for name in names]
+
+
+def _beyond_the_cache(name: str, keys: Sequence[str], folder: Path | None) -> set[Key]:
+    """Cases whose inputs took turns: the others' stay in the cache, no floor applies."""
+    rows = results_file.read(name, folder)[1]
+    return {tuple(row[key] for key in keys) for row in rows if int(row["inputs"]) > 1}
+
+
+def _copied_bytes(name: str, folder: Path | None) -> int:
+    return int(results_file.read(name, folder)[0]["copied bytes"])
+
+
+def _provenance(name: str, folder: Path | None = None) -> list[str]:
+    return markdown.provenance(results_file.read(name, folder)[0])
+
+
+# ---- The loss -----------------------------------------------------------------------------------
 
 
 def _case(key: Key) -> list[str]:
@@ -75,24 +142,22 @@ def _case(key: Key) -> list[str]:
 
 def _bytes(key: Key) -> int:
     rows, columns, dtype = key
-    return rows * columns * (4 if dtype == "float32" else 2)
+    return int(rows) * int(columns) * DTYPES[dtype].itemsize
 
 
-def floor_us(passes: int, key: Key, copy_us: float, copied_bytes: int) -> float:
-    """Time of reading and writing the logits ``passes`` times in all, at the copy's rate."""
-    return passes * _bytes(key) / (2 * copied_bytes) * copy_us
+PASSES = 3
+"""How often the logits' memory is read or written by a pass that keeps nothing on the chip."""
 
 
-def _beyond_the_cache(folder: Path | None) -> set[Key]:
-    """Cases whose inputs took turns: the others' logits stay in the cache, no floor applies."""
-    inputs = _values(TIME, "inputs", folder, "launched")
-    return {key for key, row in inputs.items() if any(int(count) > 1 for count in row.values())}
+def floor_us(key: Key, copy_us: float, copied_bytes: int) -> float:
+    """Time of two reads and one write of the logits at the copy's rate."""
+    return PASSES * _bytes(key) / (2 * copied_bytes) * copy_us
 
 
 def _fraction(value: float | None, floor: float, key: Key) -> str:
     if value is None:
         return "-"
-    target = OF_FLOOR if _bytes(key) >= _bytes((16384, 1000, key[2])) else None
+    target = OF_FLOOR if _bytes(key) >= _bytes(("16384", "1000", key[2])) else None
     shown = f"{100 * floor / value:.0f}%"
     if target is None:
         return shown
@@ -102,59 +167,44 @@ def _fraction(value: float | None, floor: float, key: Key) -> str:
 
 def time_table(mode: str, folder: Path | None = None) -> list[str]:
     """``replayed``: no gaps between launches, and the floors; ``launched``: from Python."""
-    header = results_file.read(TIME, folder)[0]
     times = _times(mode, folder)
     names = _columns(times)
-    ours = next((name for name in OURS if name in names), "")
+    ours = _first_of_ours(names)
     head = ["B x C", "dtype", *(LABELS[name] for name in names), "vs (b)", "vs (c)"]
     if mode == "replayed":
-        head += ["two reads, one write", "of it", "one read, one write", "`loss_and_grad` of it"]
-    cold = _beyond_the_cache(folder)
+        head += ["the floor", "of it", "`loss_and_grad` of it"]
+    cold = _beyond_the_cache(TIME, LOSS_KEYS, folder)
+    copied = _copied_bytes(TIME, folder)
     lines = []
     for key, row in times.items():
-        cells = _case(key) + [
-            markdown.time(row[name], digits=1) if name in row else "-" for name in names
-        ]
-        for other, target in (("eager", VS_EAGER), ("compile", VS_COMPILE)):
-            both = ours in row and other in row
-            cells.append(markdown.ratio(row[other] / row[ours], target) if both else "-")
+        cells = _case(key) + _cells(row, names) + _ratios(row, ours, (VS_EAGER, VS_COMPILE))
         if mode == "replayed" and key in cold and COPY in row:
-            for passes, name in ((3, ours), (2, "loss_and_grad")):
-                floor = floor_us(passes, key, row[COPY], int(header["copied bytes"]))
-                cells.append(markdown.time(floor, digits=1))
-                cells.append(_fraction(row.get(name), floor, key))
+            floor = floor_us(key, row[COPY], copied)
+            cells.append(markdown.time(floor, digits=1))
+            cells += [_fraction(row.get(name), floor, key) for name in (ours, "loss_and_grad")]
         elif mode == "replayed":
-            cells += ["-"] * 4
+            cells += ["-"] * 3
         lines.append(cells)
-    return _with_notes(markdown.table(head, lines, words=2), TIME, folder)
+    return _with_notes(markdown.table(head, lines, words=2), TIME, LOSS_KEYS, folder)
 
 
 def _plain_table(name: str, column: str, folder: Path | None = None) -> list[str]:
-    values = _values(name, column, folder)
+    values = _values(name, LOSS_KEYS, column, folder)
     names = _columns(values)
     head = ["B x C", "dtype", *(LABELS[name] for name in names)]
     lines = [_case(key) + [row.get(name) or "-" for name in names] for key, row in values.items()]
-    return _with_notes(markdown.table(head, lines, words=2), name, folder)
-
-
-def memory_table(folder: Path | None = None) -> list[str]:
-    return _plain_table(MEMORY, "peak_over_logits", folder)
-
-
-def launch_table(folder: Path | None = None) -> list[str]:
-    return _plain_table(LAUNCHES, "launches", folder)
+    return _with_notes(markdown.table(head, lines, words=2), name, LOSS_KEYS, folder)
 
 
 def bandwidth(folder: Path | None = None) -> float:
     """GB/s of the copy, read and written bytes together: the median over the shapes."""
-    header = results_file.read(TIME, folder)[0]
     copies = sorted(row[COPY] for row in _times("launched", folder).values() if COPY in row)
-    return 2 * int(header["copied bytes"]) / copies[len(copies) // 2] / 1e3
+    return 2 * _copied_bytes(TIME, folder) / copies[len(copies) // 2] / 1e3
 
 
-def provenance(folder: Path | None = None) -> list[str]:
-    (line,) = markdown.provenance(results_file.read(TIME, folder)[0])
-    return [f"{line[:-1]}. The copy moved {bandwidth(folder):.0f} GB/s."]
+def provenance() -> list[str]:
+    (line,) = _provenance(TIME)
+    return [f"{line[:-1]}. The copy moved {bandwidth():.0f} GB/s."]
 
 
 def _megabytes(size: int) -> str:
@@ -164,48 +214,240 @@ def _megabytes(size: int) -> str:
 
 def floors() -> list[str]:
     """Bytes only: what a pass must move, whatever the machine."""
-    head = ["B x C", "dtype", "logits", "two reads, one write", "one read, one write"]
+    head = ["B x C", "dtype", "logits", "two reads, one write"]
+    keys = [(str(case.rows), str(case.columns), case.dtype) for case in CASES]
     lines = [
-        _case(key) + [_megabytes(passes * _bytes(key)) for passes in (1, 3, 2)]
-        for key in ((case.rows, case.columns, case.dtype) for case in CASES)
+        _case(key) + [_megabytes(passes * _bytes(key)) for passes in (1, PASSES)] for key in keys
     ]
     return markdown.table(head, lines, words=2)
 
 
-def short_table(folder: Path | None = None) -> list[str]:
-    """Replayed microseconds of every contender: what a run prints last."""
-    times = _times("replayed", folder)
+# ---- What was predicted of the loss's kernels, and what the counters say ------------------------
+
+
+WHAT = ("statistics", "gradient", "time", "of the floor")
+"""Warp instructions per row of forward's kernels and of the gradient's, and what comes of them."""
+
+
+def _predicted() -> list[tuple[str, Key, list[str]]]:
+    """Which kernels, the case, and a cell for each of WHAT."""
+    header, rows = results_file.read(PREDICTIONS, Path(__file__).parent)
+    found = []
+    for row in rows:
+        key = row["rows"], row["columns"], row["dtype"]
+        percent = int(row["percent_of_floor"])
+        floor = 1e6 * PASSES * _bytes(key) / float(header["bytes per second"])
+        cells = [row["statistics"], row["gradient"], markdown.time(100 * floor / percent)]
+        found.append((row["kernels"], key, [*cells, f"{percent}%"]))
+    return found
+
+
+def _measured(key: Key, folder: Path | None) -> list[str]:
+    """A cell for each of WHAT."""
+    there = {name for name in (TIME, KERNELS) if ((folder or results_file.FOLDER) / name).exists()}
+    cells = dict.fromkeys(WHAT, "not yet")
+    case = str(Case(int(key[0]), int(key[1]), key[2]))
+    counted: dict[str, float] = {}
+    for row in results_file.read(KERNELS, folder)[1] if KERNELS in there else ():
+        if row["case"] == case and row["instructions_per_row"]:
+            what = "gradient" if "gradient" in row["kernel"] else "statistics"
+            counted[what] = counted.get(what, 0.0) + float(row["instructions_per_row"])
+    cells |= {what: f"{value:.0f}" for what, value in counted.items()}
+    row = _times("replayed", folder).get(key, {}) if TIME in there else {}
+    if {"cuda", COPY} <= set(row):
+        floor = floor_us(key, row[COPY], _copied_bytes(TIME, folder))
+        cells["time"] = markdown.time(row["cuda"])
+        cells["of the floor"] = f"{100 * floor / row['cuda']:.0f}%"
+    return list(cells.values())
+
+
+def _is_first_run(folder: Path | None) -> bool:
+    """Whether the CSVs are of the kernels that "before" is about."""
+    commits = [
+        results_file.read(TIME, one)[0]["commit"]
+        for one in (folder or results_file.FOLDER, results_file.FOLDER / BEFORE)
+        if (one / TIME).exists()
+    ]
+    return len(commits) == 2 and commits[0] == commits[1]
+
+
+def prediction_table() -> list[str]:
+    """Every prediction beside what was measured of the kernels that it is about."""
+    before = results_file.FOLDER / BEFORE
+    head = ["kernels", "B x C", "dtype"]
+    for what in WHAT:
+        head += [f"{what}, predicted", "measured"]
+    lines = []
+    for kernels, key, predicted in _predicted():
+        if kernels == "before":
+            measured = _measured(key, before)
+        else:
+            measured = ["not yet"] * len(WHAT) if _is_first_run(None) else _measured(key, None)
+        pairs = zip(predicted, measured, strict=True)
+        lines.append([kernels, *_case(key), *(cell for pair in pairs for cell in pair)])
+    return markdown.table(head, lines, words=3)
+
+
+COUNTERS = {
+    "time_us": "time, µs",
+    "instructions_per_row": "instructions per row",
+    "issue_active_percent": "issue slots used, %",
+    "dram_percent": "memory's rate, %",
+    "dram_read_bytes": "read",
+    "dram_write_bytes": "written",
+    "warps_active_percent": "occupancy, %",
+    "registers": "registers",
+}
+
+
+def _counter(name: str, row: dict[str, str]) -> str:
+    value = row[name] if name != "instructions_per_row" or "ueo_" in row["kernel"] else ""
+    if not value:
+        return "-"
+    if name.endswith("bytes"):
+        return _megabytes(int(float(value)))
+    return f"{float(value):.0f}" if float(value) >= 100 else f"{float(value):.3g}"
+
+
+def counter_table(folder: Path | None = None) -> list[str]:
+    lines = [
+        [row["case"], row["kernel"], *(_counter(name, row) for name in COUNTERS)]
+        for row in results_file.read(KERNELS, folder)[1]
+    ]
+    return markdown.table(["case", "kernel", *COUNTERS.values()], lines, words=2)
+
+
+# ---- The affine layers and the patched towers ---------------------------------------------------
+
+
+def _of_the_floor(key: Key, row: dict[str, float], ours: str, folder: Path | None) -> str:
+    """The time of copying as many bytes as must be moved, over ours."""
+    op, shape, layout, dtype = key
+    case = AffineCase(op, tuple(map(int, shape.split("x"))), layout, dtype)
+    floor = case.moves * case.bytes / (2 * _copied_bytes(LAYERS, folder)) * row[COPY]
+    return f"{100 * floor / row[ours]:.0f}%"
+
+
+def layer_table(mode: str, folder: Path | None = None) -> list[str]:
+    times = _numbers(LAYERS, LAYER_KEYS, "median_us", folder, mode)
     names = _columns(times)
-    lines = [[" ".join(_case(key))] + [f"{row[name]:.1f}" if name in row else "-" for name in names]
-             for key, row in times.items()]  # fmt: skip
-    table = [["us, graph replays", *names], *lines]
-    widths = [max(len(row[column]) for row in table) for column in range(len(names) + 1)]
-    shown = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                  for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+    ours = _first_of_ours(names)
+    head = ["layer", "x", "layout", "dtype", *(LABELS[name] for name in names), "vs (b)", "vs (c)"]
+    cold = _beyond_the_cache(LAYERS, LAYER_KEYS, folder)
+    lines = []
+    for key, row in times.items():
+        floor = key in cold and {ours, COPY} <= set(row)
+        cells = [*layer_cells(key), *_cells(row, names), *_ratios(row, ours, (None, None))]
+        lines.append([*cells, _of_the_floor(key, row, ours, folder) if floor else "-"])
+    table = markdown.table([*head, "of the floor"], lines, words=4)
+    return _with_notes(table, LAYERS, LAYER_KEYS, folder)
+
+
+def step_table(folder: Path | None = None) -> list[str]:
+    times = _numbers(TOWERS, TOWER_KEYS, "median_us", folder)
+    peaks = _numbers(TOWERS, TOWER_KEYS, "peak_bytes", folder)
+    names = _columns(times)
+    head = ["tower", "batch", "layout", "dtype", *(LABELS[name] for name in names)]
+    head += ["vs (b)", "vs (c)", *(f"peak, {LABELS[name]}" for name in names)]
+    lines = []
+    for key, row in times.items():
+        cells = [*tower_cells(key), *_cells(row, names, digits=0)]
+        cells += _ratios(row, "patched", (None, None))
+        cells += [
+            f"{peaks[key][name] / 2**20:,.0f} MiB" if name in peaks[key] else "-" for name in names
+        ]
+        lines.append(cells)
+    return _with_notes(markdown.table(head, lines, words=4), TOWERS, TOWER_KEYS, folder)
+
+
+# ---- For a terminal -----------------------------------------------------------------------------
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in table
-    ]  # fmt: skip
-    copied = any(COPY in row for row in times.values())
-    return [*shown, f"copy: {bandwidth(folder):.0f} GB/s"] if copied else shown
+    ]
 
 
-def _if_measured(make: Callable[[], list[str]]) -> Callable[[], list[str]]:
-    def table() -> list[str]:
-        return make() if (results_file.FOLDER / TIME).exists() else NOT_MEASURED
+def _short_times(name: str, keys: Sequence[str], folder: Path | None) -> list[str]:
+    times = _numbers(name, keys, "median_us", folder, "" if name == TOWERS else "replayed")
+    names = _columns(times)
+    rows = [
+        [" ".join(_case(key) if keys == LOSS_KEYS else key)]
+        + [f"{row[who]:.1f}" if who in row else "-" for who in names]
+        for key, row in times.items()
+    ]
+    lines = _aligned([["us", *names], *rows])
+    return lines + [line[:200] for line in _with_notes([], name, keys, folder) if line]
 
-    return table
+
+def _short_predictions(folder: Path | None) -> list[str]:
+    """What was measured beside both predictions."""
+    lines: dict[Key, list[list[str]]] = {}
+    for _, key, predicted in _predicted():
+        lines.setdefault(key, [_measured(key, folder)]).append(predicted)
+    head = ["measured / predicted before / in registers", *WHAT]
+    return _aligned(
+        [head]
+        + [
+            [" ".join(_case(key)), *(" / ".join(cells) for cells in zip(*columns, strict=True))]
+            for key, columns in lines.items()
+        ]
+    )
+
+
+def short_counters(folder: Path | None) -> list[str]:
+    names = ("time_us", "instructions_per_row", "issue_active_percent", "dram_percent", "registers")
+    rows = results_file.read(KERNELS, folder)[1]
+    return _aligned(
+        [["counters", *names]]
+        + [[f"{row['case']} {row['kernel']}", *(_counter(name, row) for name in names)]
+           for row in rows]
+    )  # fmt: skip
+
+
+def short_report(folder: Path | None = None) -> list[str]:
+    """What a run prints last: microseconds of graph replays, predictions, counters."""
+    there = [name for name in CSVS if ((folder or results_file.FOLDER) / name).exists()]
+    lines: list[str] = []
+    if TIME in there:
+        lines += _short_times(TIME, LOSS_KEYS, folder)
+        lines += [f"copy: {bandwidth(folder):.0f} GB/s", *_short_predictions(folder)]
+    if KERNELS in there:
+        lines += short_counters(folder)
+    if LAYERS in there:
+        lines += _short_times(LAYERS, LAYER_KEYS, folder)
+    if TOWERS in there:
+        lines += _short_times(TOWERS, TOWER_KEYS, folder)
+    return lines
+
+
+def _table(name: str, make: Callable[[], list[str]]) -> Callable[[], list[str]]:
+    return if_measured(name, make, NOT_MEASURED)
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "gpu floors": floors,
-    "gpu replayed": _if_measured(lambda: time_table("replayed")),
-    "gpu launched": _if_measured(lambda: time_table("launched")),
-    "gpu memory": _if_measured(memory_table),
-    "gpu launches": _if_measured(launch_table),
-    "gpu provenance": _if_measured(provenance),
+    "gpu predictions": prediction_table,
+    "gpu before provenance": _table(f"{BEFORE}/{TIME}", lambda: _provenance(f"{BEFORE}/{TIME}")),
+    "gpu replayed": _table(TIME, lambda: time_table("replayed")),
+    "gpu launched": _table(TIME, lambda: time_table("launched")),
+    "gpu memory": _table(MEMORY, lambda: _plain_table(MEMORY, "peak_over_logits")),
+    "gpu launches": _table(LAUNCHES, lambda: _plain_table(LAUNCHES, "launches")),
+    "gpu provenance": _table(TIME, provenance),
+    "gpu counters": _table(KERNELS, counter_table),
+    "gpu affine replayed": _table(LAYERS, lambda: layer_table("replayed")),
+    "gpu affine launched": _table(LAYERS, lambda: layer_table("launched")),
+    "gpu affine provenance": _table(LAYERS, lambda: _provenance(LAYERS)),
+    "gpu patch": _table(TOWERS, step_table),
 }
 """By name of the marker in docs/performance.md."""
 
 
 if __name__ == "__main__":
-    print("\n".join(short_table(Path(sys.argv[1]) if len(sys.argv) > 1 else None)))
+    print("\n".join(short_report(Path(sys.argv[1]) if len(sys.argv) > 1 else None)))

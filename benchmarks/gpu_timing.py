@@ -5,19 +5,19 @@ On a CPU (`--dry-run`) a wall clock and no graphs.
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_cases import Pass
+GRAPH_US = 2000.0
+"""So many passes are in a graph that it takes at least that long: what a replay costs is then
+small. No more, since graphs hold memory."""
 
 GRAPH_PASSES = 20
-"""At least so many passes in a graph: what a replay itself costs is then small."""
-
-GRAPH_BELOW_US = 2000.0
-"""Above that the gaps between launches are nothing, and graphs would hold much memory."""
+"""At most, beside what the number of inputs asks for."""
 
 
 def elapsed_us(run: Callable[[], object], device: torch.device) -> float:
@@ -40,7 +40,7 @@ class Rotation:
     Otherwise the allocator would hand out the same gradient again and again, out of the cache.
     """
 
-    def __init__(self, step: Pass, inputs: list[Tensor]) -> None:
+    def __init__(self, step: Callable[[Tensor], object], inputs: list[Tensor]) -> None:
         self.step = step
         self.inputs = inputs
         self._results: list[object] = [None] * len(inputs)
@@ -55,6 +55,10 @@ class Rotation:
         self._results = [None] * len(self.inputs)
 
 
+QUEUE_CYCLES = 50_000_000
+"""Some 30 ms in which the device waits, so that a few passes are queued before the first begins."""
+
+
 class Launched:
     """Passes one after the other, as a training loop launches them."""
 
@@ -64,9 +68,13 @@ class Launched:
         self._rotation = rotation
         self._device = device
         rotation.run(3)
-        self.estimate_us = elapsed_us(lambda: rotation.run(3), device) / 3
+        estimate_us = elapsed_us(lambda: rotation.run(3), device) / 3
+        self._calls = max(3, min(300, round(slice_us / max(estimate_us, 0.1))))
+        if device.type == "cuda":
+            torch.cuda._sleep(QUEUE_CYCLES)
+            estimate_us = elapsed_us(lambda: rotation.run(3), device) / 3
         rotation.release()
-        self._calls = max(3, min(300, round(slice_us / max(self.estimate_us, 0.1))))
+        self.device_us = estimate_us
 
     def sample_us(self) -> float:
         """Microseconds of one pass."""
@@ -76,14 +84,25 @@ class Launched:
 
 
 class Replayed:
-    """The same passes in one CUDA graph: no gap between them."""
+    """The same passes in one CUDA graph: no gap between them. On a CPU they are just run."""
 
     mode = "replayed"
 
-    def __init__(self, rotation: Rotation, device: torch.device, slice_us: float) -> None:
+    def __init__(
+        self, rotation: Rotation, device: torch.device, slice_us: float, device_us: float
+    ) -> None:
         inputs = len(rotation.inputs)
-        self._passes = inputs * -(-GRAPH_PASSES // inputs)
+        wanted = min(GRAPH_PASSES, max(1, round(GRAPH_US / max(device_us, 0.1))))
+        self._passes = inputs * -(-wanted // inputs)
         self._device = device
+        self._run_once = self._captured(rotation)
+        self._run_once()
+        once = elapsed_us(self._run_once, device)
+        self._replays = max(1, min(100, round(slice_us / max(once, 0.1))))
+
+    def _captured(self, rotation: Rotation) -> Callable[[], None]:
+        if self._device.type == "cpu":
+            return lambda: rotation.run(self._passes)
         current = torch.cuda.current_stream()
         side = torch.cuda.Stream()
         side.wait_stream(current)
@@ -92,17 +111,15 @@ class Replayed:
         current.wait_stream(side)
         torch.cuda.synchronize()
         rotation.release()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             rotation.run(self._passes)
         rotation.release()  # the memory stays with the graph
-        self._graph.replay()
-        once = elapsed_us(self._graph.replay, device)
-        self._replays = max(1, min(100, round(slice_us / max(once, 0.1))))
+        return graph.replay
 
     def _replay(self) -> None:
         for _ in range(self._replays):
-            self._graph.replay()
+            self._run_once()
 
     def sample_us(self) -> float:
         """Microseconds of one pass."""
@@ -127,3 +144,43 @@ class Copy:
     def sample_us(self) -> float:
         """Microseconds of one copy, which moves twice its size."""
         return elapsed_us(self._copy, self._device) / 3
+
+
+Clock = Launched | Replayed | Copy
+
+
+def make_clocks(
+    step: Callable[[Tensor], object], inputs: list[Tensor], device: torch.device, slice_us: float
+) -> tuple[list[Clock], str]:
+    """As launched and as replayed, or the reason why not as replayed."""
+    launched = Launched(Rotation(step, inputs), device, slice_us)
+    try:
+        rotation = Rotation(step, inputs)
+        return [launched, Replayed(rotation, device, slice_us, launched.device_us)], ""
+    except Exception as error:
+        return [launched], f"no graph: {one_line(error)}"
+
+
+def in_turns(
+    clocks: Mapping[Hashable, Callable[[], float]], repeats: int
+) -> dict[Hashable, list[float]]:
+    """Microseconds of each, ``repeats`` times: the first turn, which warms up, does not count."""
+    samples: dict[Hashable, list[float]] = {key: [] for key in clocks}
+    for turn in range(repeats + 1):
+        for key, sample_us in clocks.items():
+            spent = sample_us()
+            if turn:
+                samples[key].append(spent)
+    return samples
+
+
+def spread(times: Sequence[float]) -> dict[str, object]:
+    """Columns of a CSV; empty where nothing was measured."""
+    values = (statistics.median(times), min(times), max(times)) if times else ()
+    shown = [f"{value:.2f}" for value in values] or [""] * 3
+    return dict(zip(("median_us", "lowest_us", "highest_us"), shown, strict=True))
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from benchmarks import (
     affine_report,
-    gpu_affine_report,
     gpu_report,
     markdown,
     results_file,
@@ -117,7 +116,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "keep": lambda: experiments("backward reads exp"),
     **gpu_report.TABLES,
     **affine_report.TABLES,
-    **gpu_affine_report.TABLES,
     **step_report.TABLES,
 }
 

@@ -1,6 +1,6 @@
 """A few small calls of the CUDA kernels for compute-sanitizer (benchmarks/gpu.sh runs it).
 
-    python -m benchmarks.sanitize_set [BACKEND]
+    python -m benchmarks.sanitize_set [BACKEND] [--jobs N]
 
 Whatever the kernels read is copied from the host: with a filter by kernel name, initcheck does not
 see what torch's own kernels write. Results are compared with the CPU's, so that the set is known
@@ -9,6 +9,8 @@ to have run.
 
 from __future__ import annotations
 
+import argparse
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -72,20 +74,49 @@ def _results(device: str, sample: Sample, backend: str) -> list[Tensor]:
     return [value.detach().cpu() for value in (loss, grad, *at_once)]
 
 
-def main(backend: str = "cuda") -> int:
+def _check(sample: Sample, backend: str, device: str) -> None:
+    names = ("loss", "gradient", "loss of loss_and_grad", "gradient of loss_and_grad")
+    found, expected = _results(device, sample, backend), _results("cpu", sample, "reference")
+    for name, ours, true in zip(names, found, expected, strict=True):
+        torch.testing.assert_close(
+            ours, true, rtol=2e-2 if sample.dtype.itemsize == 2 else 1e-4, atol=1e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )  # fmt: skip
+
+
+def run(backend: str, part: int = 0, parts: int = 1) -> int:
+    """Every ``parts``-th sample, beginning with ``part``. One that fails does not end the run."""
     device = "cpu" if backend in ("cpp", "reference") else "cuda"
-    for sample in SAMPLES:
-        names = ("loss", "gradient", "loss of loss_and_grad", "gradient of loss_and_grad")
-        found, expected = _results(device, sample, backend), _results("cpu", sample, "reference")
-        for name, ours, true in zip(names, found, expected, strict=True):
-            torch.testing.assert_close(
-                ours, true, rtol=2e-2 if sample.dtype.itemsize == 2 else 1e-4, atol=1e-6,
-                msg=lambda text, name=name, sample=sample: f"{sample.reason}, {name}: {text}",
-            )  # fmt: skip
-        print(f"ok: {sample.reason}", flush=True)
-    sanitize_affine.run(backend, device)
-    return 0
+    checks = [(sample, _check) for sample in SAMPLES]
+    checks += [(sample, sanitize_affine.check) for sample in sanitize_affine.SAMPLES]
+    return sum(not _passes(sample, check, backend, device) for sample, check in checks[part::parts])
+
+
+def _passes(sample: Any, check: Callable[..., None], backend: str, device: str) -> bool:
+    try:
+        check(sample, backend, device)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        print(f"failed: {sample.reason}: {type(error).__name__}: {text[:300]}", flush=True)
+        return False
+    print(f"ok: {sample.reason}", flush=True)
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("backend", nargs="?", default="cuda")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, for what compiles long")
+    args = parser.parse_args(argv)
+    if args.jobs == 1:
+        return int(run(args.backend) > 0)
+    code = "import sys; from benchmarks import sanitize_set as s; sys.exit(s.run({!r}, {}, {}) > 0)"
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code.format(args.backend, part, args.jobs)])
+        for part in range(args.jobs)
+    ]
+    return max(abs(job.wait()) for job in jobs)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(*sys.argv[1:]))
+    raise SystemExit(main())

@@ -152,6 +152,7 @@ def disagreement(ours: tuple[Tensor, ...], true: tuple[Tensor, ...], case: Visua
         ("gradients", GRADIENTS_OFF, *flat),
     ):
         difference = float((found - expected).norm() / expected.norm())
-        if not difference <= limits[case.dtype]:
+        rounding = 5 if found.is_cuda else 1  # a GPU's convolutions round to TensorFloat-32
+        if not difference <= rounding * limits[case.dtype]:
             return f"wrong: {name} off by {difference:.2g}"
     return ""

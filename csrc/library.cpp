@@ -2,20 +2,20 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ueo_fast, m) {
-  // summary: conditional entropy, marginal entropy, mean confidence, sum of confidences, sum of
-  // marginal weights. row_stats (B, 5): what backward needs of each row (csrc/cpu/ueo_loss.h).
+  // saved: what backward needs, and what the loss is made of: the statistics of the rows (B, 5), the
+  // marginal (C,), the summary (5,), one after the other (csrc/ueo_loss.h).
   m.def(
       "ueo_loss_forward(Tensor logits, Tensor? confidence, Tensor? marginal_weights, "
       "float trade_off, float confidence_scale, float eps) "
-      "-> (Tensor loss, Tensor summary, Tensor marginal, Tensor row_stats)");
+      "-> (Tensor loss, Tensor saved)");
   m.def(
-      "ueo_loss_backward(Tensor grad_loss, Tensor logits, Tensor summary, Tensor marginal, "
-      "Tensor row_stats, float trade_off, float eps) -> Tensor grad_logits");
+      "ueo_loss_backward(Tensor grad_loss, Tensor logits, Tensor saved, float trade_off, float eps) "
+      "-> Tensor grad_logits");
   // Both at once, for an upstream gradient of 1.
   m.def(
       "ueo_loss_and_grad(Tensor logits, Tensor? confidence, Tensor? marginal_weights, "
       "float trade_off, float confidence_scale, float eps) "
-      "-> (Tensor loss, Tensor summary, Tensor marginal, Tensor grad_logits)");
+      "-> (Tensor loss, Tensor saved, Tensor grad_logits)");
   m.def("max_softmax(Tensor logits, float scale) -> Tensor");
   // x is dense with its channels in dimension `dim`; weight, bias, mean, var: (channels,) each, in
   // the compute dtype or that of x. scale = weight / sqrt(var + eps), shift = bias - mean scale; of

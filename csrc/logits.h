@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "checks.h"
+#include "tensors.h"
 #include "ueo_loss.h"
 
 namespace ueo_fast {
@@ -66,21 +67,33 @@ const A* optional_weights(const std::optional<Tensor>& weights, std::optional<Te
   return contiguous->template const_data_ptr<A>();
 }
 
+// What forward keeps for backward, not filled in yet.
+inline Tensor empty_saved(const Tensor& logits) {
+  return empty<1>(logits, {Saved<float>::size(logits.size(0), logits.size(1))}, dtype_of(logits));
+}
+
+template <class A>
+Saved<A> parts_of(Tensor& saved, const LogitsView& logits) {
+  return {saved.mutable_data_ptr<A>(), logits.rows, logits.columns};
+}
+
+template <class A>
+Saved<const A> parts_of(const Tensor& saved, const LogitsView& logits) {
+  return {saved.const_data_ptr<A>(), logits.rows, logits.columns};
+}
+
 // Refuses what a backward pass would read beyond its end.
-inline void check_saved(const Tensor& logits, const Tensor& grad_loss, const Tensor& summary,
-                        const Tensor& marginal, const Tensor& row_stats) {
+inline void check_saved(const Tensor& logits, const Tensor& grad_loss, const Tensor& saved) {
   const ScalarType dtype = dtype_of(logits);
   STD_TORCH_CHECK(grad_loss.dim() == 0 && grad_loss.scalar_type() == dtype,
                   "ueo_fast: grad_loss must be 0-d with the dtype of the loss");
-  check_vector(summary, kSummary, "summary", dtype);
-  check_vector(marginal, logits.size(1), "marginal", dtype);
-  STD_TORCH_CHECK(row_stats.dim() == 2 && row_stats.size(0) == logits.size(0) &&
-                      row_stats.size(1) == kRowStats && row_stats.scalar_type() == dtype &&
-                      row_stats.is_contiguous() && summary.is_contiguous() &&
-                      marginal.is_contiguous(),
-                  "ueo_fast: row_stats, summary and marginal must be those of ueo_loss_forward");
+  const int64_t size = Saved<float>::size(logits.size(0), logits.size(1));
+  STD_TORCH_CHECK(saved.dim() == 1 && saved.size(0) == size && saved.scalar_type() == dtype &&
+                      saved.is_contiguous(),
+                  "ueo_fast: saved must be that of ueo_loss_forward: ", size,
+                  " adjacent numbers in the dtype of the loss");
   check_memory(grad_loss, "grad_loss");
-  check_memory(row_stats, "row_stats");
+  check_memory(saved, "saved");
 }
 
 }  // namespace ueo_fast

@@ -44,4 +44,19 @@ enum Summary : int64_t {
   kSummary
 };
 
+// What forward keeps for backward, in one buffer of the compute type and without gaps. The row
+// statistics come first, so that they begin where the allocator's memory does, at a whole slot.
+template <class A>
+struct Saved {
+  A* row_stats;  // (rows, kRowStats)
+  A* marginal;   // (columns,)
+  A* summary;    // (kSummary,)
+
+  static int64_t size(int64_t rows, int64_t columns) {
+    return rows * kRowStats + columns + kSummary;
+  }
+  Saved(A* buffer, int64_t rows, int64_t columns)
+      : row_stats(buffer), marginal(row_stats + rows * kRowStats), summary(marginal + columns) {}
+};
+
 }  // namespace ueo_fast

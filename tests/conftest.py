@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +36,47 @@ import cuda_host_build  # noqa: E402
 from loss_backends import CUDA_HOST, LossBackend, spared_reason  # noqa: E402
 
 from ueo_fast import backends  # noqa: E402
+
+BACKEND_PARAMETERS = ("backend", "gpu_backend")
+TIME_SPENT = "the time for the tests was spent"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--only-backend",
+        help="of the tests that name a backend only this one's; of the others those of a GPU",
+    )
+    parser.addoption(
+        "--until", type=float, metavar="TIME", help="seconds since 1970 from when on tests skip"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    until = item.config.getoption("--until")
+    if until is not None and time.time() > until:
+        pytest.skip(TIME_SPENT)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tests that found no time have not passed."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = [] if reporter is None else reporter.stats.get("skipped", [])
+    if any(TIME_SPENT in str(report.longrepr) for report in skipped):
+        session.exitstatus = pytest.ExitCode.INTERRUPTED
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--only-backend")
+    if wanted is None:
+        return
+    chosen, others = [], []
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        names = [str(parameters[name]) for name in BACKEND_PARAMETERS if name in parameters]
+        needs_gpu = "gpu" in item.path.name and wanted == "cuda"
+        (chosen if (wanted in names if names else needs_gpu) else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
 
 
 @pytest.fixture(autouse=True)

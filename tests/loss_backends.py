@@ -52,7 +52,6 @@ SMALL_GPU = {
     "shared_per_block": 227 << 10,
     "shared_per_multiprocessor": 228 << 10,
     "l2_bytes": 1 << 20,  # so that a gradient above it is stored past the cache
-    "cooperative": True,
 }
 
 
@@ -80,6 +79,13 @@ def _contiguous(weights: Tensor | None) -> Any:
     return None if weights is None else host_array(weights.contiguous())
 
 
+def _parts(saved: Tensor, logits: Tensor) -> tuple[Any, Any, Any]:
+    """Summary, marginal and row statistics of one buffer: csrc/ueo_loss.h, ``Saved``."""
+    rows, columns = logits.shape
+    row_stats, marginal, summary = saved.split([rows * op.ROW_STATS, columns, op.SUMMARY])
+    return host_array(summary), host_array(marginal), host_array(row_stats)
+
+
 class CudaHost:
     """The ops on CPU tensors, for a GPU that has ``properties``."""
 
@@ -95,28 +101,22 @@ class CudaHost:
         trade_off: float,
         confidence_scale: float,
         eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows, columns = logits.shape
-        loss, summary = _empty(logits), _empty(logits, op.SUMMARY)
-        marginal, row_stats = _empty(logits, columns), _empty(logits, rows, op.ROW_STATS)
-        if rows == 0:
-            return loss.zero_(), summary.zero_(), marginal.zero_(), row_stats
+    ) -> tuple[Tensor, Tensor]:
+        loss, saved = _empty(logits), _empty(logits, op.saved_size(*logits.shape))
+        if logits.shape[0] == 0:
+            return loss.zero_(), saved.zero_()
         logits, dtype = _logits(logits)
         weights = _contiguous(confidence), _contiguous(marginal_weights)
         options = trade_off, confidence_scale, eps
-        outputs = loss, summary, marginal, row_stats
-        self.module.forward(
-            self.device, host_array(logits), dtype, *weights, *options, *map(host_array, outputs)
-        )
-        return outputs
+        outputs = host_array(loss), *_parts(saved, logits)
+        self.module.forward(self.device, host_array(logits), dtype, *weights, *options, *outputs)
+        return loss, saved
 
     def ueo_loss_backward(
         self,
         grad_loss: Tensor,
         logits: Tensor,
-        summary: Tensor,
-        marginal: Tensor,
-        row_stats: Tensor,
+        saved: Tensor,
         trade_off: float,
         eps: float,
     ) -> Tensor:
@@ -124,13 +124,12 @@ class CudaHost:
         if logits.shape[0] == 0:
             return grad
         logits, dtype = _logits(logits)
-        saved = map(host_array, (summary, marginal, row_stats))
         self.module.backward(
             self.device,
             host_array(grad_loss.contiguous()),
             host_array(logits),
             dtype,
-            *saved,
+            *_parts(saved, logits),
             trade_off,
             eps,
             host_array(grad),
@@ -145,20 +144,20 @@ class CudaHost:
         trade_off: float,
         confidence_scale: float,
         eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loss, summary = _empty(logits), _empty(logits, op.SUMMARY)
-        marginal = _empty(logits, logits.shape[1])
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, saved = _empty(logits), _empty(logits, op.saved_size(*logits.shape))
         grad = torch.full(logits.shape, torch.nan, dtype=logits.dtype)
-        outputs = loss, summary, marginal, grad
         if logits.shape[0] == 0:
-            return loss.zero_(), summary.zero_(), marginal.zero_(), grad
+            return loss.zero_(), saved.zero_(), grad
         logits, dtype = _logits(logits)
         weights = _contiguous(confidence), _contiguous(marginal_weights)
         options = trade_off, confidence_scale, eps
+        summary, marginal, _ = _parts(saved, logits)  # those of the rows: in one pass, nowhere
+        outputs = host_array(loss), summary, marginal, host_array(grad)
         self.module.loss_and_grad(
-            self.device, host_array(logits), dtype, *weights, *options, *map(host_array, outputs)
+            self.device, host_array(logits), dtype, *weights, *options, *outputs
         )
-        return outputs
+        return loss, saved, grad
 
     def max_softmax(self, logits: Tensor, scale: float) -> Tensor:
         out = _empty(logits, logits.shape[0])

@@ -144,7 +144,7 @@ def register_budget(kernel: Kernel) -> int:
         or kernel.first == "double"
         or WIDE.search(kernel.signature) is not None
     )
-    return budget("kMaxRegistersOnePass" if wide else "kMaxRegisters")
+    return budget("kMaxRegistersWide" if wide else "kMaxRegisters")
 
 
 def test_every_architecture_is_there(library, architectures):

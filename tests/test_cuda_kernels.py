@@ -24,7 +24,7 @@ def both_ways(gpu, logits, confidence=None, trade_off=1.0, eps=0.0):
     loss, *saved = gpu.ueo_loss_forward(*arguments)
     grad = gpu.ueo_loss_backward(torch.ones_like(loss), logits, *saved, trade_off, eps)
     at_once = gpu.ueo_loss_and_grad(*arguments)
-    return (loss, grad), (at_once[0], at_once[3])
+    return (loss, grad), (at_once[0], at_once[2])
 
 
 # What each made-up GPU and shape is there for: rows, columns, shared memory per block, and what the

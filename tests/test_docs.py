@@ -12,11 +12,10 @@ import setup_script
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_affine_report, gpu_report, render, results_file  # noqa: E402
+from benchmarks import gpu_report, render, results_file  # noqa: E402
 
 CPU_FACTS = {"processor", "instruction set", "threads"}
-GPU_FACTS = {"gpu", "driver", "multiprocessors", "L2", "triton", "nvcc", "commit", "copied bytes"}
-GPU_CSVS = (*gpu_report.CSVS, *gpu_affine_report.CSVS)
+GPU_FACTS = {"gpu", "driver", "multiprocessors", "L2", "triton", "nvcc", "commit"}
 
 
 @pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
@@ -26,24 +25,20 @@ def test_tables_are_what_the_csvs_make(page):
     assert render.rendered(text) == text, "run `python -m benchmarks.render`"
 
 
-@pytest.mark.parametrize("path", sorted(results_file.FOLDER.glob("*.csv")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(results_file.FOLDER.rglob("*.csv")), ids=lambda p: p.name)
 def test_results_say_where_they_were_made(path):
-    header, rows = results_file.read(path.name)
-    facts = GPU_FACTS if path.name in GPU_CSVS else CPU_FACTS
+    header, rows = results_file.read(path.name, path.parent)
+    facts = GPU_FACTS if path.name in gpu_report.CSVS else CPU_FACTS
     assert {"date", "torch", "command", *facts} <= set(header)
+    assert "dry run" not in header.get("gpu", "")
     assert rows
 
 
 def test_the_docs_have_gpu_figures_if_and_only_if_they_were_measured():
-    present = {name: (results_file.FOLDER / name).exists() for name in GPU_CSVS}
-    for run in (gpu_report.CSVS, gpu_affine_report.CSVS):
-        assert len({present[name] for name in run}) == 1, "the CSVs of a run belong together"
+    present = {name: (results_file.FOLDER / name).exists() for name in gpu_report.CSVS}
+    assert len({present[name] for name in gpu_report.LOSS_CSVS}) == 1, "they belong together"
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert ("Not measured yet" in page) == (not all(present.values()))
-    for name in (name for name in GPU_CSVS if present[name]):
-        header, _ = results_file.read(name)
-        assert "dry run" not in header["gpu"]
-        assert "--quick" not in header["command"]
 
 
 def test_links_of_the_documentation_lead_somewhere():

@@ -7,12 +7,17 @@ Sizes and memory: tests/test_gpu_sizes.py.
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from truth import assert_exact
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import gpu_counters
 from ueo_fast import _extension, backends, ueo_loss, ueo_loss_and_grad
 
 DEVICE = "cuda"
@@ -81,6 +86,40 @@ def test_the_host_does_not_wait_for_the_device(shape, way, gpu_backend):
     busy.record()
     assert not busy.query()
     torch.cuda.synchronize()
+
+
+@every_shape
+def test_at_most_three_launches(shape, gpu_backend):
+    logits = make_logits(*shape).requires_grad_()
+    one = torch.ones((), device=DEVICE)
+    calls = {
+        "forward and backward": lambda: torch.autograd.grad(
+            ueo_loss(logits, backend=gpu_backend), logits, one
+        ),
+        "at once": lambda: ueo_loss_and_grad(logits, backend=gpu_backend),
+    }
+    for name, call in calls.items():
+        call()  # compiles, asks the device
+        found = gpu_counters.launches(call)
+        assert 1 <= found.total() <= 3, (name, found)
+
+
+@every_shape
+def test_autograd_adds_the_launch_that_writes_a_one(shape, gpu_backend):
+    logits = make_logits(*shape).requires_grad_()
+    loss = ueo_loss(logits, backend=gpu_backend)
+    one = torch.ones((), device=DEVICE)
+
+    def launches(*upstream):
+        logits.grad = None
+        loss.backward(*upstream, retain_graph=True)
+
+    launches(one)
+    given = gpu_counters.launches(lambda: launches(one))
+    filled = gpu_counters.launches(launches)
+    assert given.total() == 1, given
+    (fill,) = (filled - given).elements()
+    assert "fill" in fill.lower(), fill
 
 
 @every_way

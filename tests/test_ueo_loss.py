@@ -210,7 +210,8 @@ def test_a_row_without_any_class_gives_nan(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_an_empty_batch_gives_zero(dtype, backend):
     logits = torch.empty(0, 7, dtype=dtype, device=backend.device, requires_grad=True)
-    loss, stats = ueo_loss(logits, torch.empty(0), return_stats=True, backend=backend)
+    confidence = torch.empty(0, device=backend.device)
+    loss, stats = ueo_loss(logits, confidence, return_stats=True, backend=backend)
     loss.backward()
     assert loss == 0
     assert logits.grad.shape == (0, 7)

@@ -126,6 +126,49 @@ def test_only_forward_runs_when_no_gradient_is_wanted(backend):
     assert ops_of(lambda: ueo_loss(logits, backend=backend).backward()) == {forward, backward}
 
 
+ALLOCATIONS_AND_VIEWS = {
+    *("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::as_strided"),
+    *("aten::detach", "aten::ones_like", "aten::select", "aten::slice"),
+}
+"""What PyTorch runs without a kernel; ones_like is made of others."""
+
+
+def test_pytorch_runs_no_kernel_of_its_own_beside_ours():
+    """On a GPU each would be a launch: those are counted in test_gpu.py."""
+
+    def kernels_of(call):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+        found = {event.key: event.count for event in profile.key_averages()}
+        assert any(name.startswith("ueo_fast::") for name in found)
+        return {
+            name: count
+            for name, count in found.items()
+            if name.startswith("aten::") and name not in ALLOCATIONS_AND_VIEWS
+        }
+
+    logits = make_logits()
+    one = torch.ones(())
+    assert kernels_of(lambda: torch.autograd.grad(ueo_loss(logits), logits, one)) == {}
+    assert kernels_of(lambda: ueo_loss_and_grad(logits)) == {}
+    # The upstream gradient of 1, before anything of ours is asked.
+    assert kernels_of(lambda: ueo_loss(logits).backward()) == {"aten::fill_": 1}
+    # One copy of all statistics.
+    for function in (ueo_loss, ueo_loss_and_grad):
+        copied = kernels_of(lambda function=function: function(logits, return_stats=True))
+        assert copied == {"aten::narrow_copy": 1}
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_kept_results_keep_nothing_of_the_rows(grad, backend):
+    logits = make_logits(backend, rows=400).requires_grad_(grad)
+    loss, stats = ueo_loss(logits, return_stats=True, backend=backend)
+    assert loss.untyped_storage().nbytes() == loss.nbytes
+    for statistic in stats:  # all of them share the memory of C + 5 numbers
+        assert statistic.untyped_storage().nbytes() == (37 + 5) * loss.nbytes
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_can_be_written_and_are_not_differentiated(backend):
     logits = make_logits(backend)

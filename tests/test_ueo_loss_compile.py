@@ -76,21 +76,21 @@ def test_opcheck(dtype, weights, backend):
 def test_ops_refuse_what_would_read_foreign_memory(backend):
     ops = backend.ops
     logits = make_logits(backend).detach()
-    loss, summary, marginal, row_stats = ops.ueo_loss_forward(logits, None, None, 1.0, 1.0, 0.0)
+    loss, saved = ops.ueo_loss_forward(logits, None, None, 1.0, 1.0, 0.0)
     with pytest.raises(RuntimeError, match=r"logits must have shape \(B, C\)"):
         ops.ueo_loss_forward(logits[0], None, None, 1.0, 1.0, 0.0)
     with pytest.raises(RuntimeError, match="logits must be float64, float32, float16 or bfloat16"):
         ops.ueo_loss_forward(logits.int(), None, None, 1.0, 1.0, 0.0)
     with pytest.raises(RuntimeError, match=r"confidence must have shape \(60,\)"):
-        ops.ueo_loss_forward(logits, torch.ones(59), None, 1.0, 1.0, 0.0)
+        ops.ueo_loss_forward(logits, logits.new_ones(59), None, 1.0, 1.0, 0.0)
     with pytest.raises(RuntimeError, match="marginal_weights must have the compute dtype"):
-        ops.ueo_loss_forward(logits, None, torch.ones(60).double(), 1.0, 1.0, 0.0)
-    with pytest.raises(RuntimeError, match=r"marginal must have shape \(37,\)"):
-        ops.ueo_loss_backward(loss, logits, summary, marginal[1:], row_stats, 1.0, 0.0)
-    with pytest.raises(RuntimeError, match="must be those of ueo_loss_forward"):
-        ops.ueo_loss_backward(loss, logits, summary, marginal, row_stats[1:], 1.0, 0.0)
+        ops.ueo_loss_forward(logits, None, logits.new_ones(60).double(), 1.0, 1.0, 0.0)
+    other_type, scattered = saved.double(), saved.repeat_interleave(2)[::2]
+    for other in (saved[1:], saved[None], other_type, scattered):
+        with pytest.raises(RuntimeError, match=f"must be that of ueo_loss_forward: {60 * 5 + 42}"):
+            ops.ueo_loss_backward(loss, logits, other, 1.0, 0.0)
     with pytest.raises(RuntimeError, match="grad_loss must be 0-d"):
-        ops.ueo_loss_backward(loss[None], logits, summary, marginal, row_stats, 1.0, 0.0)
+        ops.ueo_loss_backward(loss[None], logits, saved, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -98,16 +98,16 @@ def test_ops_refuse_tensors_without_their_memory(backend):
     ops = backend.ops
     logits = make_logits(backend).detach()
     weights = torch.rand(60, device=backend.device) + 0.1
-    saved = ops.ueo_loss_forward(logits, None, None, 1.0, 1.0, 0.0)
+    loss, saved = ops.ueo_loss_forward(logits, None, None, 1.0, 1.0, 0.0)
     calls = {
         ("logits", "confidence", "marginal_weights"): (
             ops.ueo_loss_forward,
             (logits, weights, weights),
             (1.0, 1.0, 0.0),
         ),
-        ("grad_loss", "logits", "summary", "marginal", "row_stats"): (
+        ("grad_loss", "logits", "saved"): (
             ops.ueo_loss_backward,
-            (saved[0], logits, *saved[1:]),
+            (loss, logits, saved),
             (1.0, 0.0),
         ),
         ("logits|cosines",): (ops.max_softmax, (logits,), (1.0,)),

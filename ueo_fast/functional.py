@@ -15,7 +15,7 @@ from ueo_fast.ranges import check_number
 
 
 class UEOStats(NamedTuple):
-    """Detached by-products of the loss, in the loss's dtype.
+    """Detached by-products of the loss, in the loss's dtype; parts of one buffer of C + 5 numbers.
 
     Attributes:
         conditional_entropy: 0-d, confidence-weighted mean entropy of the rows, in nats.
@@ -109,8 +109,9 @@ def _with_results(*args: Any) -> tuple[Tensor, tuple[Tensor, UEOStats]]:
     return loss, (loss, stats)
 
 
-def _stats(summary: Tensor, marginal: Tensor) -> UEOStats:
-    return UEOStats(summary[0], summary[1], summary[2], marginal)
+def _stats(statistics: Tensor, columns: int) -> UEOStats:
+    summary = statistics[columns], statistics[columns + 1], statistics[columns + 2]
+    return UEOStats(*summary, statistics[:columns])
 
 
 @overload
@@ -209,9 +210,12 @@ def ueo_loss(
         return (loss, stats) if return_stats else loss
     if logits.requires_grad and torch.is_grad_enabled():
         result = op.UEOLossFunction.apply(chosen, *args, return_stats)
-        return (result[0], _stats(*result[1:])) if return_stats else result
-    loss, summary, marginal, _ = op.forward(chosen, *args)
-    return (loss, _stats(summary, marginal)) if return_stats else loss
+        return (result[0], _stats(result[1], logits.shape[1])) if return_stats else result
+    loss, saved = op.forward(chosen, *args)
+    if not return_stats:
+        return loss
+    columns = logits.shape[1]
+    return loss, _stats(op.statistics(saved, columns), columns)
 
 
 @overload
@@ -267,11 +271,13 @@ def ueo_loss_and_grad(
             # Unlike autograd.grad it works within vmap.
             grad, (loss, stats) = torch.func.grad(_with_results, has_aux=True)(copy, *args[1:])
         loss, grad = loss.detach(), grad.detach()
-    else:
-        with torch.no_grad():
-            loss, summary, marginal, grad = op.loss_and_grad(chosen, *args)
-            stats = _stats(summary, marginal)
-    return (loss, grad, stats) if return_stats else (loss, grad)
+        return (loss, grad, stats) if return_stats else (loss, grad)
+    with torch.no_grad():
+        loss, saved, grad = op.loss_and_grad(chosen, *args)
+        if not return_stats:
+            return loss, grad
+        columns = logits.shape[1]
+        return loss, grad, _stats(op.statistics(saved, columns), columns)
 
 
 def mcm_score(cosines: Tensor, scale: float = 1.0) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Literal
 LARGEST = 1e30
 """Numbers beyond this, and factors closer to 0 than its inverse, would not survive float32."""
 
+_SMALLEST = 1 / LARGEST
+
 LARGEST_FACTOR = 1e6
 """Of learning rates and weights of loss terms: with more, the first step already overflows."""
 
@@ -58,13 +60,12 @@ def check_number(
     # Comparisons only: while torch.compile traces, the number may be a symbol.
     if sign == "any":
         fits = -most <= value <= most
-        wanted = f"from {-most:g} to {most:g}"
     elif sign == "positive":
-        fits = 1 / LARGEST <= value <= most
-        wanted = f"from 1e-30 to {most:g}"
+        fits = _SMALLEST <= value <= most
     else:
-        fits = value == 0 or 1 / LARGEST <= value <= most
-        wanted = f"0 or from 1e-30 to {most:g}"
-    if not fits:
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-    return float(value)
+        fits = value == 0 or _SMALLEST <= value <= most
+    if fits:
+        return float(value)
+    least = {"any": f"{-most:g}", "positive": "1e-30", "not negative": "1e-30"}[sign]
+    zero = "0 or " if sign == "not negative" else ""
+    raise ValueError(f"{name} must be {zero}from {least} to {most:g}, got {value}")

@@ -22,25 +22,22 @@ ParallelFor threads_for(const LogitsView& logits) {
   };
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ueo_loss_forward(
-    const Tensor& any_logits, const std::optional<Tensor>& confidence,
-    const std::optional<Tensor>& marginal_weights, double trade_off, double confidence_scale,
-    double eps) {
+std::tuple<Tensor, Tensor> ueo_loss_forward(const Tensor& any_logits,
+                                            const std::optional<Tensor>& confidence,
+                                            const std::optional<Tensor>& marginal_weights,
+                                            double trade_off, double confidence_scale, double eps) {
   const Tensor logits = with_adjacent_columns(any_logits);
   const LogitsView view = view_of(logits);
-  return with_compute_type(view.storage, [&](auto type) {
+  Tensor loss = empty<0>(logits, {}, dtype_of(logits));
+  Tensor saved = empty_saved(logits);
+  if (view.rows == 0) {
+    torch::stable::zero_(loss);
+    torch::stable::zero_(saved);
+    return {loss, saved};
+  }
+  with_compute_type(view.storage, [&](auto type) {
     using A = decltype(type);
-    constexpr ScalarType dtype = kComputeDtype<A>;
-    Tensor loss = empty<0>(logits, {}, dtype);
-    Tensor summary = empty<1>(logits, {kSummary}, dtype);
-    Tensor marginal = empty<1>(logits, {view.columns}, dtype);
-    Tensor row_stats = empty<2>(logits, {view.rows, kRowStats}, dtype);
-    if (view.rows == 0) {
-      torch::stable::zero_(loss);
-      torch::stable::zero_(summary);
-      torch::stable::zero_(marginal);
-      return std::make_tuple(loss, summary, marginal, row_stats);
-    }
+    const Saved<A> parts = parts_of<A>(saved, view);
     std::optional<Tensor> confidence_data;
     std::optional<Tensor> marginal_data;
     const ForwardRows<A> args{
@@ -48,61 +45,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ueo_loss_forward(
         {trade_off, confidence_scale, eps},
         optional_weights<A>(confidence, confidence_data, view.rows, "confidence"),
         optional_weights<A>(marginal_weights, marginal_data, view.rows, "marginal_weights"),
-        row_stats.mutable_data_ptr<A>()};
-    *loss.mutable_data_ptr<A>() = static_cast<A>(
-        ueo_forward<A>(ueo_loops<A>(capability()), args, summary.mutable_data_ptr<A>(),
-                       marginal.mutable_data_ptr<A>(), threads_for(view)));
-    return std::make_tuple(loss, summary, marginal, row_stats);
+        parts.row_stats};
+    *loss.mutable_data_ptr<A>() = static_cast<A>(ueo_forward<A>(
+        ueo_loops<A>(capability()), args, parts.summary, parts.marginal, threads_for(view)));
   });
+  return {loss, saved};
 }
 
-// The gradient times grad_loss, from what forward returned.
+// The gradient times grad_loss, from what forward kept.
 template <class A>
-Tensor gradient(A grad_loss, const Tensor& logits, const Tensor& summary, const Tensor& marginal,
-                const Tensor& row_stats, double trade_off, double eps) {
+Tensor gradient(A grad_loss, const Tensor& logits, const Tensor& saved, double trade_off,
+                double eps) {
   const LogitsView view = view_of(logits);
   Tensor grad = empty<2>(logits, {view.rows, view.columns}, logits.scalar_type());
   if (view.rows == 0) return grad;
-  const A* totals = summary.const_data_ptr<A>();
+  const Saved<const A> parts = parts_of<A>(saved, view);
   const int64_t bytes = view.rows * view.columns * static_cast<int64_t>(logits.element_size());
   const BackwardRows<A> args{view,
                              {trade_off, 1.0, eps},
                              grad_loss,
-                             row_stats.const_data_ptr<A>(),
+                             parts.row_stats,
                              nullptr,
-                             totals[kConfidenceSum],
-                             totals[kMarginalWeightSum],
+                             parts.summary[kConfidenceSum],
+                             parts.summary[kMarginalWeightSum],
                              grad.mutable_data_ptr(),
                              bytes >= tuning::kStreamBytes};
-  ueo_backward<A>(ueo_loops<A>(capability()), args, marginal.const_data_ptr<A>(),
-                  threads_for(view));
+  ueo_backward<A>(ueo_loops<A>(capability()), args, parts.marginal, threads_for(view));
   return grad;
 }
 
-Tensor ueo_loss_backward(const Tensor& grad_loss, const Tensor& any_logits, const Tensor& summary,
-                         const Tensor& marginal, const Tensor& row_stats, double trade_off,
-                         double eps) {
+Tensor ueo_loss_backward(const Tensor& grad_loss, const Tensor& any_logits, const Tensor& saved,
+                         double trade_off, double eps) {
   const Tensor logits = with_adjacent_columns(any_logits);
-  check_saved(logits, grad_loss, summary, marginal, row_stats);
+  check_saved(logits, grad_loss, saved);
   return with_compute_type(storage_of(logits), [&](auto type) {
     using A = decltype(type);
-    return gradient<A>(*grad_loss.const_data_ptr<A>(), logits, summary, marginal, row_stats,
-                       trade_off, eps);
+    return gradient<A>(*grad_loss.const_data_ptr<A>(), logits, saved, trade_off, eps);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ueo_loss_and_grad(
-    const Tensor& any_logits, const std::optional<Tensor>& confidence,
-    const std::optional<Tensor>& marginal_weights, double trade_off, double confidence_scale,
-    double eps) {
+std::tuple<Tensor, Tensor, Tensor> ueo_loss_and_grad(const Tensor& any_logits,
+                                                     const std::optional<Tensor>& confidence,
+                                                     const std::optional<Tensor>& marginal_weights,
+                                                     double trade_off, double confidence_scale,
+                                                     double eps) {
   const Tensor logits = with_adjacent_columns(any_logits);
-  const auto forward =
+  const auto [loss, saved] =
       ueo_loss_forward(logits, confidence, marginal_weights, trade_off, confidence_scale, eps);
-  Tensor grad = with_compute_type(storage_of(logits), [&](auto type) {
-    return gradient<decltype(type)>(1, logits, std::get<1>(forward), std::get<2>(forward),
-                                    std::get<3>(forward), trade_off, eps);
-  });
-  return {std::get<0>(forward), std::get<1>(forward), std::get<2>(forward), grad};
+  Tensor grad = storage_of(logits) == Storage::kDouble
+                    ? gradient<double>(1, logits, saved, trade_off, eps)
+                    : gradient<float>(1, logits, saved, trade_off, eps);
+  return {loss, saved, grad};
 }
 
 Tensor max_softmax_cpu(const Tensor& cosines, double scale) {

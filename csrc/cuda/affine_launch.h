@@ -88,7 +88,7 @@ inline AffinePlan plan_affine(const Device& device, const ChannelLayout& layout,
       std::min<int64_t>(tuning::kAffineThreads / plan.width, periods));
   plan.grid.threads = static_cast<int>(divide_up(plan.width * plan.lines, 32) * 32);
 
-  const int registers = compute_bytes == 8 ? kMaxRegistersOnePass : kMaxRegisters;
+  const int registers = compute_bytes == 8 ? kMaxRegistersWide : kMaxRegisters;
   const int resident = std::max(1, std::min(device.threads_per_multiprocessor / plan.grid.threads,
                                             65536 / (registers * plan.grid.threads)));
   const int64_t places = int64_t{device.multiprocessors} * resident;
@@ -173,7 +173,7 @@ inline RowPlan plan_norm(const Device& device, const RowShape& row, int64_t rows
   }
   // kNormGradientBlocks in layer_norm.cuh
   const bool wide = row.compute_bytes == 8 || (needs.per_team > 0 && !plan.block_team);
-  const int registers = wide ? kMaxRegistersOnePass : kMaxRegisters;
+  const int registers = wide ? kMaxRegistersWide : kMaxRegisters;
   const int resident =
       std::max(1, std::min({by_shared, device.threads_per_multiprocessor / plan.grid.threads,
                             65536 / (registers * plan.grid.threads)}));

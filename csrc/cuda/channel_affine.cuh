@@ -13,7 +13,7 @@ template <class T, bool kOneChannel, bool kSums>
 inline constexpr bool kIsWide = sizeof(T) == 8 || (kSums && kNumbers<T, kOneChannel> == 8);
 template <bool kWide>
 inline constexpr int kAffineResident =
-    65536 / (tuning::kAffineThreads * (kWide ? kMaxRegistersOnePass : kMaxRegisters));
+    65536 / (tuning::kAffineThreads * (kWide ? kMaxRegistersWide : kMaxRegisters));
 
 template <class T>
 struct AffineForwardArguments {

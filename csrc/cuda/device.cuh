@@ -9,7 +9,6 @@
 
 #if defined(__CUDACC__)
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
@@ -26,9 +25,6 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return memory;
 }
-
-// Waits for every thread of the grid (a cooperative launch); what they wrote is then visible.
-__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 // Starts to copy 16 bytes, both addresses aligned to 16, past the registers. The copy is visible to
 // the thread that started it once the thread has waited for it, to others after a barrier that
@@ -47,6 +43,35 @@ __device__ __forceinline__ void copies_wait_prior() {
 __device__ __forceinline__ void copies_wait() {
   copies_commit();
   copies_wait_prior<0>();
+}
+
+// Leaves the slot alone if it is not wanted (the compiler would load into other registers and move),
+// and the L1 to others: nobody reads it again.
+__device__ __forceinline__ void load_slot_if(bool wanted, uint4& slot, const uint4* global) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"
+      "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(slot.x), "+r"(slot.y), "+r"(slot.z), "+r"(slot.w)
+      : "l"(global), "r"(static_cast<int>(wanted)));
+}
+
+__device__ __forceinline__ float float_of_bits(unsigned bits) { return __uint_as_float(bits); }
+// The two elements in a word of half ones.
+template <class T>
+__device__ __forceinline__ float low(unsigned pair) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return __uint_as_float(pair << 16);
+  } else {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(pair)));
+  }
+}
+template <class T>
+__device__ __forceinline__ float high(unsigned pair) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return __uint_as_float(pair & 0xffff0000u);
+  } else {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
+  }
 }
 
 // A 16-byte store that will not be read again soon: first to leave the cache.

@@ -41,8 +41,7 @@ inline const Device& device_of(int index) {
                     attribute_of(index, cudaDevAttrMaxThreadsPerMultiProcessor),
                     attribute_of(index, cudaDevAttrMaxSharedMemoryPerBlockOptin),
                     attribute_of(index, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                    attribute_of(index, cudaDevAttrL2CacheSize),
-                    attribute_of(index, cudaDevAttrCooperativeLaunch) != 0};
+                    attribute_of(index, cudaDevAttrL2CacheSize)};
   }
   return *device;
 }

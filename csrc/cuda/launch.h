@@ -6,15 +6,15 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 
 namespace ueo_fast::cuda {
 
 // ---- Budgets of the compiled kernels; tests/test_cuda_ahead_of_time.py reads them ---------------
 // 1,024 threads share the 65,536 registers of a multiprocessor.
 inline constexpr int kMaxRegisters = 64;
-// The one-pass kernel runs one block of 512 threads per multiprocessor, and so do blocks that
-// compute in double.
-inline constexpr int kMaxRegistersOnePass = 128;
+// Kernels that hold rows in registers, and blocks that compute in double.
+inline constexpr int kMaxRegistersWide = 128;
 // Local memory per thread, spills included.
 inline constexpr int kMaxStackBytes = 0;
 // All shared memory is dynamic and part of the plan below.
@@ -45,25 +45,21 @@ inline constexpr int kWantedThreads = 1024;
 // Additions that meet in one float before a column sum is stored and goes on in double.
 inline constexpr int kRowsPerSum = 128;
 
-// The one-pass kernel: one block per multiprocessor, so that nothing but its rows takes shared
-// memory. 512 threads of 128 registers, 32 of which hold rows: another 64 KiB of them. Arithmetic in
-// double needs those itself.
-inline constexpr int kOnePassThreads = 512;
-inline constexpr int kHeldSlots = 8;
-// Rows of a block, at least: every further block makes the grid's wait for itself longer.
-inline constexpr int kOnePassMinRows = 4;
-// Groups in which a block's rows arrive; while one is worked on, the next ones are under way.
-inline constexpr int kArrivals = 3;
+// Threads of a block whose rows are in registers (ueo_loss.cuh), and those of one that shares a row
+// (ueo_loss_block.cuh), at most.
+inline constexpr int kRegisterThreads = 256;
+inline constexpr int kSharedRowThreads = 1024;
 
-// Columns per block of the marginal kernel: a warp reads 128 adjacent bytes of a partial sum. The
-// other threads share the partial sums.
-inline constexpr int kMarginalColumns = 32;
-inline constexpr int kMarginalThreads = 512;
+// Adjacent columns that a thread adds up over the units when all rows have been seen: 16 bytes of
+// floats. A tile of columns is as wide as gives each block one, so that nothing waits for a second.
+inline constexpr int kPieceColumns = 4;
+inline constexpr int kMostTileLanes = 256;
 
 // Up to here every block looks for the largest given weight itself (a few microseconds of reading
-// from the L2); above, a launch of its own does it once.
+// from the L2); above, the blocks of a launch of its own share the work.
 inline constexpr int64_t kScanRows = 4096;
 inline constexpr int kScanThreads = 1024;
+inline constexpr int kMostScanBlocks = 64;
 
 // Part of the L2 beyond which a gradient is stored past it: it would evict logits that are still
 // to be read, and be evicted before anybody reads it.
@@ -81,14 +77,12 @@ struct Device {
   int64_t shared_per_block;           // with the opt-in
   int64_t shared_per_multiprocessor;
   int64_t l2_bytes;
-  bool cooperative;                   // whether a grid can wait for all of its blocks
 };
 
 struct Grid {
   int blocks;
-  int threads;           // per block
-  int64_t shared_bytes;  // per block
-  bool cooperative = false;
+  int threads;               // per block
+  int64_t shared_bytes;      // per block
 };
 
 // A row as 16-byte slots of aligned memory (rows.cuh).
@@ -174,7 +168,7 @@ inline RowPlan plan_rows(const Device& device, const RowShape& row, int64_t rows
     plan.grid.threads = std::clamp((wanted + 31) / 32 * 32, tuning::kBlockTeamMinThreads, most);
     plan.lanes = plan.grid.threads;
   }
-  const int registers = row.compute_bytes == 8 ? kMaxRegistersOnePass : kMaxRegisters;
+  const int registers = row.compute_bytes == 8 ? kMaxRegistersWide : kMaxRegisters;
   const int by_threads = device.threads_per_multiprocessor / plan.grid.threads;
   const int by_registers = 65536 / (registers * plan.grid.threads);
   const int resident = std::max(1, std::min({by_shared, by_threads, by_registers}));
@@ -186,61 +180,158 @@ inline RowPlan plan_rows(const Device& device, const RowShape& row, int64_t rows
   return plan;
 }
 
-// Rows of column sums that the statistics kernel leaves behind: block b writes rows b + blocks * k.
+// Rows of column sums that a kernel leaves behind: block b writes rows b + blocks * k.
 inline int64_t partial_sums_of(const RowPlan& plan) {
   return plan.grid.blocks * divide_up(plan.steps, tuning::kRowsPerSum);
 }
 
-inline int marginal_tiles(const RowShape& row) {
-  return static_cast<int>(divide_up(row.columns, tuning::kMarginalColumns));
+// Column sums of a block: rows of this many numbers, so that each starts at 16 bytes.
+inline int64_t column_stride(int columns) {
+  return divide_up(columns, tuning::kPieceColumns) * tuning::kPieceColumns;
+}
+// Threads for the columns of a tile if `blocks` blocks share them.
+inline int tile_lanes(int columns, int blocks) {
+  const int64_t pieces = column_stride(columns) / tuning::kPieceColumns;
+  return std::min(tuning::kMostTileLanes, power_of_two_from(divide_up(pieces, blocks)));
+}
+// Shared memory of finish_batch: a double per thread and column of its piece.
+inline constexpr int64_t kMarginalBytes = 8 * tuning::kRegisterThreads * tuning::kPieceColumns;
+// The launch of the marginal on its own.
+inline Grid marginal_grid(const Device& device, int columns) {
+  const int lanes = tile_lanes(columns, device.multiprocessors);
+  const int blocks = static_cast<int>(divide_up(columns, int64_t{lanes} * tuning::kPieceColumns));
+  return {blocks, tuning::kRegisterThreads, kScratchBytes + kMarginalBytes};
+}
+inline Grid scan_grid(int64_t rows) {
+  return {static_cast<int>(std::min<int64_t>(divide_up(rows, 4 * tuning::kScanThreads),
+                                             tuning::kMostScanBlocks)),
+          tuning::kScanThreads, kScratchBytes};
 }
 
-// The one-pass kernel: every row of block b (rows b + blocks * i) stays on the chip.
-struct OnePassPlan {
-  bool fits = false;
-  Grid grid{};
-  bool block_team = false;
-  int lanes = 0;
-  int teams = 0;
-  int shared_rows = 0;      // per block: in shared memory
-  int held_rows = 0;        // per team: in registers, after the shared ones
-  int rows_per_block = 0;   // at most
-  int sum_groups = 0;       // groups of threads that share the rows of a column
+// ---- Rows in registers ---------------------------------------------------------------------------
+// A kernel of its own for each way to share a row: `lanes` threads hold `slots` slots each.
+struct RegisterShape {
+  int lanes;
+  int slots;
 };
 
-inline OnePassPlan plan_one_pass(const Device& device, const RowShape& row, int64_t rows) {
-  OnePassPlan plan;
-  const int threads = tuning::kOnePassThreads;
-  plan.block_team = row.slots > tuning::kLaneTeamMaxSlots;
-  plan.lanes = plan.block_team
-                   ? threads
-                   : std::min(32, power_of_two_from(divide_up(row.slots, tuning::kSlotsPerLane)));
-  plan.teams = threads / plan.lanes;
-  const int64_t most =
-      std::min<int64_t>(device.multiprocessors, divide_up(rows, tuning::kOnePassMinRows));
-  const int64_t blocks = std::max<int64_t>(row.per_slot, most / row.per_slot * row.per_slot);
-  if (!device.cooperative || blocks > device.multiprocessors) return plan;
-  const int64_t rows_per_block = divide_up(rows, blocks);
-  // A row takes as many of a thread's held slots as it has slots per lane.
-  const int held = plan.block_team || row.compute_bytes == 8
-                       ? 0
-                       : static_cast<int>(tuning::kHeldSlots / divide_up(row.slots, plan.lanes));
-  plan.sum_groups = static_cast<int>(std::max(1, threads / row.slots));
-  const int64_t columns = row.column_bytes() * plan.sum_groups;
-  const int64_t statistics = 5 * row.compute_bytes;
-  const int64_t scratch = kScratchBytes + threads * 8;  // a double each for the marginal
-  int64_t room = device.shared_per_block - scratch - columns - rows_per_block * statistics;
-  if (room < 0) return plan;
-  const int64_t shared_rows = std::min(rows_per_block, room / row.row_bytes());
-  const int64_t held_rows = divide_up(rows_per_block - shared_rows, plan.teams);
-  // Rows pass through shared memory on their way to registers.
-  if (held_rows > held || held_rows * plan.teams > shared_rows) return plan;
-  plan.fits = true;
-  plan.shared_rows = static_cast<int>(shared_rows);
-  plan.held_rows = static_cast<int>(held_rows);
-  plan.rows_per_block = static_cast<int>(rows_per_block);
-  plan.grid = {static_cast<int>(blocks), threads,
-               scratch + columns + rows_per_block * statistics + shared_rows * row.row_bytes(), true};
+// From the shortest rows to the longest.
+template <int kElementBytes>
+inline constexpr RegisterShape kRegisterShapes[1] = {};
+template <>
+inline constexpr RegisterShape kRegisterShapes<4>[] = {{8, 1},  {8, 2},  {8, 4},  {16, 4},
+                                                       {32, 3}, {32, 4}, {32, 6}, {32, 8}};
+template <>
+inline constexpr RegisterShape kRegisterShapes<2>[] = {{8, 1},  {8, 2},  {16, 2}, {16, 3},
+                                                       {16, 4}, {32, 3}, {32, 4}};
+
+// Slots that every lane holds of every row that goes to this shape, because a row with fewer would
+// go to the one before it.
+template <int kElementBytes>
+constexpr int slots_for_sure(int lanes, int slots) {
+  int before = 0;
+  for (const RegisterShape& shape : kRegisterShapes<kElementBytes>) {
+    if (shape.lanes == lanes && shape.slots == slots) return before / lanes;
+    before = shape.lanes * shape.slots;
+  }
+  return 0;
+}
+
+// The elements that a lane holds decide how many registers it needs, and so how many blocks a
+// multiprocessor has room for; options that are not plain take some more. 16 warps with 2 KiB on the
+// way in each cover the memory's latency.
+constexpr int register_blocks(int elements, bool plain) {
+  const int needed = elements + (plain ? 0 : 8);
+  return needed <= 4 ? 4 : needed <= 16 ? 3 : needed <= 32 ? 2 : 1;
+}
+
+struct RegisterPlan {
+  bool fits = false;
+  int shape = 0;      // of kRegisterShapes; which is:
+  int lanes = 0;
+  int slots = 0;
+  int teams = 0;      // per block
+  int64_t steps = 0;  // rows per team, at most
+  Grid grid{};
+};
+
+inline constexpr int64_t kBlockTotalsBytes = 32;      // of a block's rows
+inline constexpr int64_t kEdgesBytes = 64;            // held_rows.cuh, Edges
+inline constexpr int64_t kTotalsBytes = 32 * 3 * 8;   // of a block's teams
+
+// As many blocks as there is room for, or as have a row; a multiple of the elements per slot.
+inline int blocks_for(const RowShape& row, int64_t resident, int64_t with_rows) {
+  const int64_t most = std::min(resident, with_rows);
+  return static_cast<int>(std::max<int64_t>(row.per_slot, most / row.per_slot * row.per_slot));
+}
+
+template <int kElementBytes>
+RegisterPlan plan_registers(const Device& device, const RowShape& row, int64_t rows, bool plain,
+                            bool sums_per_team) {
+  RegisterPlan plan;
+  // Kernels number rows in 32 bits, with room for one step more.
+  if (kElementBytes == 8 || rows >= int64_t{1} << 31) return plan;
+  const auto& shapes = kRegisterShapes<kElementBytes>;
+  const int count = static_cast<int>(std::size(shapes));
+  while (plan.shape < count && row.slots > shapes[plan.shape].lanes * shapes[plan.shape].slots) {
+    ++plan.shape;
+  }
+  plan.fits = plan.shape < count;
+  if (!plan.fits) return plan;
+  plan.lanes = shapes[plan.shape].lanes;
+  plan.slots = shapes[plan.shape].slots;
+  plan.teams = tuning::kRegisterThreads / plan.lanes;
+  plan.grid.threads = tuning::kRegisterThreads;
+  const int elements = plan.slots * row.per_slot;
+  const int64_t numbers = int64_t{elements} * plan.lanes * (sums_per_team ? plan.teams : 1);
+  plan.grid.shared_bytes = kScratchBytes + kEdgesBytes + kTotalsBytes + 4 * numbers;
+  const int64_t by_registers = register_blocks(elements, plain);
+  const int64_t by_shared =
+      device.shared_per_multiprocessor / (plan.grid.shared_bytes + tuning::kReservedShared);
+  const int64_t by_threads = device.threads_per_multiprocessor / plan.grid.threads;
+  const int64_t resident = std::max<int64_t>(1, std::min({by_registers, by_shared, by_threads}));
+  plan.grid.blocks =
+      blocks_for(row, resident * device.multiprocessors, divide_up(rows, plan.teams));
+  plan.steps = divide_up(rows, int64_t{plan.grid.blocks} * plan.teams);
+  return plan;
+}
+
+// ---- Rows that a block shares, in registers and, while they arrive, in shared memory ------------
+// Slots of a thread: 16 elements, or 24 where 1,024 threads would not do.
+template <int kElementBytes>
+inline constexpr int kFewSlots = 16 * kElementBytes / 16;
+template <int kElementBytes>
+inline constexpr int kManySlots = 24 * kElementBytes / 16;
+
+struct SharedRowPlan {
+  bool fits = false;
+  bool many = false;  // kManySlots
+  int64_t steps = 0;  // rows per block, at most
+  Grid grid{};
+};
+
+template <int kElementBytes>
+SharedRowPlan plan_shared_rows(const Device& device, const RowShape& row, int64_t rows) {
+  SharedRowPlan plan;
+  if constexpr (kElementBytes < 8) {
+    constexpr int kMost = tuning::kSharedRowThreads;
+    plan.many = row.slots > kMost * kFewSlots<kElementBytes>;
+    const int slots = plan.many ? kManySlots<kElementBytes> : kFewSlots<kElementBytes>;
+    // The next row, and a number per column: a sum or log q.
+    plan.grid.shared_bytes =
+        kScratchBytes + kBlockTotalsBytes + row.row_bytes() + row.column_bytes();
+    plan.fits = row.slots <= kMost * slots && rows < int64_t{1} << 31 &&
+                plan.grid.shared_bytes <= device.shared_per_block;
+    if (!plan.fits) return plan;
+    plan.grid.threads = static_cast<int>(divide_up(divide_up(row.slots, slots), 32) * 32);
+    const int64_t by_shared =
+        device.shared_per_multiprocessor / (plan.grid.shared_bytes + tuning::kReservedShared);
+    const int64_t by_threads = device.threads_per_multiprocessor / plan.grid.threads;
+    const int64_t by_registers = 65536 / (kMaxRegisters * plan.grid.threads);
+    const int64_t resident = std::max<int64_t>(1, std::min({by_registers, by_shared, by_threads}));
+    plan.grid.blocks = blocks_for(row, resident * device.multiprocessors, rows);
+    plan.steps = divide_up(rows, plan.grid.blocks);
+  }
   return plan;
 }
 

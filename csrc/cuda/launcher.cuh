@@ -55,16 +55,11 @@ struct CudaLauncher {
                           static_cast<int>(shared_per_block));
       if (error != cudaSuccess) return;
     }
-    cudaLaunchAttribute cooperative{};
-    cooperative.id = cudaLaunchAttributeCooperative;
-    cooperative.val.cooperative = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
     config.blockDim = dim3(static_cast<unsigned>(grid.threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = stream;
-    config.attrs = &cooperative;
-    config.numAttrs = grid.cooperative ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, arguments...);
   }
 };

@@ -126,7 +126,7 @@ struct NormBackwardArguments {
 // may then have twice the registers.
 template <class T, bool kBlock, bool kSums>
 inline constexpr int kNormGradientBlocks =
-    kSums && !kBlock ? 65536 / (tuning::kLaneTeamThreads * kMaxRegistersOnePass)
+    kSums && !kBlock ? 65536 / (tuning::kLaneTeamThreads * kMaxRegistersWide)
                      : kResidentBlocks<T, kBlock>;
 
 // With h = grad_out weight and n = (x - mean) rstd: grad_x = rstd (h - mean(h) - n mean(h n)), and

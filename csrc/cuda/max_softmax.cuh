@@ -1,7 +1,7 @@
 // max_c softmax(scale z)_c of each row (docs/math.md, step 2): one read.
 #pragma once
 
-#include "ueo_loss.cuh"
+#include "ueo_loss_any.cuh"
 
 namespace ueo_fast::cuda {
 

@@ -67,6 +67,7 @@ struct Matrix {
   int64_t rows;
   int64_t row_stride;  // elements, >= 0
   int columns;
+  bool sticks_out = false;  // starts or ends within a slot
 
   // A slot at either end of a row holds elements of its neighbours; at either end of the matrix it
   // may hold memory of nobody.

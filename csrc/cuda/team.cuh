@@ -77,6 +77,29 @@ struct BlockTeam {
   }
 };
 
+// A part of a warp whose size the compiler knows.
+template <int kLanes>
+struct Lanes {
+  int rank;
+
+  __device__ __forceinline__ explicit Lanes(int thread) : rank(thread % kLanes) {}
+
+  template <class Op, class A, int n>
+  __device__ __forceinline__ void reduce(Op op, A (&x)[n]) const {
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) x[i] = op(x[i], __shfl_xor_sync(kAllLanes, x[i], offset));
+    }
+  }
+  // What the lane `source` of the team has.
+  template <class A>
+  __device__ __forceinline__ A from(int source, A x) const {
+    const int first = static_cast<int>(threadIdx.x) % 32 / kLanes * kLanes;
+    return __shfl_sync(kAllLanes, x, first + source);
+  }
+};
+
 // The team of a kernel's row: the block, or the thread's lanes.
 template <bool kBlock>
 __device__ __forceinline__ auto& team_of(BlockTeam& block, LaneTeam& lanes) {

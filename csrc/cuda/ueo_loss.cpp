@@ -27,9 +27,7 @@ Tensor checked(const Tensor& any_logits, const char* name = "logits") {
 // Outputs and inputs of a forward pass; owns what the call points to.
 struct Forward {
   Tensor loss;
-  Tensor summary;
-  Tensor marginal;
-  std::optional<Tensor> row_stats;
+  Tensor saved;
   std::optional<Tensor> confidence;
   std::optional<Tensor> marginal_weights;
   std::optional<Tensor> workspace;
@@ -43,109 +41,89 @@ struct Forward {
   }
 
   Forward(const Tensor& logits, const std::optional<Tensor>& w, const std::optional<Tensor>& v,
-          const UeoOptions& options, int64_t workspace_bytes, bool keeps_rows)
-      : loss(empty<0>(logits, {}, dtype_of(logits))),
-        summary(empty<1>(logits, {kSummary}, dtype_of(logits))),
-        marginal(empty<1>(logits, {logits.size(1)}, dtype_of(logits))) {
+          const UeoOptions& options, int64_t workspace_bytes)
+      : loss(empty<0>(logits, {}, dtype_of(logits))), saved(empty_saved(logits)) {
     call.logits = view_of(logits);
     call.options = options;
     with_compute_type(call.logits.storage, [&](auto type) {
       using A = decltype(type);
       call.confidence = given<A>(logits, w, confidence, "confidence");
       call.marginal_weights = given<A>(logits, v, marginal_weights, "marginal_weights");
+      const Saved<A> parts = parts_of<A>(saved, call.logits);
+      call.summary = parts.summary;
+      call.marginal = parts.marginal;
+      call.row_stats = parts.row_stats;
     });
-    if (keeps_rows) row_stats = empty<2>(logits, {logits.size(0), kRowStats}, dtype_of(logits));
     call.loss = loss.mutable_data_ptr();
-    call.summary = summary.mutable_data_ptr();
-    call.marginal = marginal.mutable_data_ptr();
-    call.row_stats = row_stats ? row_stats->mutable_data_ptr() : nullptr;
     if (logits.size(0) == 0) {
       torch::stable::zero_(loss);
-      torch::stable::zero_(summary);
-      torch::stable::zero_(marginal);
+      torch::stable::zero_(saved);
       return;
     }
+    // Not a part of `saved`, which lives until backward: column sums of every block are far more.
     workspace = empty<1>(logits, {workspace_bytes}, ScalarType::Byte);
     call.workspace = workspace->mutable_data_ptr();
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& any_logits,
-                                                   const std::optional<Tensor>& confidence,
-                                                   const std::optional<Tensor>& marginal_weights,
-                                                   double trade_off, double confidence_scale,
-                                                   double eps) {
+std::tuple<Tensor, Tensor> forward(const Tensor& any_logits,
+                                   const std::optional<Tensor>& confidence,
+                                   const std::optional<Tensor>& marginal_weights, double trade_off,
+                                   double confidence_scale, double eps) {
   const Tensor logits = checked(any_logits);
   const OnGpuOf gpu(logits);
   const LogitsView view = view_of(logits);
   const Forward forward(logits, confidence, marginal_weights, {trade_off, confidence_scale, eps},
-                        forward_workspace(gpu.device, view), true);
+                        forward_workspace(gpu.device, view));
   if (view.rows > 0) {
     check(with_storage(view.storage, [&]<Storage storage>() {
       return ueo_forward<storage>(gpu.device, gpu.stream, forward.call);
     }));
   }
-  return {forward.loss, forward.summary, forward.marginal, *forward.row_stats};
+  return {forward.loss, forward.saved};
 }
 
 // grad_loss: null for 1.
 Tensor gradient(const OnGpuOf& gpu, const Tensor& logits, const void* grad_loss,
-                const Tensor& summary, const Tensor& marginal, const Tensor& row_stats,
-                double trade_off, double eps) {
+                const Tensor& saved, double trade_off, double eps) {
   const LogitsView view = view_of(logits);
   Tensor grad = empty<2>(logits, {view.rows, view.columns}, logits.scalar_type());
   if (view.rows == 0) return grad;
-  const BackwardCall call{view,
-                          {trade_off, 1.0, eps},
-                          grad_loss,
-                          summary.const_data_ptr(),
-                          marginal.const_data_ptr(),
-                          row_stats.const_data_ptr(),
-                          grad.mutable_data_ptr()};
+  BackwardCall call{view,    {trade_off, 1.0, eps}, grad_loss, nullptr, nullptr,
+                    nullptr, grad.mutable_data_ptr()};
+  with_compute_type(view.storage, [&](auto type) {
+    const auto parts = parts_of<decltype(type)>(saved, view);
+    call.summary = parts.summary;
+    call.marginal = parts.marginal;
+    call.row_stats = parts.row_stats;
+  });
   check(with_storage(view.storage, [&]<Storage storage>() {
     return ueo_backward<storage>(gpu.device, gpu.stream, call);
   }));
   return grad;
 }
 
-Tensor backward(const Tensor& grad_loss, const Tensor& any_logits, const Tensor& summary,
-                const Tensor& marginal, const Tensor& row_stats, double trade_off, double eps) {
+Tensor backward(const Tensor& grad_loss, const Tensor& any_logits, const Tensor& saved,
+                double trade_off, double eps) {
   const Tensor logits = checked(any_logits);
-  check_saved(logits, grad_loss, summary, marginal, row_stats);
+  check_saved(logits, grad_loss, saved);
   check_on_gpu_of(logits, grad_loss, "grad_loss");
-  check_on_gpu_of(logits, row_stats, "row_stats");
-  check_on_gpu_of(logits, summary, "summary");
-  check_on_gpu_of(logits, marginal, "marginal");
+  check_on_gpu_of(logits, saved, "saved");
   const OnGpuOf gpu(logits);
-  return gradient(gpu, logits, grad_loss.const_data_ptr(), summary, marginal, row_stats, trade_off,
-                  eps);
+  return gradient(gpu, logits, grad_loss.const_data_ptr(), saved, trade_off, eps);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_grad(
-    const Tensor& any_logits, const std::optional<Tensor>& confidence,
-    const std::optional<Tensor>& marginal_weights, double trade_off, double confidence_scale,
-    double eps) {
+std::tuple<Tensor, Tensor, Tensor> loss_and_grad(const Tensor& any_logits,
+                                                 const std::optional<Tensor>& confidence,
+                                                 const std::optional<Tensor>& marginal_weights,
+                                                 double trade_off, double confidence_scale,
+                                                 double eps) {
   const Tensor logits = checked(any_logits);
   const OnGpuOf gpu(logits);
-  const LogitsView view = view_of(logits);
-  if (view.rows > 0 && one_pass_of(gpu.device, view).fits) {
-    const Forward one_pass(logits, confidence, marginal_weights, {trade_off, confidence_scale, eps},
-                           one_pass_workspace(gpu.device, view), false);
-    Tensor grad = empty<2>(logits, {view.rows, view.columns}, logits.scalar_type());
-    const int error = with_storage(view.storage, [&]<Storage storage>() {
-      return ueo_one_pass<storage>(gpu.device, gpu.stream, one_pass.call, grad.mutable_data_ptr());
-    });
-    if (error != cudaErrorCooperativeLaunchTooLarge) {
-      check(error);
-      return {one_pass.loss, one_pass.summary, one_pass.marginal, grad};
-    }
-    cudaGetLastError();  // this process may not use all multiprocessors: in three launches, then
-  }
   // The workspace of forward is free again before the gradient is allocated.
-  const auto all = forward(logits, confidence, marginal_weights, trade_off, confidence_scale, eps);
-  const auto& [loss, summary, marginal, row_stats] = all;
-  return {loss, summary, marginal,
-          gradient(gpu, logits, nullptr, summary, marginal, row_stats, trade_off, eps)};
+  const auto [loss, saved] =
+      forward(logits, confidence, marginal_weights, trade_off, confidence_scale, eps);
+  return {loss, saved, gradient(gpu, logits, nullptr, saved, trade_off, eps)};
 }
 
 Tensor max_softmax_cuda(const Tensor& cosines, double scale) {

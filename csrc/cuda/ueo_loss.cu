@@ -24,14 +24,6 @@ int ueo_backward<kStorageOf<T>>(const Device& device, void* stream, const Backwa
 }
 
 template <>
-int ueo_one_pass<kStorageOf<T>>(const Device& device, void* stream, const ForwardCall& call,
-                                void* grad) {
-  CudaLauncher launcher{static_cast<cudaStream_t>(stream), device.shared_per_block};
-  run_one_pass<T>(launcher, device, call, grad);
-  return launcher.error;
-}
-
-template <>
 int max_softmax<kStorageOf<T>>(const Device& device, void* stream, const LogitsView& logits,
                                double scale, void* out) {
   CudaLauncher launcher{static_cast<cudaStream_t>(stream), device.shared_per_block};

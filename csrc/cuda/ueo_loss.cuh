@@ -1,264 +1,258 @@
-// The loss in two reads and one write of the logits, for batches that do not fit on the chip: a
-// kernel for the statistics of rows and the column sums, one that turns the sums into the marginal
-// and the loss, and one for the gradient. Steps are those of docs/math.md; docs/kernels.md draws
-// who reads what when.
+// The loss in two reads and one write of the logits, rows in registers: a kernel for the statistics
+// of rows and the column sums, and one for the gradient. Steps are those of docs/math.md;
+// docs/kernels.md draws who reads what when. Longer rows are for ueo_loss_block.cuh, what fits
+// neither (float64, the longest rows, a gradient whose rows start elsewhere in their slots than those
+// of the logits) for ueo_loss_any.cuh.
 #pragma once
 
+#include "held_rows.cuh"
+#include "ueo_loss_any.cuh"
 #include "ueo_loss_columns.cuh"
 #include "ueo_loss_row.cuh"
 
 namespace ueo_fast::cuda {
 
-template <class T>
-inline constexpr int kLargestBlock = sizeof(T) == 8 ? tuning::kBlockTeamMaxThreadsDouble
-                                                    : tuning::kBlockTeamMaxThreads;
-template <class T, bool kBlock>
-inline constexpr int kBlockThreads = kBlock ? kLargestBlock<T> : tuning::kLaneTeamThreads;
-// Blocks per multiprocessor that registers must leave room for (kMaxRegisters).
-template <class T, bool kBlock>
-inline constexpr int kResidentBlocks =
-    kBlock ? 1
-           : 65536 / (tuning::kLaneTeamThreads *
-                      (sizeof(T) == 8 ? kMaxRegistersOnePass : kMaxRegisters));
+template <class T, int kSlots, bool kPlain>
+inline constexpr int kRegisterBlocks = register_blocks(kSlots * kPerSlot<T>, kPlain);
 
-// What a plan (launch.h) tells every kernel that walks over rows.
-struct RowLoop {
-  int lanes;
-  int teams;
-  int slots;
-  int cached;
-  int64_t steps;
-
-  __device__ __forceinline__ int64_t row(int team, int64_t step) const {
-    return blockIdx.x + int64_t{gridDim.x} * (team + teams * step);
-  }
+// The shared memory of a block.
+struct RegisterMemory {
+  double* scratch = reinterpret_cast<double*>(shared_memory());  // of BlockTeam
+  Edges& edges = *reinterpret_cast<Edges*>(shared_memory() + kScratchBytes);
+  double (*totals)[3] =  // of each team: sums of w, v, w H
+      reinterpret_cast<double (*)[3]>(shared_memory() + kScratchBytes + kEdgesBytes);
+  // Numbers per column, a set of ColumnSlots for each team or for all.
+  float* columns =
+      reinterpret_cast<float*>(shared_memory() + kScratchBytes + kEdgesBytes + kTotalsBytes);
 };
 
-// Where the rows of this block start in their slots: all at the same place (launch.h, RowPlan).
-template <class T>
-__device__ __forceinline__ Frame<T> block_frame(const Matrix<T>& logits) {
-  const int64_t any = blockIdx.x < logits.rows ? blockIdx.x : 0;
-  return Frame<T>(logits.data + any * logits.row_stride, logits.columns);
-}
-
-// Row `index`, or one without slots where there is no such row: its lanes still take part in what
-// their warp does together.
-template <class T>
-__device__ __forceinline__ Row<T> row_or_nothing(const Matrix<T>& logits, Frame<T> frame,
-                                                 int64_t index) {
-  const bool present = index < logits.rows;
-  if (!present) frame.slots = 0;
-  return {logits, logits.data + (present ? index : 0) * logits.row_stride, frame};
-}
-
-template <class T>
-struct StatisticsArguments {
-  using A = ComputeType<T>;
-  Matrix<T> logits;
-  Weights<A> weights;
-  A scale;               // of the internal confidence
-  A eps;
-  RowLoop loop;
-  bool scan;             // whether each block looks for the range of the given weights itself
-  WeightRange* range;    // read, or written by block 0 if it was looked for here
-  A* column_sums;        // (blocks * teams, column numbers) if shared memory has no room, else null
-  A* row_stats;          // (rows, kRowStats)
-  A* partial_sums;       // (partials, columns): sum_i v_i p_ic of some rows
-  double* block_sums;    // (blocks, 3): sums of w, v, w H
-  unsigned* finished;    // the marginal kernel's counter, set to 0
-};
-
-// The range of the given weights, by a whole block.
-template <class A>
-__device__ WeightRange scan_weights(BlockTeam& block, const Weights<A>& weights, int64_t rows) {
-  double most[3] = {0, -INFINITY, 0};  // the smallest confidence with its sign changed
-  for (int64_t i = block.rank; i < rows; i += block.size) {
-    if (weights.confidence != nullptr) {
-      const double w = weights.confidence[i];
-      most[0] = larger(most[0], w);
-      most[1] = larger(most[1], -w);
-    }
-    if (weights.marginal_weights != nullptr) {
-      most[2] = larger(most[2], static_cast<double>(weights.marginal_weights[i]));
+// Adds what the teams of a block have summed up, and writes it by column.
+template <class T, int kSlots, int kLanes>
+__device__ __forceinline__ void store_column_sums(const Frame<T>& frame,
+                                                  const float (&sums)[kSlots * kPerSlot<T>],
+                                                  float* shared, float* by_column) {
+  const ColumnSlots<T> columns(kSlots * kLanes);
+  const BlockTeam block{static_cast<int>(threadIdx.x), tuning::kRegisterThreads, nullptr};
+  float* own = shared + block.rank / kLanes * columns.size();
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+#pragma unroll
+    for (int j = 0; j < columns.kPieces; ++j) {
+      Slot<float> piece;
+#pragma unroll
+      for (int k = 0; k < columns.kPiece; ++k) {
+        piece.x[k] = sums[i * kPerSlot<T> + j * columns.kPiece + k];
+      }
+      *columns.piece(own, i * kLanes + block.rank % kLanes, j) = piece;
     }
   }
-  block.reduce(Larger{}, most);
-  return {most[0], -most[1], most[2]};
+  __syncthreads();
+  columns.store_total(block, frame, shared, tuning::kRegisterThreads / kLanes, by_column);
+  __syncthreads();
 }
 
-template <class A>
-UEO_FAST_KERNEL __launch_bounds__(tuning::kScanThreads)
-    ueo_weight_range(Weights<A> weights, int64_t rows, WeightRange* range) {
-  BlockTeam block{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
-                  reinterpret_cast<double*>(shared_memory())};
-  const WeightRange found = scan_weights(block, weights, rows);
-  if (threadIdx.x == 0) *range = found;
-}
-
-// First read of the logits: steps 1 to 4 of every row, step 5 up to the sum over blocks.
-template <class T, bool kBlock>
-UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T, kBlock>))
+// First read of the logits: steps 1 to 4 of every row, step 5 up to the sum over blocks. Plain: no
+// eps, no confidence scale, no given weights.
+template <class T, int kSlots, int kLanes, bool kPlain>
+UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, kSlots, kPlain>))
     ueo_statistics(StatisticsArguments<T> args) {
-  using A = ComputeType<T>;
-  const RowLoop& loop = args.loop;
-  BlockTeam block{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
-                  reinterpret_cast<double*>(shared_memory())};
-  LaneTeam lanes{block.rank % loop.lanes, loop.lanes};
-  auto& team = team_of<kBlock>(block, lanes);
-  const int team_index = block.rank / loop.lanes;
-
-  unsigned char* memory = shared_memory() + kScratchBytes;
-  const ColumnSlots<T> columns(loop.slots);
-  A* shared_sums = reinterpret_cast<A*>(memory);
-  A* global_sums = nullptr;
-  if (args.column_sums != nullptr) {
-    global_sums = args.column_sums + int64_t{blockIdx.x} * loop.teams * columns.size();
-  } else {
-    memory += sizeof(A) * columns.size() * loop.teams;
-  }
-  const int64_t own = team_index * columns.size();
-  const auto clear_sums = [&] {
-    with_sums(shared_sums, global_sums, [&](A* sums) { columns.clear(team, sums + own); });
-  };
-  const CachedRow<T> cache{reinterpret_cast<Slot<T>*>(memory) + team_index * loop.cached,
-                           loop.cached};
-  clear_sums();
+  constexpr int kElements = kSlots * kPerSlot<T>;
+  constexpr int kTeams = tuning::kRegisterThreads / kLanes;
+  const int thread = static_cast<int>(threadIdx.x);
+  const RegisterMemory memory;
+  const Lanes<kLanes> team(thread);
   const Frame<T> frame = block_frame(args.logits);
-  cache.fetch_all(team, row_or_nothing(args.logits, frame, loop.row(team_index, 0)));
+  HeldRows<T, kSlots, kLanes> row(args.logits, memory.edges, team.rank, frame);
+  __syncthreads();  // the edges
+  const unsigned hop = gridDim.x * kTeams;
+  unsigned index = blockIdx.x + gridDim.x * static_cast<unsigned>(thread / kLanes);
+  row.start(index, hop);
+  row.fetch(index);
 
   WeightRange range{1, 1, 1};
-  if (args.weights.confidence != nullptr || args.weights.marginal_weights != nullptr) {
-    range = args.scan ? scan_weights(block, args.weights, args.logits.rows) : *args.range;
+  if constexpr (!kPlain) {
+    BlockTeam block{thread, tuning::kRegisterThreads, memory.scratch};
+    range = given_range(block, args);
   }
-  if (blockIdx.x == 0 && block.rank == 0) {
-    if (args.scan) *args.range = range;
-    *args.finished = 0;
-  }
+  if (blockIdx.x == 0 && thread == 0) *args.finished = 0;
+  double* totals = memory.totals[thread / kLanes];
+  if (team.rank == 0) totals[0] = totals[1] = totals[2] = 0;
+  const auto add_to_totals = [&](const RowStatistics<float>& stats, float entropy) {
+    totals[0] += stats.confidence;
+    totals[1] += stats.marginal_weight;
+    totals[2] += stats.confidence * entropy;
+  };
 
-  double totals[3] = {0, 0, 0};
-  for (int64_t step = 0; step < loop.steps; ++step) {
-    const int64_t index = loop.row(team_index, step);
-    const bool present = index < args.logits.rows;
-    const Row<T> row = row_or_nothing(args.logits, frame, index);
-    const Row<T> next = row_or_nothing(args.logits, frame, loop.row(team_index, step + 1));
-
-    copies_wait();
-    RowStatistics<A> row_stats = row_statistics<A>(team, cache, row, present ? index : 0, args.scale,
-                                                   args.weights, range);
-    const A inverse_sum = 1 / row_stats.sum;
-    const A weight = row_stats.marginal_weight * inverse_sum;
-    EpsSums<A> eps_sums;
-    cache.for_each(team, row, [&](int slot, const Slot<T>& z) {
-      // This slot has been read for the last time.
-      if (next.frame.slots != 0) cache.fetch(next, slot);
-      A e[kPerSlot<T>];
+  const int all_steps = static_cast<int>(args.loop.steps);
+  for (int chunk = 0; chunk < all_steps; chunk += tuning::kRowsPerSum) {
+    const int rest = all_steps - chunk;
+    const int steps = rest < tuning::kRowsPerSum ? rest : tuning::kRowsPerSum;
+    float sums[kElements];
 #pragma unroll
-      for (int k = 0; k < kPerSlot<T>; ++k) {
-        e[k] = exp2_of(exponent(to_compute(z.x[k]), row_stats.max));
-        if (args.eps != 0) eps_sums.add(e[k] * inverse_sum, args.eps);
+    for (int i = 0; i < kElements; ++i) sums[i] = 0;
+    float kept[3] = {0, 1, 0};  // maximum, sum, sum of e t: lane r keeps those of the team's row r
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, index += hop) {
+      float e[kElements];
+      float top[1] = {row.take(e)};
+      row.fetch(index + hop);
+      team.reduce(Larger{}, top);
+      const float reference = top[0] == -INFINITY ? 0.0f : top[0];  // a row without any class
+      float over_row[kPlain ? 2 : 3] = {};  // sums of e, e t and, if scaled, 2^(scale t)
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        const float z = e[i];
+        const float t = exponent(z, reference);
+        e[i] = exp2_of(t);
+        over_row[0] += e[i];
+        over_row[1] += e[i] * t;
+        if constexpr (!kPlain) {
+          over_row[2] += exp2_of(args.scale * ((z - reference) * kLog2e<float>));
+        }
       }
-      with_sums(shared_sums, global_sums,
-                [&](A* sums) { columns.add(sums + own, slot, weight, e); });
-    });
-    A entropy;
-    if (args.eps != 0) {
-      A both[2] = {eps_sums.entropy, eps_sums.mean_log};
-      team.reduce(Sum{}, both);
-      entropy = both[0];
-      row_stats.mean_log = both[1];
-    } else {
-      entropy = row_entropy(row_stats);
-    }
-    if (present && team.rank == 0) {
-      row_stats.store(args.row_stats + index * kRowStats);
-      totals[0] += row_stats.confidence;
-      totals[1] += row_stats.marginal_weight;
-      totals[2] += static_cast<double>(row_stats.confidence) * entropy;
-    }
-    const bool last = step + 1 == loop.steps;
-    if (last || (step + 1) % tuning::kRowsPerSum == 0) {
-      const int64_t partial = blockIdx.x + gridDim.x * (step / tuning::kRowsPerSum);
-      __syncthreads();
-      with_sums(shared_sums, global_sums, [&](const A* sums) {
-        columns.store_total(block, frame, sums, loop.teams,
-                            args.partial_sums + partial * args.logits.columns);
-      });
-      if (!last) {
-        __syncthreads();
-        clear_sums();
+      team.reduce(Sum{}, over_row);
+      const bool present = index < row.rows;
+      if constexpr (kPlain) {
+        // v / s = 1: the column sums are those of e. What else a row needs is computed for as many
+        // rows as the team has lanes at once, each by a lane of its own.
+        if (present) {
+#pragma unroll
+          for (int i = 0; i < kElements; ++i) sums[i] += e[i];
+        }
+        if (team.rank == step % kLanes) {
+          kept[0] = top[0];
+          kept[1] = over_row[0];
+          kept[2] = over_row[1];
+        }
+        if (step % kLanes != kLanes - 1 && step + 1 < steps) continue;
+        const int behind = step % kLanes - team.rank;  // steps since the row that is kept here
+        const unsigned own = index - hop * static_cast<unsigned>(behind);
+        RowStatistics<float> stats = without_weights(kept[0], kept[1], kept[2]);
+        stats.marginal_weight = stats.sum;
+        stats.confidence = 1 / stats.sum;
+        double weights[3] = {0, 0, 0};
+        if (behind >= 0 && own < row.rows) {
+          stats.store(args.row_stats + int64_t{own} * kRowStats);
+          weights[0] = stats.confidence;
+          weights[1] = stats.marginal_weight;
+          weights[2] = stats.confidence * row_entropy(stats);
+        }
+        team.reduce(Sum{}, weights);
+        if (team.rank == 0) {
+#pragma unroll
+          for (int i = 0; i < 3; ++i) totals[i] += weights[i];
+        }
+      } else {
+        RowStatistics<float> stats = without_weights(top[0], over_row[0], over_row[1]);
+        const float inverse_sum = 1 / stats.sum;
+        const float scaled_sum = top[0] == -INFINITY ? NAN : over_row[2];
+        weigh(stats, scaled_sum, args.weights, present ? index : 0, range);
+        float entropy = row_entropy(stats);
+        if (args.eps != 0) {
+          EpsSums<float> eps_sums;
+#pragma unroll
+          for (int i = 0; i < kElements; ++i) eps_sums.add(e[i] * inverse_sum, args.eps);
+          float both[2] = {eps_sums.entropy, eps_sums.mean_log};
+          team.reduce(Sum{}, both);
+          entropy = both[0];
+          stats.mean_log = both[1];
+        }
+        const float weight = present ? stats.marginal_weight * inverse_sum : 0;
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) sums[i] += weight * e[i];
+        if (present && team.rank == 0) {
+          stats.store(args.row_stats + int64_t{index} * kRowStats);
+          add_to_totals(stats, entropy);
+        }
       }
     }
+    const int64_t partial = blockIdx.x + int64_t{gridDim.x} * (chunk / tuning::kRowsPerSum);
+    store_column_sums<T, kSlots, kLanes>(frame, sums, memory.columns,
+                                         args.partial_sums + partial * args.column_stride);
   }
-  block.reduce(Sum{}, totals);
-  if (block.rank == 0) {
-    for (int i = 0; i < 3; ++i) args.block_sums[int64_t{blockIdx.x} * 3 + i] = totals[i];
+  if (thread < 3) {
+    double total = 0;
+    for (int i = 0; i < kTeams; ++i) total += memory.totals[i][thread];
+    args.block_sums[int64_t{blockIdx.x} * 3 + thread] = total;
   }
 }
 
-template <class T>
-struct GradientArguments {
-  using A = ComputeType<T>;
-  Matrix<T> logits;
-  const A* grad_loss;    // the upstream gradient, a number on the device; null for 1
-  const A* summary;      // (kSummary,)
-  const A* marginal;     // (columns,)
-  const A* row_stats;    // (rows, kRowStats)
-  double trade_off;
-  A eps;
-  RowLoop loop;
-  bool columns_shared;   // whether log q fits into shared memory
-  bool stream;           // store past the L2
-  T* grad;               // (rows, columns) contiguous
-};
-
-// Second read and only write: step 8. Rows are visited in the opposite order of the statistics: what
-// was read last is still in the L2.
-template <class T, bool kBlock>
-UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T, kBlock>))
+// Second read and only write: step 8, with b_k = -a log p_k + lambda b log q_k and its mean under p.
+// Rows are visited in the opposite order of the statistics: what was read last is still in the L2.
+template <class T, int kSlots, int kLanes, bool kPlain>
+UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, kSlots, kPlain>))
     ueo_gradient(GradientArguments<T> args) {
-  using A = ComputeType<T>;
-  const RowLoop& loop = args.loop;
-  BlockTeam block{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
-                  reinterpret_cast<double*>(shared_memory())};
-  LaneTeam lanes{block.rank % loop.lanes, loop.lanes};
-  auto& team = team_of<kBlock>(block, lanes);
-  const int team_index = block.rank / loop.lanes;
-
-  unsigned char* memory = shared_memory() + kScratchBytes;
-  const ColumnSlots<T> columns(loop.slots);
-  LogMarginal<T> log_q{nullptr, args.marginal, columns, args.eps};
-  if (args.columns_shared) {
-    log_q.shared = reinterpret_cast<A*>(memory);
-    memory += sizeof(A) * columns.size();
-  }
-  const CachedRow<T> cache{reinterpret_cast<Slot<T>*>(memory) + team_index * loop.cached,
-                           loop.cached};
+  constexpr int kElements = kSlots * kPerSlot<T>;
+  constexpr int kTeams = tuning::kRegisterThreads / kLanes;
+  const int thread = static_cast<int>(threadIdx.x);
+  const RegisterMemory memory;
+  const Lanes<kLanes> team(thread);
   const Frame<T> frame = block_frame(args.logits);
-  cache.fetch_all(team, row_or_nothing(args.logits, frame, loop.row(team_index, loop.steps - 1)));
-  if (args.columns_shared) {
-    log_q.stage(block, frame);
-    __syncthreads();
-  }
-  const A grad_loss = args.grad_loss == nullptr ? A(1) : *args.grad_loss;
-  const GradientScale<A> scale(grad_loss, args.trade_off, args.eps, args.summary);
+  HeldRows<T, kSlots, kLanes> row(args.logits, memory.edges, team.rank, frame);
+  const LogMarginal<T> log_q{memory.columns, args.marginal, ColumnSlots<T>(kSlots * kLanes),
+                             args.eps};
+  const int steps = static_cast<int>(args.loop.steps);
+  const unsigned hop = gridDim.x * kTeams;
+  unsigned index = blockIdx.x + gridDim.x * static_cast<unsigned>(thread / kLanes) +
+                   hop * static_cast<unsigned>(steps - 1);
+  row.start(index, -int64_t{hop});
+  row.fetch(index);
+  log_q.stage(BlockTeam{thread, tuning::kRegisterThreads, nullptr}, frame);
+  __syncthreads();  // the edges as well
+  const float grad_loss = args.grad_loss == nullptr ? 1.0f : *args.grad_loss;
+  const GradientScale<float> scale(grad_loss, args.trade_off, args.eps, args.summary);
 
-  for (int64_t step = loop.steps - 1; step >= 0; --step) {
-    const int64_t index = loop.row(team_index, step);
-    const bool present = index < args.logits.rows;
-    const Row<T> row = row_or_nothing(args.logits, frame, index);
-    const Row<T> next = row_or_nothing(args.logits, frame,
-                                       step > 0 ? loop.row(team_index, step - 1) : INT64_MAX);
-
-    copies_wait();
-    GradientRow<A> gradient(
-        RowStatistics<A>::load(args.row_stats + (present ? index : 0) * kRowStats), scale);
-    gradient.mean_log_marginal = mean_log_marginal<A>(team, cache, row, gradient, log_q);
-    cache.for_each(team, row, [&](int slot, const Slot<T>& z) {
-      if (next.frame.slots != 0) cache.fetch(next, slot);
-      store_gradient(row.frame, slot, z, gradient, log_q,
-                     args.grad + index * args.logits.columns, args.stream);
-    });
-    if (!present) cache.fetch_all(team, next);
+  float kept[4] = {0, 1, 0, 0};  // maximum, 1 / s, factors of b: lane r keeps those of row r
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step, index -= hop) {
+    if (step % kLanes == 0) {
+      const unsigned own = index - hop * static_cast<unsigned>(team.rank);
+      if (step + team.rank < steps && own < row.rows) {
+        const GradientRow<float> gradient(
+            RowStatistics<float>::load(args.row_stats + int64_t{own} * kRowStats), scale);
+        kept[0] = gradient.max;
+        kept[1] = gradient.inverse_sum;
+        // p = e / s is never formed: the division is in both factors of b, and so in its mean.
+        kept[2] = gradient.entropy_factor * gradient.inverse_sum;
+        kept[3] = gradient.marginal_factor * gradient.inverse_sum;
+      }
+    }
+    const int lane = step % kLanes;
+    const float max = team.from(lane, kept[0]);
+    const float inverse_sum = team.from(lane, kept[1]);
+    const float entropy_factor = team.from(lane, kept[2]);
+    const float marginal_factor = team.from(lane, kept[3]);
+    float e[kElements];
+    float b[kElements];
+    row.take(e);
+    // 32 floats of a row that is yet to come, beside e and b, are more than there are registers for.
+    constexpr bool kFetchesEarly = sizeof(T) == 2 || kElements < 32;
+    if constexpr (kFetchesEarly) row.fetch(index - hop);
+    float mean[1] = {0};
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      float logs[kPerSlot<T>];
+      log_q.columns.load(memory.columns, i * kLanes + team.rank, logs);
+#pragma unroll
+      for (int k = 0; k < kPerSlot<T>; ++k) {
+        const int n = i * kPerSlot<T> + k;
+        const float t = exponent(e[n], max);
+        e[n] = exp2_of(t);
+        float log_p = t;
+        if constexpr (!kPlain) {
+          const float p = e[n] * inverse_sum;
+          log_p = log_of(p + args.eps) + p / (p + args.eps);
+        }
+        b[n] = entropy_factor * log_p + marginal_factor * logs[k];
+        mean[0] += e[n] * b[n];
+      }
+    }
+    team.reduce(Sum{}, mean);
+    mean[0] *= inverse_sum;
+#pragma unroll
+    for (int n = 0; n < kElements; ++n) e[n] *= b[n] - mean[0];
+    if constexpr (!kFetchesEarly) row.fetch(index - hop);
+    if (index < row.rows) row.store(args.grad + int64_t{index} * args.logits.columns, e, args.stream);
   }
 }
 

@@ -18,7 +18,7 @@ struct ForwardCall {
   void* summary;                 // (kSummary,)
   void* marginal;                // (columns,)
   void* row_stats;               // (rows, kRowStats)
-  void* workspace;               // forward_workspace() or one_pass_workspace() bytes
+  void* workspace;               // forward_workspace() bytes
 };
 
 struct BackwardCall {
@@ -42,49 +42,69 @@ inline int element_bytes(Storage storage) {
   return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2;
 }
 
+inline RowShape shape_of(const LogitsView& logits) {
+  return RowShape(logits.columns, element_bytes(logits.storage));
+}
+
+// How the statistics kernel goes over the rows: in registers, by blocks, or, where neither fits, as
+// any.
+struct StatisticsPlan {
+  RegisterPlan registers;
+  SharedRowPlan shared;
+  RowPlan any;
+
+  StatisticsPlan(const Device& device, const LogitsView& logits, bool plain)
+      : any(plan_rows(device, shape_of(logits), logits.rows, PerColumn::kPerTeam)) {
+    const auto plan = [&]<int kElementBytes>() {
+      const RowShape row = shape_of(logits);
+      registers = plan_registers<kElementBytes>(device, row, logits.rows, plain,
+                                                /*sums_per_team=*/true);
+      if (!registers.fits && plain) shared = plan_shared_rows<kElementBytes>(device, row, logits.rows);
+    };
+    if (element_bytes(logits.storage) == 4) plan.operator()<4>();
+    if (element_bytes(logits.storage) == 2) plan.operator()<2>();
+  }
+  // Blocks, each of which leaves sums behind, and rows of column sums: block b writes b + blocks * k.
+  int blocks() const {
+    return (registers.fits ? registers.grid : shared.fits ? shared.grid : any.grid).blocks;
+  }
+  int64_t partials() const {
+    const int64_t steps = registers.fits ? registers.steps : shared.fits ? shared.steps : any.steps;
+    return blocks() * divide_up(steps, tuning::kRowsPerSum);
+  }
+};
+
 // Parts of the workspace of a forward pass, and where they begin.
 struct Workspace {
   int64_t partial_sums;
   int64_t column_sums;
   int64_t block_sums;
-  int64_t tile_entropies;
+  int64_t entropies;
   int64_t range;
   int64_t finished;
   int64_t bytes = 0;
 
-  Workspace(const RowShape& row, const RowPlan& plan, const OnePassPlan& one_pass) {
+  Workspace(const RowShape& row, const StatisticsPlan& plan) {
     const auto add = [&](int64_t size) {
       const int64_t begin = bytes;
       bytes += divide_up(size, 256) * 256;
       return begin;
     };
-    const int64_t partials = one_pass.fits ? one_pass.grid.blocks : partial_sums_of(plan);
-    const int64_t blocks = one_pass.fits ? one_pass.grid.blocks : plan.grid.blocks;
-    partial_sums = add(partials * row.columns * row.compute_bytes);
-    column_sums = add(plan.columns_shared || one_pass.fits
-                          ? 0
-                          : blocks * plan.teams * row.column_bytes());
-    block_sums = add(blocks * 3 * 8);
-    tile_entropies = add(marginal_tiles(row) * 8);
-    range = add(sizeof(WeightRange));
+    partial_sums = add(plan.partials() * column_stride(row.columns) * row.compute_bytes);
+    const bool global = !plan.registers.fits && !plan.shared.fits && !plan.any.columns_shared;
+    column_sums = add(global ? plan.blocks() * plan.any.teams * row.column_bytes() : 0);
+    block_sums = add(int64_t{plan.blocks()} * 3 * 8);
+    entropies = add(8 * divide_up(row.columns, tuning::kPieceColumns));
+    range = add(sizeof(WeightRange) * (1 + tuning::kMostScanBlocks));
     finished = add(sizeof(unsigned));
   }
 };
 
-inline RowShape shape_of(const LogitsView& logits) {
-  return RowShape(logits.columns, element_bytes(logits.storage));
-}
-
 // Bytes that a call's workspace needs.
 inline int64_t forward_workspace(const Device& device, const LogitsView& logits) {
   const RowShape row = shape_of(logits);
-  return Workspace(row, plan_rows(device, row, logits.rows, PerColumn::kPerTeam), {}).bytes;
-}
-inline OnePassPlan one_pass_of(const Device& device, const LogitsView& logits) {
-  return plan_one_pass(device, shape_of(logits), logits.rows);
-}
-inline int64_t one_pass_workspace(const Device& device, const LogitsView& logits) {
-  return Workspace(shape_of(logits), {}, one_pass_of(device, logits)).bytes;
+  return std::max(Workspace(row, StatisticsPlan(device, logits, /*plain=*/true)).bytes,
+                  Workspace(row, StatisticsPlan(device, logits, /*plain=*/false)).bytes);
 }
 
 // Each is compiled once per storage type and returns a cudaError_t.
@@ -92,10 +112,6 @@ template <Storage storage>
 int ueo_forward(const Device& device, void* stream, const ForwardCall& call);
 template <Storage storage>
 int ueo_backward(const Device& device, void* stream, const BackwardCall& call);
-// Both at once, for an upstream gradient of 1 and a batch that fits on the chip (one_pass_of); row_stats
-// is not written. grad: as that of BackwardCall.
-template <Storage storage>
-int ueo_one_pass(const Device& device, void* stream, const ForwardCall& call, void* grad);
 template <Storage storage>
 int max_softmax(const Device& device, void* stream, const LogitsView& logits, double scale,
                 void* out);

@@ -131,8 +131,29 @@ __device__ __forceinline__ A mean_log_marginal(Team& team, const Source& source,
   return sum[0] * gradient.inverse_sum;
 }
 
-// Step 8 of one slot. Rows of the gradient start elsewhere than those of a strided batch: only where
-// both have the same offset is a slot stored as a whole.
+// Only where rows of the gradient start at the same offset in their slots as those of the logits is a
+// slot stored as a whole.
+template <class T>
+__device__ __forceinline__ void store_slot(const Frame<T>& frame, int slot, const Slot<T>& value,
+                                           T* grad_row, bool aligned, bool stream) {
+  T* address = grad_row + frame.column(slot, 0);
+  if (aligned && frame.is_whole(slot)) {
+    if (stream) {
+      uint4 bits;
+      memcpy(&bits, &value, 16);
+      store_streaming(reinterpret_cast<uint4*>(address), bits);
+    } else {
+      store_whole(address, value);
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kPerSlot<T>; ++k) {
+    if (frame.has(frame.column(slot, k))) address[k] = value.x[k];
+  }
+}
+
+// Step 8 of one slot.
 template <class A, class T>
 __device__ __forceinline__ void store_gradient(const Frame<T>& frame, int slot, const Slot<T>& z,
                                                const GradientRow<A>& gradient,
@@ -145,21 +166,8 @@ __device__ __forceinline__ void store_gradient(const Frame<T>& frame, int slot, 
   for (int k = 0; k < kPerSlot<T>; ++k) {
     out.x[k] = to_storage<T>(gradient(to_compute(z.x[k]), logs[k], log_q.eps));
   }
-  T* address = grad_row + frame.column(slot, 0);
-  if (frame.is_whole(slot) && reinterpret_cast<uintptr_t>(address) % 16 == 0) {
-    if (stream) {
-      uint4 bits;
-      memcpy(&bits, &out, 16);
-      store_streaming(reinterpret_cast<uint4*>(address), bits);
-    } else {
-      store_whole(address, out);
-    }
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kPerSlot<T>; ++k) {
-    if (frame.has(frame.column(slot, k))) address[k] = out.x[k];
-  }
+  store_slot(frame, slot, out, grad_row,
+             reinterpret_cast<uintptr_t>(grad_row - frame.shift) % 16 == 0, stream);
 }
 
 }  // namespace ueo_fast::cuda

@@ -2,23 +2,58 @@
 // host (tests/cpp/cuda_host). A launcher has run(kernel, grid, arguments...).
 #pragma once
 
+#include <iterator>
+
 #include "max_softmax.cuh"
 #include "ueo_loss.cuh"
 #include "ueo_loss.h"
+#include "ueo_loss_block.cuh"
 #include "ueo_loss_marginal.cuh"
-#include "ueo_loss_one_pass.cuh"
 
 namespace ueo_fast::cuda {
 
 template <class T>
 Matrix<T> matrix_of(const LogitsView& logits) {
   const T* data = static_cast<const T*>(logits.data);
-  return {data, data + (logits.rows - 1) * logits.row_stride + logits.columns, logits.rows,
-          logits.row_stride, static_cast<int>(logits.columns)};
+  const T* end = data + (logits.rows - 1) * logits.row_stride + logits.columns;
+  const bool sticks_out = reinterpret_cast<uintptr_t>(data) % 16 != 0 ||
+                          reinterpret_cast<uintptr_t>(end) % 16 != 0;
+  return {data, end, logits.rows, logits.row_stride, static_cast<int>(logits.columns), sticks_out};
 }
 
 inline RowLoop loop_of(const RowShape& row, const RowPlan& plan) {
   return {plan.lanes, plan.teams, row.slots, plan.cached, plan.steps};
+}
+
+// Calls f with a kernel's template arguments: those of the plan. No double row is held in registers.
+template <class T, int kShape = 0, class F>
+void with_shape(int shape, F&& f) {
+  if constexpr (sizeof(T) < 8 && kShape < std::size(kRegisterShapes<sizeof(T)>)) {
+    constexpr RegisterShape kThis = kRegisterShapes<sizeof(T)>[kShape];
+    if (shape == kShape) {
+      f.template operator()<kThis.slots, kThis.lanes>();
+    } else {
+      with_shape<T, kShape + 1>(shape, f);
+    }
+  }
+}
+
+// The same for the slots per thread of a row that a block shares.
+template <class T, class F>
+void with_slots(bool many, F&& f) {
+  if constexpr (sizeof(T) < 8) {
+    if (many) {
+      f.template operator()<kManySlots<sizeof(T)>>();
+    } else {
+      f.template operator()<kFewSlots<sizeof(T)>>();
+    }
+  }
+}
+
+// Without what most do without: kernels of their own leave it out.
+inline bool is_plain(const ForwardCall& call) {
+  return call.options.confidence_scale == 1 && call.options.eps == 0 &&
+         call.confidence == nullptr && call.marginal_weights == nullptr;
 }
 
 // The kernel for rows that a block shares, or for rows of lanes.
@@ -33,31 +68,33 @@ struct Part {
   }
 };
 
-// Given weights, and who looks for their range.
+// Ranges of parts of the given weights, if they are so many that a launch of its own finds them.
 template <class A, class Launcher>
-bool prepare_weights(Launcher& launcher, const Weights<A>& weights, int64_t rows,
-                     WeightRange* range) {
+int scan_parts(Launcher& launcher, const Weights<A>& weights, int64_t rows, WeightRange* parts) {
   const bool given = weights.confidence != nullptr || weights.marginal_weights != nullptr;
-  if (!given || rows <= tuning::kScanRows) return given;
-  launcher.run(&ueo_weight_range<A>, Grid{1, tuning::kScanThreads, kScratchBytes}, weights, rows,
-               range);
-  return false;
+  if (!given || rows <= tuning::kScanRows) return 0;
+  launcher.run(&ueo_weight_range<A>, scan_grid(rows), weights, rows, parts);
+  return scan_grid(rows).blocks;
 }
 
 template <class A>
 MarginalArguments<A> marginal_arguments(const ForwardCall& call, const Part<A>& workspace,
-                                        const Workspace& at, int64_t partials, int blocks) {
+                                        const Workspace& at, const StatisticsPlan& plan,
+                                        int blocks) {
+  const int columns = static_cast<int>(call.logits.columns);
   return {workspace.template at<A>(at.partial_sums),
-          partials,
-          static_cast<int>(call.logits.columns),
+          plan.partials(),
+          column_stride(columns),
+          columns,
+          tile_lanes(columns, blocks),
           workspace.template at<double>(at.block_sums),
-          blocks,
+          plan.blocks(),
           call.logits.rows,
           call.confidence == nullptr ? nullptr : workspace.template at<WeightRange>(at.range),
           call.options.trade_off,
           static_cast<A>(call.options.eps),
           static_cast<A*>(call.marginal),
-          workspace.template at<double>(at.tile_entropies),
+          workspace.template at<double>(at.entropies),
           workspace.template at<unsigned>(at.finished),
           static_cast<A*>(call.summary),
           static_cast<A*>(call.loss)};
@@ -67,30 +104,46 @@ template <class T, class Launcher>
 void run_forward(Launcher& launcher, const Device& device, const ForwardCall& call) {
   using A = ComputeType<T>;
   const RowShape row = shape_of(call.logits);
-  const RowPlan plan = plan_rows(device, row, call.logits.rows, PerColumn::kPerTeam);
-  const Workspace at(row, plan, OnePassPlan{});
+  const StatisticsPlan plan(device, call.logits, is_plain(call));
+  const Workspace at(row, plan);
   const Part<A> workspace{static_cast<unsigned char*>(call.workspace)};
   const Weights<A> weights{static_cast<const A*>(call.confidence),
                            static_cast<const A*>(call.marginal_weights)};
   WeightRange* range = workspace.template at<WeightRange>(at.range);
-  const bool scan = prepare_weights(launcher, weights, call.logits.rows, range);
-  const StatisticsArguments<T> statistics{
+  const int ranges = scan_parts(launcher, weights, call.logits.rows, range + 1);
+  StatisticsArguments<T> statistics{
       matrix_of<T>(call.logits),
       weights,
       static_cast<A>(call.options.confidence_scale),
       static_cast<A>(call.options.eps),
-      loop_of(row, plan),
-      scan,
+      loop_of(row, plan.any),
+      ranges,
       range,
-      plan.columns_shared ? nullptr : workspace.template at<A>(at.column_sums),
+      plan.any.columns_shared ? nullptr : workspace.template at<A>(at.column_sums),
       static_cast<A*>(call.row_stats),
       workspace.template at<A>(at.partial_sums),
+      column_stride(row.columns),
       workspace.template at<double>(at.block_sums),
       workspace.template at<unsigned>(at.finished)};
-  launcher.run(UEO_FAST_PICK(ueo_statistics, T, plan.block_team), plan.grid, statistics);
-  const int threads = tuning::kMarginalThreads;
-  launcher.run(&ueo_marginal<A>, Grid{marginal_tiles(row), threads, kScratchBytes + threads * 8},
-               marginal_arguments(call, workspace, at, partial_sums_of(plan), plan.grid.blocks));
+  const bool plain = is_plain(call);
+  if (plan.registers.fits) {
+    statistics.loop.steps = plan.registers.steps;
+    with_shape<T>(plan.registers.shape, [&]<int kSlots, int kLanes>() {
+      launcher.run(plain ? &ueo_statistics<T, kSlots, kLanes, true>
+                         : &ueo_statistics<T, kSlots, kLanes, false>,
+                   plan.registers.grid, statistics);
+    });
+  } else if (plan.shared.fits) {
+    statistics.loop.steps = plan.shared.steps;
+    with_slots<T>(plan.shared.many, [&]<int kSlots>() {
+      launcher.run(&ueo_statistics_block<T, kSlots>, plan.shared.grid, statistics);
+    });
+  } else {
+    launcher.run(UEO_FAST_PICK(ueo_statistics_any, T, plan.any.block_team), plan.any.grid,
+                 statistics);
+  }
+  const Grid grid = marginal_grid(device, row.columns);
+  launcher.run(&ueo_marginal<A>, grid, marginal_arguments(call, workspace, at, plan, grid.blocks));
 }
 
 template <class T, class Launcher>
@@ -99,7 +152,7 @@ void run_backward(Launcher& launcher, const Device& device, const BackwardCall& 
   const RowShape row = shape_of(call.logits);
   const RowPlan plan = plan_rows(device, row, call.logits.rows, PerColumn::kPerBlock);
   const int64_t bytes = call.logits.rows * call.logits.columns * int64_t{sizeof(T)};
-  const GradientArguments<T> gradient{
+  GradientArguments<T> gradient{
       matrix_of<T>(call.logits),
       static_cast<const A*>(call.grad_loss),
       static_cast<const A*>(call.summary),
@@ -111,38 +164,29 @@ void run_backward(Launcher& launcher, const Device& device, const BackwardCall& 
       plan.columns_shared,
       static_cast<double>(bytes) > tuning::kStreamShareOfL2 * static_cast<double>(device.l2_bytes),
       static_cast<T*>(call.grad)};
-  launcher.run(UEO_FAST_PICK(ueo_gradient, T, plan.block_team), plan.grid, gradient);
-}
-
-template <class T, class Launcher>
-void run_one_pass(Launcher& launcher, const Device& device, const ForwardCall& call, void* grad) {
-  using A = ComputeType<T>;
-  const RowShape row = shape_of(call.logits);
-  const OnePassPlan plan = plan_one_pass(device, row, call.logits.rows);
-  const Workspace at(row, RowPlan{}, plan);
-  const Part<A> workspace{static_cast<unsigned char*>(call.workspace)};
-  const Weights<A> weights{static_cast<const A*>(call.confidence),
-                           static_cast<const A*>(call.marginal_weights)};
-  WeightRange* range = workspace.template at<WeightRange>(at.range);
-  const bool scan = prepare_weights(launcher, weights, call.logits.rows, range);
-  const OnePassArguments<T> one_pass{
-      matrix_of<T>(call.logits),
-      weights,
-      static_cast<A>(call.options.confidence_scale),
-      scan,
-      range,
-      plan.lanes,
-      plan.teams,
-      row.slots,
-      plan.shared_rows,
-      plan.held_rows,
-      plan.rows_per_block,
-      plan.sum_groups,
-      workspace.template at<double>(at.block_sums),
-      workspace.template at<A>(at.partial_sums),
-      marginal_arguments(call, workspace, at, plan.grid.blocks, plan.grid.blocks),
-      static_cast<T*>(grad)};
-  launcher.run(UEO_FAST_PICK(ueo_one_pass, T, plan.block_team), plan.grid, one_pass);
+  const bool plain = call.options.eps == 0;
+  const RegisterPlan registers = plan_registers<sizeof(T)>(device, row, call.logits.rows, plain,
+                                                           /*sums_per_team=*/false);
+  const SharedRowPlan shared = plan_shared_rows<sizeof(T)>(device, row, call.logits.rows);
+  // Rows of the gradient start where those of the logits do, counted in slots.
+  const bool aligned = reinterpret_cast<uintptr_t>(call.logits.data) % 16 ==
+                           reinterpret_cast<uintptr_t>(call.grad) % 16 &&
+                       (call.logits.row_stride - call.logits.columns) % row.per_slot == 0;
+  if (registers.fits && aligned) {
+    gradient.loop.steps = registers.steps;
+    with_shape<T>(registers.shape, [&]<int kSlots, int kLanes>() {
+      launcher.run(plain ? &ueo_gradient<T, kSlots, kLanes, true>
+                         : &ueo_gradient<T, kSlots, kLanes, false>,
+                   registers.grid, gradient);
+    });
+  } else if (shared.fits && !registers.fits && plain) {
+    gradient.loop.steps = shared.steps;
+    with_slots<T>(shared.many, [&]<int kSlots>() {
+      launcher.run(&ueo_gradient_block<T, kSlots>, shared.grid, gradient);
+    });
+  } else {
+    launcher.run(UEO_FAST_PICK(ueo_gradient_any, T, plan.block_team), plan.grid, gradient);
+  }
 }
 
 template <class T, class Launcher>

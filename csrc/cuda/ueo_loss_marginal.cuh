@@ -8,111 +8,122 @@ namespace ueo_fast::cuda {
 
 template <class A>
 struct MarginalArguments {
-  const A* partial_sums;      // (partials, columns)
+  const A* partial_sums;      // (partials, column_stride)
   int64_t partials;
+  int64_t column_stride;      // a multiple of kPieceColumns
   int columns;
+  int tile_lanes;             // threads for the columns of a tile, kPieceColumns each; a power of two
   const double* block_sums;   // (blocks, 3): sums of w, v, w H
-  int blocks;
+  int blocks;                 // of the statistics kernel
   int64_t rows;
   const WeightRange* range;   // of given confidences; null without
   double trade_off;
   A eps;
   A* marginal;                // (columns,)
-  double* tile_entropies;     // (tiles,)
-  unsigned* finished;         // blocks that have written their tile; 0 at first
+  double* entropies;          // (blocks,)
+  unsigned* finished;         // blocks that have written their entropy; 0 at first
   A* summary;                 // (kSummary,)
   A* loss;                    // 0-d
 };
 
-// Sums over the blocks of a batch; the same bits wherever they are added.
-struct BatchSums {
-  double confidence;
-  double marginal_weight;
-  double weighted_entropy;
+template <class A>
+struct alignas(16) Piece {
+  A x[tuning::kPieceColumns];
 };
 
-__device__ __forceinline__ BatchSums batch_sums(BlockTeam& block, const double* block_sums,
-                                                int blocks) {
-  double total[3] = {0, 0, 0};
-  for (int b = block.rank; b < blocks; b += block.size) {
-    for (int i = 0; i < 3; ++i) total[i] += block_sums[b * 3 + i];
-  }
-  block.reduce(Sum{}, total);
-  return {total[0], total[1], total[2]};
-}
-
-// Steps 5 and 6 of kMarginalColumns columns: a lane per column, the block's warps share the partial
-// sums. `scratch` is a double for each thread.
+// By all blocks of a grid together; whoever comes last writes the loss. `shared` is kMarginalBytes.
 template <class A>
-__device__ void marginal_tile(const MarginalArguments<A>& args, const BlockTeam& block, int tile,
-                              double inverse_weight_sum, double* scratch) {
-  static_assert(tuning::kMarginalColumns == 32);
-  LaneTeam lanes{block.rank % 32, 32};
-  const int group = block.rank / 32;
-  const int groups = block.size / 32;
-  const int column = tile * tuning::kMarginalColumns + lanes.rank;
-  double sum = 0;
-  if (column < args.columns) {
-#pragma unroll 8
-    for (int64_t partial = group; partial < args.partials; partial += groups) {
-      sum += args.partial_sums[partial * args.columns + column];
-    }
+__device__ __forceinline__ void finish_batch(const MarginalArguments<A>& args, BlockTeam& block, double* shared) {
+  constexpr int kThreads = tuning::kRegisterThreads;
+  constexpr int kWide = tuning::kPieceColumns;
+  double batch[3] = {0, 0, 0};  // sums of w, v, w H
+  for (int b = block.rank; b < args.blocks; b += kThreads) {
+    for (int i = 0; i < 3; ++i) batch[i] += args.block_sums[b * 3 + i];
   }
-  scratch[block.rank] = sum;
-  __syncthreads();
-  if (group == 0) {
-    for (int g = 1; g < groups; ++g) sum += scratch[g * 32 + lanes.rank];
-    double entropy[1] = {0};
+  const int lanes = args.tile_lanes;
+  const int tile_columns = lanes * kWide;
+  const int lane = block.rank & (lanes - 1);
+  const int groups = kThreads / lanes;  // which share the partial sums
+  const int sets = lanes < 32 ? kThreads / 32 : groups;
+  const int set = lanes < 32 ? block.rank / 32 : block.rank / lanes;
+  double entropy[1] = {0};
+  double inverse_weight_sum = 0;
+  bool first = true;
+  for (int tile = static_cast<int>(blockIdx.x); tile * tile_columns < args.columns;
+       tile += static_cast<int>(gridDim.x)) {
+    const int column = tile * tile_columns + lane * kWide;
+    double sums[kWide] = {};
     if (column < args.columns) {
+#pragma unroll 4
+      for (int64_t partial = block.rank / lanes; partial < args.partials; partial += groups) {
+        const Piece<A> piece = *reinterpret_cast<const Piece<A>*>(
+            args.partial_sums + partial * args.column_stride + column);
+#pragma unroll
+        for (int k = 0; k < kWide; ++k) sums[k] += piece.x[k];
+      }
+    }
+    if (first) {  // after the loads of both are under way
+      block.reduce(Sum{}, batch);
+      inverse_weight_sum = 1 / batch[1];
+      first = false;
+    }
+    for (int offset = 16; offset >= lanes; offset /= 2) {
+#pragma unroll
+      for (int k = 0; k < kWide; ++k) sums[k] += __shfl_xor_sync(kAllLanes, sums[k], offset);
+    }
+    if (lanes >= 32 || block.rank % 32 < lanes) {
+#pragma unroll
+      for (int k = 0; k < kWide; ++k) shared[set * tile_columns + lane * kWide + k] = sums[k];
+    }
+    __syncthreads();
+    for (int i = block.rank; i < tile_columns; i += kThreads) {
+      const int c = tile * tile_columns + i;
+      if (c >= args.columns) break;
+      double sum = 0;
+      for (int s = 0; s < sets; ++s) sum += shared[s * tile_columns + i];
       const A q = static_cast<A>(sum * inverse_weight_sum);
-      args.marginal[column] = q;
+      args.marginal[c] = q;
       const A log_q = log2_of(args.eps == 0 && q < kSmallestNormal<A> ? kSmallestNormal<A>
                                                                       : q + args.eps);
-      entropy[0] = -static_cast<double>(q) * log_q * kLn2<double>;
+      entropy[0] -= static_cast<double>(q) * log_q * kLn2<double>;
     }
-    lanes.reduce(Sum{}, entropy);
-    if (lanes.rank == 0) args.tile_entropies[tile] = entropy[0];
+    __syncthreads();  // before `shared` is written again
   }
-  __syncthreads();  // before `scratch` is written again
-}
-
-// Step 7, by one block that sees every tile.
-template <class A>
-__device__ void finish_loss(const MarginalArguments<A>& args, BlockTeam& block, int tiles,
-                            const BatchSums& sums) {
-  double entropy[1] = {0};
-  for (int tile = block.rank; tile < tiles; tile += block.size) {
-    entropy[0] += args.tile_entropies[tile];
-  }
+  if (first) block.reduce(Sum{}, batch);  // a block without a tile may still be the last
   block.reduce(Sum{}, entropy);
-  if (block.rank != 0) return;
-  const double conditional = sums.weighted_entropy / sums.confidence;
-  const double unit = args.range == nullptr ? 1.0 : args.range->largest_confidence;
-  args.summary[kConditionalEntropy] = static_cast<A>(conditional);
-  args.summary[kMarginalEntropy] = static_cast<A>(entropy[0]);
-  args.summary[kMeanConfidence] = static_cast<A>(sums.confidence / args.rows * unit);
-  args.summary[kConfidenceSum] = static_cast<A>(sums.confidence);
-  args.summary[kMarginalWeightSum] = static_cast<A>(sums.marginal_weight);
-  *args.loss = static_cast<A>(conditional - args.trade_off * entropy[0]);
-}
-
-// A block per tile of columns; whoever comes last finishes the loss.
-template <class A>
-UEO_FAST_KERNEL __launch_bounds__(tuning::kMarginalThreads)
-    ueo_marginal(MarginalArguments<A> args) {
-  double* scratch = reinterpret_cast<double*>(shared_memory());
-  BlockTeam block{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), scratch};
-  const BatchSums sums = batch_sums(block, args.block_sums, args.blocks);
-  double* tile_scratch = scratch + kScratchBytes / 8;
-  marginal_tile(args, block, static_cast<int>(blockIdx.x), 1 / sums.marginal_weight, tile_scratch);
   if (block.rank == 0) {
+    args.entropies[blockIdx.x] = entropy[0];
     __threadfence();  // this block's entropy before its mark
-    tile_scratch[0] = atomicAdd(args.finished, 1u);
+    shared[0] = atomicAdd(args.finished, 1u);
   }
   __syncthreads();
-  if (tile_scratch[0] != gridDim.x - 1) return;
+  if (shared[0] != gridDim.x - 1) return;
+
+  // Step 7, by one block that sees the entropies of all.
   __threadfence();  // all marks before all entropies
-  finish_loss(args, block, static_cast<int>(gridDim.x), sums);
+  double total[1] = {0};
+  for (int i = block.rank; i < static_cast<int>(gridDim.x); i += kThreads) {
+    total[0] += args.entropies[i];
+  }
+  block.reduce(Sum{}, total);
+  if (block.rank != 0) return;
+  const double conditional = batch[2] / batch[0];
+  const double unit = args.range == nullptr ? 1.0 : args.range->largest_confidence;
+  args.summary[kConditionalEntropy] = static_cast<A>(conditional);
+  args.summary[kMarginalEntropy] = static_cast<A>(total[0]);
+  args.summary[kMeanConfidence] = static_cast<A>(batch[0] / args.rows * unit);
+  args.summary[kConfidenceSum] = static_cast<A>(batch[0]);
+  args.summary[kMarginalWeightSum] = static_cast<A>(batch[1]);
+  *args.loss = static_cast<A>(conditional - args.trade_off * total[0]);
+}
+
+// A launch of its own, where the statistics kernel could not wait for all of its blocks.
+template <class A>
+UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads)
+    ueo_marginal(MarginalArguments<A> args) {
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  BlockTeam block{static_cast<int>(threadIdx.x), tuning::kRegisterThreads, scratch};
+  finish_batch(args, block, scratch + kScratchBytes / 8);
 }
 
 }  // namespace ueo_fast::cuda

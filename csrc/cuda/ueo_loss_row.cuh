@@ -123,6 +123,33 @@ struct Weights {
   const A* marginal_weights;  // (rows,) or null
 };
 
+// A row's statistics before its weights are known, from its maximum and the sums of e and e t; NaN for
+// one without any class.
+template <class A>
+__device__ __forceinline__ RowStatistics<A> without_weights(A max, A sum, A log_sum) {
+  const A s = max == -INFINITY ? A(NAN) : sum;
+  return {max, s, log_sum / s, 0, 0};
+}
+
+// Steps 2 and 3: the weights of a row, given ones or its own from sum_c 2^(scale t).
+template <class A>
+__device__ __forceinline__ void weigh(RowStatistics<A>& row_stats, A scaled_sum,
+                                      const Weights<A>& weights, int64_t index,
+                                      const WeightRange& range) {
+  if (weights.confidence != nullptr) {
+    const A w = weights.confidence[index];
+    row_stats.confidence = w / static_cast<A>(range.largest_confidence);
+    row_stats.marginal_weight = static_cast<A>(range.smallest_confidence) / w;
+  } else {
+    row_stats.marginal_weight = scaled_sum;
+    row_stats.confidence = 1 / scaled_sum;
+  }
+  if (weights.marginal_weights != nullptr) {
+    row_stats.marginal_weight =
+        weights.marginal_weights[index] / static_cast<A>(range.largest_marginal_weight);
+  }
+}
+
 // Steps 1 to 3 of a row that `source` holds; without eps also step 4.
 template <class A, class Team, class Source, class T>
 __device__ __forceinline__ RowStatistics<A> row_statistics(
@@ -132,18 +159,8 @@ __device__ __forceinline__ RowStatistics<A> row_statistics(
   source.for_each(team, row, [&](int, const Slot<T>& slot) { softmax.add(slot, scale); });
   softmax.merge(team, scale);
   RowStatistics<A> row_stats{softmax.max, softmax.sum, softmax.log_sum / softmax.sum, 0, 0};
-  if (weights.confidence != nullptr) {
-    const double w = weights.confidence[index];
-    row_stats.confidence = static_cast<A>(w / range.largest_confidence);
-    row_stats.marginal_weight = static_cast<A>(range.smallest_confidence / w);
-  } else {
-    row_stats.marginal_weight = scale == 1 ? softmax.sum : softmax.scaled_sum;
-    row_stats.confidence = 1 / row_stats.marginal_weight;
-  }
-  if (weights.marginal_weights != nullptr) {
-    row_stats.marginal_weight =
-        static_cast<A>(weights.marginal_weights[index] / range.largest_marginal_weight);
-  }
+  const A scaled_sum = scale == 1 ? softmax.sum : softmax.scaled_sum;
+  weigh(row_stats, scaled_sum, weights, index, range);
   return row_stats;
 }
 

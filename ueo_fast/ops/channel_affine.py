@@ -114,8 +114,9 @@ def forward(
     """Without autograd: the result in the layout of the dense ``x``, and the mask's bits."""
     if residual is not None:
         residual = _like("residual", residual, x.shape, x.stride())
-    op = OPS.of(backend, "channel_affine_forward")
-    return op(x, weight, bias, mean, var, eps, residual, dim, relu)
+    return registry.of(backend).channel_affine_forward(
+        x, weight, bias, mean, var, eps, residual, dim, relu
+    )
 
 
 def backward(
@@ -135,8 +136,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients by x, weight, bias and the residual, (0,) for what is not needed."""
     grad_out = _like("grad_out", grad_out, grad_out.shape, strides)
-    op = OPS.of(backend, "channel_affine_backward")
-    return op(grad_out, x, weight, bias, mean, var, eps, bits, dim, relu, *needs)
+    return registry.of(backend).channel_affine_backward(
+        grad_out, x, weight, bias, mean, var, eps, bits, dim, relu, *needs
+    )
 
 
 def gradients(

@@ -47,8 +47,7 @@ def forward(
     backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Without autograd: result (rows, columns) contiguous, mean (rows,), 1 / deviation (rows,)."""
-    op = OPS.of(backend, "layer_norm_forward")
-    return op(x, weight, bias, eps)
+    return registry.of(backend).layer_norm_forward(x, weight, bias, eps)
 
 
 def backward(
@@ -62,8 +61,9 @@ def backward(
     needs_sums: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradient by x (rows, columns) and the sums (2, columns): see csrc/library.cpp."""
-    op = OPS.of(backend, "layer_norm_backward")
-    return op(grad_out.contiguous(), x, mean, rstd, weight, needs_x, needs_sums)
+    return registry.of(backend).layer_norm_backward(
+        grad_out.contiguous(), x, mean, rstd, weight, needs_x, needs_sums
+    )
 
 
 class LayerNormFunction(torch.autograd.Function):

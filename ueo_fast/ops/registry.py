@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from ueo_fast import _extension, backends
 
 _libraries: list[torch.library.Library] = []
 """An op lives as long as its library."""
+
+_overloads: dict[str, SimpleNamespace] = {}
+"""By namespace: its ops, one overload each, so that a call need not look for the one that fits."""
+
+
+def _keep_overload(namespace: str, name: str) -> None:
+    ops = _overloads.setdefault(namespace, SimpleNamespace())
+    setattr(ops, name, getattr(getattr(torch.ops, namespace), name).default)
 
 
 class Ops:
@@ -27,11 +36,10 @@ class Ops:
 
     def __init__(self, stem: str, fakes: Mapping[str, Callable[..., Any]]) -> None:
         self.fakes = fakes
-        self._overloads: dict[tuple[str, str], Any] = {}
         if _extension.cpu_error is None:
             for name, fake in fakes.items():
                 torch.library.register_fake(f"ueo_fast::{name}", _on_one_device(name, fake))
-            self._find("ueo_fast")
+                _keep_overload("ueo_fast", name)
 
         def kernel(name: str) -> Callable[..., Any]:
             # Imports triton: only once an op of it runs.
@@ -69,17 +77,7 @@ class Ops:
             torch.library.register_fake(
                 f"{namespace}::{name}", _on_one_device(name, fake), lib=library
             )
-        self._find(namespace)
-
-    def _find(self, namespace: str) -> None:
-        """Looks ops up once: ``torch.ops.ueo_fast.op(...)`` chooses an overload at every call."""
-        for name in self.fakes:
-            packet = getattr(getattr(torch.ops, namespace), name)
-            self._overloads[namespace, name] = packet.default
-
-    def of(self, backend: str, name: str) -> Any:
-        """The op of a compiled backend."""
-        return self._overloads[backends.COMPILED[backend].namespace, name]
+            _keep_overload(namespace, name)
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,5 +97,5 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of(backend: str) -> Any:
-    """``torch.ops.<namespace>`` of a compiled backend."""
-    return getattr(torch.ops, backends.COMPILED[backend].namespace)
+    """The ops of a compiled backend by name, as overloads of ``torch.ops.<namespace>``."""
+    return _overloads[backends.COMPILED[backend].namespace]

@@ -18,6 +18,21 @@ ROW_STATS = 5  # csrc/ueo_loss.h, enum RowStat
 SUMMARY = 5  # csrc/ueo_loss.h, enum Summary
 
 
+def saved_size(rows: int, columns: int) -> int:
+    """Numbers that forward keeps for backward: csrc/ueo_loss.h, ``Saved``."""
+    return rows * ROW_STATS + columns + SUMMARY
+
+
+def statistics(saved: Tensor, columns: int) -> Tensor:
+    """The marginal (C,), then the summary (5,): a copy.
+
+    Writing to it must not touch what backward needs, and whoever keeps a statistic, to log it,
+    should not keep those of all rows.
+    """
+    count = columns + SUMMARY
+    return saved.narrow_copy(0, saved.shape[0] - count, count)
+
+
 def _forward_fake(
     logits: Tensor,
     confidence: Tensor | None,
@@ -25,23 +40,16 @@ def _forward_fake(
     trade_off: float,
     confidence_scale: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, columns = logits.shape
+) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(logits.dtype)
-    return (
-        logits.new_empty((), dtype=dtype),
-        logits.new_empty(SUMMARY, dtype=dtype),
-        logits.new_empty(columns, dtype=dtype),
-        logits.new_empty(rows, ROW_STATS, dtype=dtype),
-    )
+    saved = logits.new_empty(saved_size(*logits.shape), dtype=dtype)
+    return logits.new_empty((), dtype=dtype), saved
 
 
 def _backward_fake(
     grad_loss: Tensor,
     logits: Tensor,
-    summary: Tensor,
-    marginal: Tensor,
-    row_stats: Tensor,
+    saved: Tensor,
     trade_off: float,
     eps: float,
 ) -> Tensor:
@@ -55,11 +63,11 @@ def _loss_and_grad_fake(
     trade_off: float,
     confidence_scale: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, summary, marginal, _ = _forward_fake(
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, saved = _forward_fake(
         logits, confidence, marginal_weights, trade_off, confidence_scale, eps
     )
-    return loss, summary, marginal, logits.new_empty(logits.shape)
+    return loss, saved, logits.new_empty(logits.shape)
 
 
 def _max_softmax_fake(logits: Tensor, scale: float) -> Tensor:
@@ -85,8 +93,8 @@ def forward(
     trade_off: float,
     confidence_scale: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss without autograd: loss, summary (5,), marginal (C,), row statistics (B, 5)."""
+) -> tuple[Tensor, Tensor]:
+    """The loss without autograd, and what :func:`backward` and :func:`statistics` need."""
     return registry.of(backend).ueo_loss_forward(
         logits, confidence, marginal_weights, trade_off, confidence_scale, eps
     )
@@ -96,16 +104,12 @@ def backward(
     backend: str,
     grad_loss: Tensor,
     logits: Tensor,
-    summary: Tensor,
-    marginal: Tensor,
-    row_stats: Tensor,
+    saved: Tensor,
     trade_off: float,
     eps: float,
 ) -> Tensor:
     """The gradient (B, C) in the logits' dtype, from what :func:`forward` returned."""
-    return registry.of(backend).ueo_loss_backward(
-        grad_loss, logits, summary, marginal, row_stats, trade_off, eps
-    )
+    return registry.of(backend).ueo_loss_backward(grad_loss, logits, saved, trade_off, eps)
 
 
 def loss_and_grad(
@@ -116,8 +120,8 @@ def loss_and_grad(
     trade_off: float,
     confidence_scale: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, summary (5,), marginal (C,), and the gradient (B, C) for an upstream gradient of 1."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, what :func:`statistics` needs, and the gradient for an upstream gradient of 1."""
     return registry.of(backend).ueo_loss_and_grad(
         logits, confidence, marginal_weights, trade_off, confidence_scale, eps
     )
@@ -129,7 +133,7 @@ def max_softmax(backend: str, logits: Tensor, scale: float) -> Tensor:
 
 
 class UEOLossFunction(torch.autograd.Function):
-    """Returns the loss, and with ``return_stats`` the summary and the marginal as well.
+    """Returns the loss, and with ``return_stats`` the :func:`statistics` as well.
 
     Only the loss, and only by the logits, is differentiable. ``forward`` takes ``ctx`` (no
     ``setup_context``): that halves the cost of a call, which is most of the time of a small loss.
@@ -147,19 +151,18 @@ class UEOLossFunction(torch.autograd.Function):
         eps: float,
         return_stats: bool,
     ) -> Any:
-        loss, summary, marginal, row_stats = forward(
+        loss, saved = forward(
             backend, logits, confidence, marginal_weights, trade_off, confidence_scale, eps
         )
-        ctx.save_for_backward(logits, summary, marginal, row_stats)
+        ctx.save_for_backward(logits, saved)
         ctx.backend = backend
         ctx.options = (trade_off, eps)
         if not return_stats:
             return loss
         ctx.set_materialize_grads(False)
-        # Copies: writing to a statistic must not touch what backward needs.
-        stats = summary.clone(), marginal.clone()
-        ctx.mark_non_differentiable(*stats)
-        return loss, *stats
+        stats = statistics(saved, logits.shape[1])
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -6,16 +6,16 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from ueo_fast.triton.tuning import TUNING, Plan
+from ueo_fast.triton.tuning import TUNING, Budget, Plan
 
 
 @dataclass(frozen=True)
 class AffineTuning:
     """Reasons are arithmetic, not measurements, as in ``tuning.Tuning``, which has the rest.
 
-    From there come the tiles per chunk, the tile of the sum over chunks and the budgets; layer
-    normalisation takes the loss's plan. Sizes in elements hold for float32 arithmetic;
-    float64 takes a quarter of them.
+    From there come the tiles per chunk and the tile of the sum over chunks; layer normalisation
+    takes the loss's plan. Sizes in elements hold for float32 arithmetic; float64 takes a quarter of
+    them.
     """
 
     tile_elements: int = 1024
@@ -52,6 +52,18 @@ class AffineTuning:
 
 
 AFFINE = AffineTuning()
+
+
+BUDGETS = {
+    "channel_affine_kernels.forward_kernel": Budget(48, 48),
+    "channel_affine_kernels.backward_kernel": Budget(128, 80),
+    "channel_affine_kernels.finish_sums_kernel": Budget(80, 96),
+    "layer_norm_kernels.forward_kernel": Budget(64, 80),
+    "layer_norm_kernels.backward_kernel": Budget(128, 120),
+    "layer_norm_kernels.forward_tiled_kernel": Budget(72, 56),
+    "layer_norm_kernels.backward_tiled_kernel": Budget(128, 80),
+}
+"""Of the affine kernels, by module and name."""
 
 
 @dataclass(frozen=True)

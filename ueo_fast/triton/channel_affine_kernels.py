@@ -234,13 +234,12 @@ def finish_sums_kernel(
         chunk = step * CHUNKS + tl.arange(0, CHUNKS).to(tl.int64)
         source = partials + chunk[:, None] * (2 * columns) + column[None, :]
         total += tl.load(source, mask=(chunk < chunks)[:, None] & inside[None, :], other=0.0)
-    total = tl.sum(total, 0)
+    value = tl.sum(total, 0).to(dtype)
     if first is not None:
-        value = total.to(dtype).to(first.dtype.element_ty)
-        tl.store(first + column, value, mask=column < columns)
+        tl.store(first + column, value.to(first.dtype.element_ty), mask=column < columns)
     if second is not None:
         column -= columns
         there = (column >= 0) & (column < columns)
         if var is not None:
-            total *= inverse_deviation(var, eps_high, eps_low, column, there, dtype)
-        tl.store(second + column, total.to(dtype).to(second.dtype.element_ty), mask=there)
+            value *= inverse_deviation(var, eps_high, eps_low, column, there, dtype)
+        tl.store(second + column, value.to(second.dtype.element_ty), mask=there)

@@ -43,8 +43,13 @@ class Tuning:
     tiled_warps: int = 16
     """8 elements per thread of such a tile: with 16, sixteen warps spill (128 registers each)."""
 
+    tiled_slot: int = 4
+    """Elements of a row that one thread holds of such a tile: a slot for each of its 512 threads.
+    Vectors of half precision are 8 elements; there the tile is twice as wide, so that each thread
+    still holds the same columns of both rows and adds them up by itself."""
+
     warps_per_processor: int = 16
-    """Programs are as many as are resident at once with max_registers: one wave, 32 KiB of loads
+    """Programs are as many as are resident at once with 128 registers: one wave, 32 KiB of loads
     in flight per SM, more than what memory's latency asks for. Each costs a row of partial column
     sums. One program of a tiled kernel: see tiled_rows."""
 
@@ -69,13 +74,9 @@ class Tuning:
     interpreted_processors: int = 1
     """Processors of a CPU tensor's device (Triton's interpreter runs programs one by one)."""
 
-    max_registers: int = 128
-    max_registers_double: int = 168
-    """Budget per thread on NVIDIA GPUs: 16 warps are resident on an SM; in float64 12."""
-
     max_spilled_bytes: int = 24
-    """Budget per thread of variants with given weights, where ptxas itself stays below its limit
-    of registers so that another program is resident. Everything else spills nothing."""
+    """Budget per thread on NVIDIA GPUs of variants with fewer registers than they could have, which
+    is ptxas's choice: another program is resident instead. Everything else spills nothing."""
 
     max_shared_bytes: int = 32768
     """Budget per program: reductions across warps, and a tile of 8,192 floats whose layout changes
@@ -89,6 +90,36 @@ TUNING = Tuning()
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What each variant of a kernel may take of an NVIDIA GPU.
+
+    The most that Triton 3.6 and 3.9 made of it, and up to 16 registers: tests say so when a change,
+    or a new Triton, costs more. With 128 registers per thread 16 warps are resident on an SM, with
+    168 twelve; rows that are not held have 16 warps, and so 128 at most.
+    """
+
+    registers: int
+    registers_double: int
+    """Where arithmetic is in float64."""
+
+    loop_instructions: int | None = None
+    """Of a thread in the loops over one tile, on sm_90, for odd rows and without eps, which has a
+    logarithm per element."""
+
+
+BUDGETS = {
+    "ueo_loss_kernels.forward_kernel": Budget(128, 168),
+    "ueo_loss_kernels.backward_kernel": Budget(120, 120),
+    "ueo_loss_kernels.finish_kernel": Budget(104, 136),
+    "ueo_loss_kernels.max_softmax_kernel": Budget(40, 48),
+    "ueo_loss_tiled_kernels.forward_tiled_kernel": Budget(128, 128, loop_instructions=300),
+    "ueo_loss_tiled_kernels.backward_tiled_kernel": Budget(128, 128, loop_instructions=540),
+    "ueo_loss_tiled_kernels.max_softmax_tiled_kernel": Budget(64, 64, loop_instructions=150),
+}
+"""Of the loss's kernels, by module and name."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a (B, C) problem is cut: chunks of rows, one per program, walked tile by tile."""
 
@@ -98,6 +129,7 @@ class Plan:
     warps: int  # of a program
     chunk_rows: int  # rows of a chunk, a multiple of block_rows
     chunks: int
+    slot: int = 1  # of a tiled row, the elements of a tile in one thread
 
     @property
     def finish_tile(self) -> tuple[int, int]:
@@ -148,4 +180,5 @@ def make_plan(
         warps=warps,
         chunk_rows=tiles_per_chunk * block_rows,
         chunks=-(-tiles // tiles_per_chunk),
+        slot=TUNING.tiled_slot // share if tiled else 1,
     )

@@ -40,27 +40,39 @@ def _check_weights(name: str, weights: Tensor | None, logits: Tensor) -> Tensor 
     return weights.contiguous()
 
 
-def _check_saved(
-    grad_loss: Tensor | None,
-    logits: Tensor,
-    summary: Tensor,
-    marginal: Tensor,
-    row_stats: Tensor,
-) -> None:
+def _saved_size(logits: Tensor) -> int:
+    """Numbers that forward keeps for backward: ``saved_parts`` in ueo_loss_math.py."""
+    rows, columns = logits.shape
+    return rows * ROW_STATS + columns + SUMMARY
+
+
+def _check_saved(grad_loss: Tensor | None, logits: Tensor, saved: Tensor) -> None:
     """Refuses what backward would read beyond its end."""
     dtype = compute_dtype(logits)
     if grad_loss is not None and (grad_loss.ndim != 0 or grad_loss.dtype != dtype):
         raise RuntimeError("ueo_fast: grad_loss must be 0-d with the dtype of the loss")
-    rows, columns = logits.shape
-    if marginal.shape != (columns,):
-        raise RuntimeError(f"ueo_fast: marginal must have shape ({columns},)")
-    shapes = summary.shape == (SUMMARY,) and row_stats.shape == (rows, ROW_STATS)
-    for saved in (summary, marginal, row_stats):
-        shapes = shapes and saved.dtype == dtype and saved.is_contiguous()
-    if not shapes:
+    size = _saved_size(logits)
+    if saved.shape != (size,) or saved.dtype != dtype or not saved.is_contiguous():
         raise RuntimeError(
-            "ueo_fast: row_stats, summary and marginal must be those of ueo_loss_forward"
+            f"ueo_fast: saved must be that of ueo_loss_forward: {size} adjacent numbers in the "
+            "dtype of the loss"
         )
+
+
+def _tile(plan: Plan, logits: Tensor) -> dict[str, int]:
+    """The tile of a kernel, as its compile-time parameters."""
+    if not plan.tiled:
+        return {"ROWS": plan.block_rows, "COLUMNS": plan.block_columns}
+    # What Triton knows of a number is whether 16 divides it, and without that no vector is sure to
+    # be aligned and inside the row.
+    vector = logits.shape[1] % 16 == 0 and logits.stride(0) % 16 == 0
+    wider = 2 if vector and logits.element_size() == 2 else 1
+    return {
+        "ROWS": plan.block_rows,
+        "COLUMNS": plan.block_columns * wider,
+        "SLOT": plan.slot * wider,
+        "VECTOR": vector,
+    }
 
 
 def _forward_with(
@@ -71,13 +83,10 @@ def _forward_with(
     trade_off: float,
     confidence_scale: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     rows, columns = logits.shape
-    dtype = compute_dtype(logits)
-    loss = logits.new_empty((), dtype=dtype)
-    summary = loss.new_empty(SUMMARY)
-    marginal = loss.new_empty(columns)
-    row_stats = loss.new_empty(rows, ROW_STATS)
+    loss = logits.new_empty((), dtype=compute_dtype(logits))
+    saved = loss.new_empty(_saved_size(logits))
     finish_chunks, finish_columns = plan.finish_tile
     tiles = triton.cdiv(columns, finish_columns)
     column_sums = loss.new_empty(plan.chunks, columns)
@@ -89,7 +98,7 @@ def _forward_with(
         logits,
         confidence,
         marginal_weights,
-        row_stats,
+        saved,  # which begins with the row statistics
         column_sums,
         chunk_sums,
         counter,
@@ -99,8 +108,7 @@ def _forward_with(
         plan.chunk_rows,
         *split(confidence_scale * math.log2(math.e)),
         *split(eps),
-        ROWS=plan.block_rows,
-        COLUMNS=plan.block_columns,
+        **_tile(plan, logits),
         SCALED=confidence is None and confidence_scale != 1,
         EPS=eps != 0,
         WEIGHTS=TUNING.weights_block,
@@ -111,8 +119,7 @@ def _forward_with(
         chunk_sums,
         entropies,
         counter,
-        marginal,
-        summary,
+        saved,
         loss,
         rows,
         columns,
@@ -124,7 +131,7 @@ def _forward_with(
         EPS=eps != 0,
         num_warps=TUNING.finish_warps,
     )
-    return loss, summary, marginal, row_stats
+    return loss, saved
 
 
 @on_device
@@ -135,18 +142,17 @@ def ueo_loss_forward(
     trade_off: float,
     confidence_scale: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), summary (5,), marginal (C,), row statistics (B, 5), in the compute dtype."""
+) -> tuple[Tensor, Tensor]:
+    """Loss (), and what backward needs (5 B + C + 5,), in the compute dtype."""
     logits = _prepare(logits)
     confidence = _check_weights("confidence", confidence, logits)
     marginal_weights = _check_weights("marginal_weights", marginal_weights, logits)
     rows, columns = logits.shape
     if rows == 0:
         loss = logits.new_zeros((), dtype=compute_dtype(logits))
-        summary, marginal = loss.new_zeros(SUMMARY), loss.new_zeros(columns)
-        return loss, summary, marginal, loss.new_empty(0, ROW_STATS)
+        return loss, loss.new_zeros(_saved_size(logits))
 
-    def run(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def run(plan: Plan) -> tuple[Tensor, Tensor]:
         weights = confidence, marginal_weights
         return _forward_with(plan, logits, *weights, trade_off, confidence_scale, eps)
 
@@ -159,9 +165,7 @@ def ueo_loss_forward(
 def ueo_loss_backward(
     grad_loss: Tensor | None,
     logits: Tensor,
-    summary: Tensor,
-    marginal: Tensor,
-    row_stats: Tensor,
+    saved: Tensor,
     trade_off: float,
     eps: float,
 ) -> Tensor:
@@ -170,7 +174,7 @@ def ueo_loss_backward(
     ``grad_loss`` None stands for 1, without a launch that would write it.
     """
     logits = _prepare(logits)
-    _check_saved(grad_loss, logits, summary, marginal, row_stats)
+    _check_saved(grad_loss, logits, saved)
     rows, columns = logits.shape
     grad = torch.empty((rows, columns), dtype=logits.dtype, device=logits.device)
     if rows == 0:
@@ -181,9 +185,7 @@ def ueo_loss_backward(
         kernel[(plan.chunks,)](
             grad_loss,
             logits,
-            summary,
-            marginal,
-            row_stats,
+            saved,
             grad,
             rows,
             columns,
@@ -191,8 +193,7 @@ def ueo_loss_backward(
             plan.chunk_rows,
             *split(trade_off),
             *split(eps),
-            ROWS=plan.block_rows,
-            COLUMNS=plan.block_columns,
+            **_tile(plan, logits),
             EPS=eps != 0,
             num_warps=plan.warps,
         )
@@ -211,14 +212,13 @@ def ueo_loss_and_grad(
     trade_off: float,
     confidence_scale: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, summary, marginal, and the gradient (B, C) for an upstream gradient of 1."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, what forward keeps, and the gradient (B, C) for an upstream gradient of 1."""
     logits = _prepare(logits)
-    loss, *saved = ueo_loss_forward(
+    loss, saved = ueo_loss_forward(
         logits, confidence, marginal_weights, trade_off, confidence_scale, eps
     )
-    grad = ueo_loss_backward(None, logits, *saved, trade_off, eps)
-    return loss, saved[0], saved[1], grad
+    return loss, saved, ueo_loss_backward(None, logits, saved, trade_off, eps)
 
 
 @on_device
@@ -239,8 +239,7 @@ def max_softmax(logits: Tensor, scale: float) -> Tensor:
             columns,
             logits.stride(0),
             *split(scale * math.log2(math.e)),
-            ROWS=plan.block_rows,
-            COLUMNS=plan.block_columns,
+            **_tile(plan, logits),
             num_warps=plan.warps,
         )
 

@@ -32,6 +32,7 @@ from ueo_fast.triton.ueo_loss_math import (
     load_weights,
     log_in_step_8,
     safe_log,
+    saved_parts,
     step_8_bracket,
     step_8_factors,
     store_chunk_sums,
@@ -130,8 +131,7 @@ def finish_kernel(
     chunk_sums,  # (chunks, 5)
     entropies,  # scratch (programs,): -sum q log q of a tile of columns
     counter,  # (1,) int32, 0: how many programs have written their entropy
-    marginal,  # out (C,)
-    summary,  # out (5,)
+    saved,  # out: marginal and summary, after the row statistics that are there
     loss,  # out ()
     rows,  # B
     columns,  # C
@@ -148,7 +148,8 @@ def finish_kernel(
 
     The program that comes last adds up the entropies of all; which one that is changes nothing.
     """
-    dtype: tl.constexpr = marginal.dtype.element_ty
+    dtype: tl.constexpr = saved.dtype.element_ty
+    _, marginal, summary = saved_parts(saved, rows, columns)
     tile = tl.program_id(0).to(tl.int64)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
@@ -199,9 +200,7 @@ def finish_kernel(
 def backward_kernel(
     grad_loss,  # (), or None for 1
     logits,  # (B, C), strides (row_stride, 1)
-    summary,  # (5,)
-    marginal,  # (C,)
-    row_stats,  # (B, 5)
+    saved,  # what forward kept
     grad,  # out (B, C), contiguous
     rows,  # B
     columns,  # C
@@ -216,7 +215,8 @@ def backward_kernel(
     EPS: tl.constexpr,  # whether eps is not 0
 ):
     """Step 8 of one chunk of rows, in reverse: the L2 holds what forward read last."""
-    dtype: tl.constexpr = row_stats.dtype.element_ty
+    dtype: tl.constexpr = saved.dtype.element_ty
+    row_stats, marginal, summary = saved_parts(saved, rows, columns)
     trade_off = join(trade_off_high, trade_off_low, dtype)
     eps = join(eps_high, eps_low, dtype)
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * chunk_rows

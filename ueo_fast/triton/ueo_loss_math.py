@@ -38,22 +38,46 @@ CHUNK_SUMS = tl.constexpr(5)
 
 
 @triton.jit
+def saved_parts(saved, rows, columns):
+    """Row statistics (B, 5), marginal (C,), summary (5,): what forward keeps lies in this order."""
+    marginal = saved + rows * tl.full((), ROW_STATS, tl.int64)
+    return saved, marginal, marginal + columns
+
+
+@triton.jit
 def join(high, low, dtype: tl.constexpr):
     """A float64 number that came as two float32 ones: that is what Triton makes of floats."""
     return tl.zeros((), dtype) + high + low
 
 
 @triton.jit
+def constant(dtype: tl.constexpr, double: tl.constexpr, single: tl.constexpr):
+    """``double`` where arithmetic is in float64, else ``single``, in that type.
+
+    A bare literal has the type that Triton gives it: what float32 holds only as a subnormal number
+    is a float64 one, and makes everything that it meets float64. Only literals that float32 holds
+    exactly (0.0, 1.0, 2.0), and factors of tensors, are written without this.
+    """
+    return tl.full((), double if dtype == tl.float64 else single, dtype)
+
+
+@triton.jit
 def clamp_exponent(t):
     """t, or where 2^t would be tiny an exponent for which it is exactly 0. NaN stays NaN."""
-    lowest: tl.constexpr = -1100.0 if t.dtype == tl.float64 else -200.0
+    lowest = constant(t.dtype, -1100.0, -200.0)
     return tl.where(t < lowest, lowest, t)
+
+
+@triton.jit
+def smallest_normal(dtype: tl.constexpr):
+    """The smallest positive number that has all its digits."""
+    return constant(dtype, 2.2250738585072014e-308, 1.1754943508222875e-38)
 
 
 @triton.jit
 def safe_log(x):
     """log of x or of the smallest normal number: finite for 0, NaN for NaN."""
-    lowest: tl.constexpr = 2.2250738585072014e-308 if x.dtype == tl.float64 else 1.1754943508e-38
+    lowest = smallest_normal(x.dtype)
     return tl.log(tl.where(x < lowest, lowest, x))
 
 
@@ -80,8 +104,7 @@ def load_weights(confidence, marginal_weights, row):
     if marginal_weights is not None:
         v = tl.load(marginal_weights + row)
     else:
-        smallest: tl.constexpr = 2.2250738585072014e-308 if dtype == tl.float64 else 1.17549435e-38
-        v = 2.0 / tl.maximum(w, smallest)
+        v = 2.0 / tl.maximum(w, smallest_normal(dtype))
     return w, v
 
 

@@ -2,6 +2,9 @@
 
 The first pass over a group of ROWS rows is an online softmax, the second reads the rows again
 while the L2 still has them. Otherwise as in ueo_loss_kernels.py.
+
+Each thread keeps a maximum and sums of its own until the end of a row: nothing in the loops over
+tiles waits for other threads.
 """
 
 # Triton writes compile-time parameters in capitals, and a launch gives parameters their types.
@@ -16,10 +19,12 @@ from ueo_fast.triton.ueo_loss_math import (
     LN2,
     LOG2E,
     clamp_exponent,
+    constant,
     join,
     largest_weights,
     load_weights,
     log_in_step_8,
+    saved_parts,
     step_8_bracket,
     step_8_factors,
     store_chunk_sums,
@@ -28,10 +33,21 @@ from ueo_fast.triton.ueo_loss_math import (
 
 
 @triton.jit
-def load_tile(logits, row, row_stride, column, columns, dtype: tl.constexpr):
-    """Columns of rows in the compute type; -inf, a masked class, beyond the last column."""
+def load_tile(logits, row, row_stride, column, columns):
+    """Columns of rows, (ROWS, COLUMNS); -inf, a masked class, beyond the last column."""
     source = logits + row[:, None] * row_stride + column[None, :]
-    return tl.load(source, mask=column[None, :] < columns, other=float("-inf")).to(dtype)
+    return tl.load(source, mask=column[None, :] < columns, other=float("-inf"))
+
+
+@triton.jit
+def by_thread(tile, SLOT: tl.constexpr, VECTOR: tl.constexpr):
+    """A tile with an axis of its own for what one thread holds of a row.
+
+    Loads of vectors give a thread adjacent columns, axis 2; others go to adjacent threads, axis 1.
+    """
+    rows: tl.constexpr = tile.shape[0]
+    lanes: tl.constexpr = tile.shape[1] // SLOT
+    return tl.reshape(tile, (rows, lanes, SLOT) if VECTOR else (rows, SLOT, lanes))
 
 
 @triton.jit
@@ -44,32 +60,47 @@ def online_softmax(
     dtype: tl.constexpr,  # of the arithmetic
     ROWS: tl.constexpr,  # of a tile
     COLUMNS: tl.constexpr,  # of a tile
+    SLOT: tl.constexpr,  # of them in one thread
+    VECTOR: tl.constexpr,  # whether these are adjacent
     SCALED: tl.constexpr,  # whether to sum 2^(scale * (z - max))
 ):
     """Step 1 of rows: max, sum of e = exp(z - max), of e log2(e), and of 2^(scale (z - max))."""
+    axis: tl.constexpr = 2 if VECTOR else 1
+    lanes: tl.constexpr = COLUMNS // SLOT
     # Finite: the first tiles of a row may be masked as a whole.
-    lowest: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234e38
-    m = tl.full((ROWS,), lowest, dtype)
-    s = tl.zeros((ROWS,), dtype)
-    dot = tl.zeros((ROWS,), dtype)
-    scaled_sum = tl.zeros((ROWS,), dtype)
+    lowest = constant(dtype, -1.7976931348623157e308, -3.4028234663852886e38)
+    m = tl.full((ROWS, lanes), lowest, dtype)
+    s = tl.zeros((ROWS, lanes), dtype)
+    dot = tl.zeros((ROWS, lanes), dtype)
+    scaled_sum = tl.zeros((ROWS, lanes), dtype)
+    column = tl.arange(0, COLUMNS)
+    following = load_tile(logits, row, row_stride, column, columns)
     for tile in range(0, tl.cdiv(columns, COLUMNS)):
-        column = tile * COLUMNS + tl.arange(0, COLUMNS)
-        z = load_tile(logits, row, row_stride, column, columns, dtype)
-        next_m = tl.maximum(m, tl.max(z, 1))
-        z -= next_m[:, None]
+        z = by_thread(following, SLOT, VECTOR).to(dtype)
+        # Under way while this tile is computed; beyond the last one nothing is read.
+        column = (tile + 1) * COLUMNS + tl.arange(0, COLUMNS)
+        following = load_tile(logits, row, row_stride, column, columns)
+        next_m = tl.maximum(m, tl.max(z, axis))
+        z -= tl.expand_dims(next_m, axis)
         t = clamp_exponent(z * LOG2E)
         e = tl.exp2(t)
         # A larger maximum makes every exponent so far smaller by `shift`.
         shift = clamp_exponent((m - next_m) * LOG2E)
         factor = tl.exp2(shift)
-        dot = factor * (dot + shift * s) + tl.sum(e * t, 1)
-        s = factor * s + tl.sum(e, 1)
+        dot = factor * (dot + shift * s) + tl.sum(e * t, axis)
+        s = factor * s + tl.sum(e, axis)
         if SCALED:
             factor = tl.exp2(clamp_exponent((m - next_m) * scale))
-            scaled_sum = factor * scaled_sum + tl.sum(tl.exp2(clamp_exponent(z * scale)), 1)
+            scaled_sum = factor * scaled_sum + tl.sum(tl.exp2(clamp_exponent(z * scale)), axis)
         m = next_m
-    return m, s, dot, scaled_sum
+    row_m = tl.max(m, 1)
+    m -= row_m[:, None]
+    shift = clamp_exponent(m * LOG2E)
+    factor = tl.exp2(shift)
+    dot = tl.sum(factor * (dot + shift * s), 1)
+    if SCALED:
+        scaled_sum *= tl.exp2(clamp_exponent(m * scale))
+    return row_m, tl.sum(factor * s, 1), dot, tl.sum(scaled_sum, 1)
 
 
 @triton.jit
@@ -91,11 +122,14 @@ def forward_tiled_kernel(
     eps_low,
     ROWS: tl.constexpr,  # of a tile
     COLUMNS: tl.constexpr,  # of a tile
+    SLOT: tl.constexpr,  # of them in one thread
+    VECTOR: tl.constexpr,  # whether these are adjacent
     SCALED: tl.constexpr,  # whether the confidence is internal, at a scale other than 1
     EPS: tl.constexpr,  # whether eps is not 0
     WEIGHTS: tl.constexpr,  # given weights looked at together
 ):
     """Steps 1 to 5 of one chunk of rows; column sums are kept in memory, which means in the L2."""
+    axis: tl.constexpr = 2 if VECTOR else 1
     dtype: tl.constexpr = row_stats.dtype.element_ty
     scale = join(scale_high, scale_low, dtype)
     eps = join(eps_high, eps_low, dtype)
@@ -120,7 +154,7 @@ def forward_tiled_kernel(
         valid = row < end
         row = tl.minimum(row, end - 1)
         m, s, dot, scaled_sum = online_softmax(
-            logits, row, columns, row_stride, scale, dtype, ROWS, COLUMNS, SCALED
+            logits, row, columns, row_stride, scale, dtype, ROWS, COLUMNS, SLOT, VECTOR, SCALED
         )
         inverse_sum = 1.0 / s
         w = inverse_sum  # step 2
@@ -134,18 +168,19 @@ def forward_tiled_kernel(
                 w = given_w
             v = given_v
         relative_v = tl.where(valid, v / scale_v, 0.0)
-        entropy = tl.zeros((ROWS,), dtype)
+        entropy_sum = tl.zeros((ROWS, COLUMNS // SLOT), dtype)
         for tile in range(0, tl.cdiv(columns, COLUMNS)):
             column = tile * COLUMNS + tl.arange(0, COLUMNS)
-            z = load_tile(logits, row, row_stride, column, columns, dtype)
+            z = load_tile(logits, row, row_stride, column, columns).to(dtype)
             p = tl.exp2(clamp_exponent((z - m[:, None]) * LOG2E)) * inverse_sum[:, None]
             if EPS:  # step 4
-                entropy -= tl.sum(p * tl.log(p + eps), 1)
+                entropy_sum -= tl.sum(by_thread(p * tl.log(p + eps), SLOT, VECTOR), axis)
             sums = column_sums + chunk * columns + column  # step 5
             inside = column < columns
             q = tl.load(sums, mask=inside & (step > 0), other=0.0)
             tl.store(sums, q + tl.sum(p * relative_v[:, None], 0), mask=inside)
         tl.debug_barrier()  # the next group of rows reads what other threads may have stored
+        entropy = tl.sum(entropy_sum, 1)
         if not EPS:
             entropy = tl.log(s) - LN2 * (dot * inverse_sum)
         store_row_stats(row_stats, row, valid, m, s, entropy, w, v)
@@ -161,7 +196,10 @@ def bracket_of_tile(
     z, m, inverse_sum, of_log_p, of_log_q, marginal, column, columns, eps, EPS: tl.constexpr
 ):
     """e = exp(z - max) and the bracket of step 8 for a tile; m to of_log_q: (ROWS,)."""
-    q = tl.load(marginal + column, mask=column < columns, other=1.0)
+    # The 0 is one that the compiler does not see. It would read the marginal, which is aligned, in
+    # vectors also where the logits are not, and swap what was read between threads.
+    source = marginal + tl.minimum(columns, 0) + column
+    q = tl.load(source, mask=column < columns, other=1.0)
     log_q = log_in_step_8(q, eps, EPS)[None, :]
     t = clamp_exponent((z - m[:, None]) * LOG2E)
     e = tl.exp2(t)
@@ -175,9 +213,7 @@ def bracket_of_tile(
 def backward_tiled_kernel(
     grad_loss,  # (), or None for 1
     logits,  # (B, C), strides (row_stride, 1)
-    summary,  # (5,)
-    marginal,  # (C,)
-    row_stats,  # (B, 5)
+    saved,  # what forward kept
     grad,  # out (B, C), contiguous
     rows,  # B
     columns,  # C
@@ -189,10 +225,14 @@ def backward_tiled_kernel(
     eps_low,
     ROWS: tl.constexpr,  # of a tile
     COLUMNS: tl.constexpr,  # of a tile
+    SLOT: tl.constexpr,  # of them in one thread
+    VECTOR: tl.constexpr,  # whether these are adjacent
     EPS: tl.constexpr,  # whether eps is not 0
 ):
     """Step 8 of one chunk of rows, in reverse: the L2 holds what forward read last."""
-    dtype: tl.constexpr = row_stats.dtype.element_ty
+    axis: tl.constexpr = 2 if VECTOR else 1
+    dtype: tl.constexpr = saved.dtype.element_ty
+    row_stats, marginal, summary = saved_parts(saved, rows, columns)
     trade_off = join(trade_off_high, trade_off_low, dtype)
     eps = join(eps_high, eps_low, dtype)
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * chunk_rows
@@ -206,18 +246,18 @@ def backward_tiled_kernel(
         m, inverse_sum, of_log_p, of_log_q = step_8_factors(
             row_stats, summary, grad_loss, row, rows, trade_off, EPS
         )
-        mean = tl.zeros((ROWS,), dtype)
+        mean_sum = tl.zeros((ROWS, COLUMNS // SLOT), dtype)
         for tile in range(0, tiles):
             column = tile * COLUMNS + tl.arange(0, COLUMNS)
-            z = load_tile(logits, row, row_stride, column, columns, dtype)
+            z = load_tile(logits, row, row_stride, column, columns).to(dtype)
             e, bracket = bracket_of_tile(
                 z, m, inverse_sum, of_log_p, of_log_q, marginal, column, columns, eps, EPS
             )
-            mean += tl.sum(e * bracket, 1)
-        mean *= inverse_sum
+            mean_sum += tl.sum(by_thread(e * bracket, SLOT, VECTOR), axis)
+        mean = tl.sum(mean_sum, 1) * inverse_sum
         for tile in range(0, tiles):
             column = tile * COLUMNS + tl.arange(0, COLUMNS)
-            z = load_tile(logits, row, row_stride, column, columns, dtype)
+            z = load_tile(logits, row, row_stride, column, columns).to(dtype)
             e, bracket = bracket_of_tile(
                 z, m, inverse_sum, of_log_p, of_log_q, marginal, column, columns, eps, EPS
             )
@@ -238,6 +278,8 @@ def max_softmax_tiled_kernel(
     scale_low,
     ROWS: tl.constexpr,  # of a tile, one program each
     COLUMNS: tl.constexpr,  # of a tile
+    SLOT: tl.constexpr,  # of them in one thread
+    VECTOR: tl.constexpr,  # whether these are adjacent
 ):
     """Step 2 without the rest."""
     dtype: tl.constexpr = out.dtype.element_ty
@@ -246,6 +288,6 @@ def max_softmax_tiled_kernel(
     valid = row < rows
     row = tl.minimum(row, rows - 1)
     _, _, _, scaled_sum = online_softmax(
-        logits, row, columns, row_stride, scale, dtype, ROWS, COLUMNS, True
+        logits, row, columns, row_stride, scale, dtype, ROWS, COLUMNS, SLOT, VECTOR, True
     )
     tl.store(out + row, 1.0 / scaled_sum, mask=valid)

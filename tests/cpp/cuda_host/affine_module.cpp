@@ -124,14 +124,13 @@ PYBIND11_MODULE(cuda_affine_on_host, m) {
   py::class_<cuda::Device>(m, "Device", py::module_local())
       .def(py::init([](int multiprocessors, int threads_per_multiprocessor,
                        int64_t shared_per_block, int64_t shared_per_multiprocessor,
-                       int64_t l2_bytes, bool cooperative) {
+                       int64_t l2_bytes) {
              return cuda::Device{multiprocessors,  threads_per_multiprocessor,
                                  shared_per_block, shared_per_multiprocessor,
-                                 l2_bytes,         cooperative};
+                                 l2_bytes};
            }),
            py::kw_only(), py::arg("multiprocessors"), py::arg("threads_per_multiprocessor"),
-           py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("l2_bytes"),
-           py::arg("cooperative"));
+           py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("l2_bytes"));
   py::class_<ChannelLayout>(m, "ChannelLayout")
       .def(py::init([](int64_t outer, int64_t channels, int64_t inner) {
         return ChannelLayout{outer, channels, inner};

@@ -14,7 +14,7 @@ namespace {
 
 // Few blocks, so that threads walk over several periods.
 cuda::Device device_with(int64_t shared_per_block) {
-  return {1, 256, shared_per_block, 2 * shared_per_block, 1 << 20, true};
+  return {1, 256, shared_per_block, 2 * shared_per_block, 1 << 20};
 }
 
 struct AffineCase {

@@ -94,7 +94,6 @@ struct BFloat16 {
 };
 
 inline unsigned char* shared_memory() { return cuda_host::shared_memory(); }
-inline void grid_barrier() { cuda_host::wait_for_grid(); }
 
 // Deferred to the wait: without it a reader finds what was there before.
 inline void copy_async(void* shared, const void* global) {
@@ -112,16 +111,38 @@ inline void copies_wait() {
   copies_wait_prior<0>();
 }
 
+inline void load_slot_if(bool wanted, uint4& slot, const uint4* global) {
+  if (!wanted) return;
+  cuda_host::check(reinterpret_cast<uintptr_t>(global) % 16 == 0,
+                   "a load of 16 bytes is not aligned to them");
+  slot = *global;
+}
+
 inline void store_streaming(uint4* global, uint4 value) {
   cuda_host::check(reinterpret_cast<uintptr_t>(global) % 16 == 0,
                    "a streaming store is not aligned to 16 bytes");
   *global = value;
 }
 
+inline float float_of_bits(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 inline float to_compute(float x) { return x; }
 inline double to_compute(double x) { return x; }
 inline float to_compute(Half x) { return to_float(::Half{x.bits}); }
 inline float to_compute(BFloat16 x) { return to_float(::BFloat16{x.bits}); }
+
+template <class T>
+float low(unsigned pair) {
+  return to_compute(T{static_cast<uint16_t>(pair)});
+}
+template <class T>
+float high(unsigned pair) {
+  return to_compute(T{static_cast<uint16_t>(pair >> 16)});
+}
 
 template <class T>
 T to_storage(float x) {

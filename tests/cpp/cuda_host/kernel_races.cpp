@@ -37,7 +37,7 @@ template <class T>
 void run(const Case& test, Storage storage) {
   using A = cuda::ComputeType<T>;
   // Blocks come in multiples of the elements in 16 bytes.
-  const cuda::Device device{8, 512, test.shared_per_block, 2 * test.shared_per_block, 1 << 20, true};
+  const cuda::Device device{8, 512, test.shared_per_block, 2 * test.shared_per_block, 1 << 20};
   std::mt19937 random(0);
   std::normal_distribution<float> normal(0, 3);
   const int64_t stride = test.columns + 1;  // rows at every alignment
@@ -61,12 +61,6 @@ void run(const Case& test, Storage storage) {
                         {view, options, grad_loss.data(), summary.data(), marginal.data(),
                          row_stats.data(), grad.data()});
   cuda::run_max_softmax<T>(launcher, device, view, 0.5, scores.data());
-  if (!cuda::one_pass_of(device, view).fits) return;
-  std::printf("  in one pass\n");
-  std::fflush(stdout);
-  cuda_host::Scratch one_pass(cuda::one_pass_workspace(device, view));
-  forward.workspace = one_pass.memory.data();
-  cuda::run_one_pass<T>(launcher, device, forward, grad.data());
 }
 
 }  // namespace

@@ -10,9 +10,9 @@ struct Launcher {
 
   template <class... Parameters, class AnyGrid, class... Arguments>
   void run(void (*kernel)(Parameters...), const AnyGrid& grid, const Arguments&... arguments) {
-    ++launches;
     const Grid host{static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.threads),
-                    static_cast<size_t>(grid.shared_bytes), grid.cooperative};
+                    static_cast<size_t>(grid.shared_bytes)};
+    ++launches;
     launch(host, [&] { kernel(arguments...); }, reinterpret_cast<const void*>(kernel));
   }
 };

@@ -56,10 +56,6 @@ const void* data_of(const std::optional<py::array>& array) {
   return array ? array->data() : nullptr;
 }
 
-bool one_pass_fits(const cuda::Device& device, const py::array& logits, const std::string& dtype) {
-  return cuda::one_pass_of(device, view_of(logits, dtype)).fits;
-}
-
 void forward(const cuda::Device& device, const py::array& logits, const std::string& dtype,
              const std::optional<py::array>& confidence,
              const std::optional<py::array>& marginal_weights, double trade_off,
@@ -99,17 +95,14 @@ void backward(const cuda::Device& device, const py::array& grad_loss, const py::
   });
 }
 
-// What csrc/cuda/ueo_loss.cpp does: one kernel where the batch fits on the chip, else forward and
-// backward.
+// What csrc/cuda/ueo_loss.cpp does: forward, and backward for an upstream gradient of 1.
 void loss_and_grad(const cuda::Device& device, const py::array& logits, const std::string& dtype,
                    const std::optional<py::array>& confidence,
                    const std::optional<py::array>& marginal_weights, double trade_off,
                    double confidence_scale, double eps, py::array loss, py::array summary,
                    py::array marginal, py::array grad) {
   const LogitsView view = view_of(logits, dtype);
-  const bool fits = cuda::one_pass_of(device, view).fits;
-  cuda_host::Scratch workspace(fits ? cuda::one_pass_workspace(device, view)
-                                    : cuda::forward_workspace(device, view));
+  cuda_host::Scratch workspace(cuda::forward_workspace(device, view));
   cuda_host::Scratch row_stats(view.rows * ueo_fast::kRowStats * sizeof(double));
   const cuda::ForwardCall call{view,
                                {trade_off, confidence_scale, eps},
@@ -118,15 +111,11 @@ void loss_and_grad(const cuda::Device& device, const py::array& logits, const st
                                loss.mutable_data(),
                                summary.mutable_data(),
                                marginal.mutable_data(),
-                               fits ? nullptr : row_stats.memory.data(),
+                               row_stats.memory.data(),
                                workspace.memory.data()};
   with_storage_type(view.storage, [&](auto element) {
     using T = decltype(element);
     cuda_host::Launcher launcher;
-    if (fits) {
-      cuda::run_one_pass<T>(launcher, device, call, grad.mutable_data());
-      return;
-    }
     cuda::run_forward<T>(launcher, device, call);
     cuda::run_backward<T>(launcher, device,
                           {view, call.options, nullptr, call.summary, call.marginal, call.row_stats,
@@ -149,24 +138,31 @@ PYBIND11_MODULE(cuda_on_host, m) {
   py::class_<cuda::Device>(m, "Device")
       .def(py::init([](int multiprocessors, int threads_per_multiprocessor,
                        int64_t shared_per_block, int64_t shared_per_multiprocessor,
-                       int64_t l2_bytes, bool cooperative) {
+                       int64_t l2_bytes) {
              return cuda::Device{multiprocessors,  threads_per_multiprocessor,
                                  shared_per_block, shared_per_multiprocessor,
-                                 l2_bytes,         cooperative};
+                                 l2_bytes};
            }),
            py::kw_only(), py::arg("multiprocessors"), py::arg("threads_per_multiprocessor"),
-           py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("l2_bytes"),
-           py::arg("cooperative"));
-  py::class_<cuda::OnePassPlan>(m, "OnePassPlan")
-      .def_readonly("fits", &cuda::OnePassPlan::fits)
-      .def_readonly("block_team", &cuda::OnePassPlan::block_team)
-      .def_readonly("teams", &cuda::OnePassPlan::teams)
-      .def_readonly("shared_rows", &cuda::OnePassPlan::shared_rows)
-      .def_readonly("held_rows", &cuda::OnePassPlan::held_rows)
-      .def_readonly("rows_per_block", &cuda::OnePassPlan::rows_per_block)
-      .def_property_readonly("blocks", [](const cuda::OnePassPlan& p) { return p.grid.blocks; })
+           py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("l2_bytes"));
+  py::class_<cuda::RegisterPlan>(m, "RegisterPlan")
+      .def_readonly("fits", &cuda::RegisterPlan::fits)
+      .def_readonly("shape", &cuda::RegisterPlan::shape)
+      .def_readonly("lanes", &cuda::RegisterPlan::lanes)
+      .def_readonly("slots", &cuda::RegisterPlan::slots)
+      .def_readonly("teams", &cuda::RegisterPlan::teams)
+      .def_readonly("steps", &cuda::RegisterPlan::steps)
+      .def_property_readonly("blocks", [](const cuda::RegisterPlan& p) { return p.grid.blocks; })
       .def_property_readonly("shared_bytes",
-                             [](const cuda::OnePassPlan& p) { return p.grid.shared_bytes; });
+                             [](const cuda::RegisterPlan& p) { return p.grid.shared_bytes; });
+  py::class_<cuda::SharedRowPlan>(m, "SharedRowPlan")
+      .def_readonly("fits", &cuda::SharedRowPlan::fits)
+      .def_readonly("many", &cuda::SharedRowPlan::many)
+      .def_readonly("steps", &cuda::SharedRowPlan::steps)
+      .def_property_readonly("blocks", [](const cuda::SharedRowPlan& p) { return p.grid.blocks; })
+      .def_property_readonly("threads", [](const cuda::SharedRowPlan& p) { return p.grid.threads; })
+      .def_property_readonly("shared_bytes",
+                             [](const cuda::SharedRowPlan& p) { return p.grid.shared_bytes; });
   py::class_<cuda::RowPlan>(m, "RowPlan")
       .def_readonly("block_team", &cuda::RowPlan::block_team)
       .def_readonly("lanes", &cuda::RowPlan::lanes)
@@ -178,16 +174,26 @@ PYBIND11_MODULE(cuda_on_host, m) {
       .def_property_readonly("threads", [](const cuda::RowPlan& p) { return p.grid.threads; })
       .def_property_readonly("shared_bytes",
                              [](const cuda::RowPlan& p) { return p.grid.shared_bytes; });
-  m.def("plan_one_pass", [](const cuda::Device& device, int64_t rows, int64_t columns, int bytes) {
-    return cuda::plan_one_pass(device, cuda::RowShape(columns, bytes), rows);
-  });
+  m.def("plan_registers",
+        [](const cuda::Device& device, int64_t rows, int64_t columns, int bytes) {
+          const cuda::RowShape row(columns, bytes);
+          if (bytes == 8) return cuda::plan_registers<8>(device, row, rows, true, true);
+          if (bytes == 4) return cuda::plan_registers<4>(device, row, rows, true, true);
+          return cuda::plan_registers<2>(device, row, rows, true, true);
+        });
+  m.def("plan_shared_rows",
+        [](const cuda::Device& device, int64_t rows, int64_t columns, int bytes) {
+          const cuda::RowShape row(columns, bytes);
+          if (bytes == 8) return cuda::plan_shared_rows<8>(device, row, rows);
+          if (bytes == 4) return cuda::plan_shared_rows<4>(device, row, rows);
+          return cuda::plan_shared_rows<2>(device, row, rows);
+        });
   m.def("plan_statistics",
         [](const cuda::Device& device, int64_t rows, int64_t columns, int bytes) {
           return cuda::plan_rows(device, cuda::RowShape(columns, bytes), rows,
                                  cuda::PerColumn::kPerTeam);
         });
   m.def("set_seed", &cuda_host::set_seed);
-  m.def("one_pass_fits", &one_pass_fits);
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("loss_and_grad", &loss_and_grad);
