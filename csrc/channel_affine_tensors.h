@@ -33,15 +33,45 @@ inline void check_like(const Tensor& x, const Tensor& tensor, const char* name) 
   check_memory(tensor, name);
 }
 
-// One value per channel, adjacent, in the compute dtype of x.
-inline Tensor channel_values(const Tensor& x, const ChannelLayout& layout, const Tensor& values,
-                             const char* name) {
-  STD_TORCH_CHECK(values.dim() == 1 && values.size(0) == layout.channels, "ueo_fast: ", name,
+// One number per channel, or null; adjacent, in the compute dtype of x or in that of x.
+inline std::optional<Tensor> channel_values(const Tensor& x, const ChannelLayout& layout,
+                                            const std::optional<Tensor>& values,
+                                            const char* name) {
+  if (!values) return values;
+  STD_TORCH_CHECK(values->dim() == 1 && values->size(0) == layout.channels, "ueo_fast: ", name,
                   " must have shape (", layout.channels, ",)");
-  STD_TORCH_CHECK(values.scalar_type() == dtype_of(x), "ueo_fast: ", name,
-                  " must have the compute dtype of x (float64 for float64, else float32)");
-  check_memory(values, name);
-  return torch::stable::contiguous(values);
+  STD_TORCH_CHECK(
+      values->scalar_type() == dtype_of(x) || values->scalar_type() == x.scalar_type(),
+      "ueo_fast: ", name,
+      " must have the compute dtype of x (float64 for float64, else float32), or that of x");
+  check_memory(*values, name);
+  const bool adjacent = values->stride(0) == 1 || layout.channels <= 1;
+  return adjacent ? values : torch::stable::contiguous(*values);
+}
+
+// What the kernels take per channel, with its memory.
+struct ChannelTensors {
+  std::optional<Tensor> weight;
+  std::optional<Tensor> bias;
+  std::optional<Tensor> mean;
+  std::optional<Tensor> var;
+
+  ChannelTensors(const Tensor& x, const ChannelLayout& layout,
+                 const std::optional<Tensor>& any_weight, const std::optional<Tensor>& any_bias,
+                 const std::optional<Tensor>& any_mean, const std::optional<Tensor>& any_var)
+      : weight(channel_values(x, layout, any_weight, "weight")),
+        bias(channel_values(x, layout, any_bias, "bias")),
+        mean(channel_values(x, layout, any_mean, "mean")),
+        var(channel_values(x, layout, any_var, "var")) {}
+};
+
+// An uninitialised gradient by `values`, or (0,) where it is not needed.
+inline Tensor channel_gradient(const Tensor& x, const ChannelLayout& layout,
+                               const std::optional<Tensor>& values, bool needed,
+                               const char* name) {
+  if (!needed) return empty<1>(x, {0}, x.scalar_type());
+  STD_TORCH_CHECK(values, "ueo_fast: there is no gradient by ", name, ", which is null");
+  return empty<1>(x, {layout.channels}, values->scalar_type());
 }
 
 inline void check_mask(const Tensor& bits, const ChannelLayout& layout) {

@@ -7,6 +7,6 @@ namespace ueo_fast {
 
 // Raised together with INTERFACE in ueo_fast/_extension.py whenever a schema, or the meaning of a
 // tensor that ops hand to each other, changes: a stale binary is then told apart.
-inline constexpr int64_t kInterface = 4;
+inline constexpr int64_t kInterface = 5;
 
 }  // namespace ueo_fast

@@ -17,19 +17,22 @@ STABLE_TORCH_LIBRARY(ueo_fast, m) {
       "float trade_off, float confidence_scale, float eps) "
       "-> (Tensor loss, Tensor saved, Tensor grad_logits)");
   m.def("max_softmax(Tensor logits, float scale) -> Tensor");
-  // x is dense with its channels in dimension `dim`; scale, shift, center: (channels,) in the compute
-  // dtype. out = relu?(x scale + shift (+ residual)), in the layout of x. bits: with a residual and
-  // relu, one per element in the order of memory, set where out is positive; else (0,).
+  // x is dense with its channels in dimension `dim`; weight, bias, mean, var: (channels,) each, in
+  // the compute dtype or that of x. scale = weight / sqrt(var + eps), shift = bias - mean scale; of
+  // what is null, nothing is multiplied, added or subtracted. out = relu?(x scale + shift (+
+  // residual)), in the layout of x. bits: with a residual and relu, one per element in the order of
+  // memory, set where out is positive; else (0,).
   m.def(
-      "channel_affine_forward(Tensor x, Tensor scale, Tensor shift, Tensor? residual, int dim, "
-      "bool relu) -> (Tensor out, Tensor bits)");
-  // g = grad_out where out is positive: grad_x = g scale, grad_residual = g, sums (2, channels):
-  // of g, and of g (x - center). What is not needed is (0,). x: null where only grad_x without relu,
-  // or with bits, is needed.
+      "channel_affine_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
+      "float eps, Tensor? residual, int dim, bool relu) -> (Tensor out, Tensor bits)");
+  // g = grad_out where out is positive: grad_x = g scale, grad_residual = g; by channel, in the
+  // dtypes of weight and bias, grad_bias = sum g, grad_weight = sum g (x - mean) / sqrt(var + eps).
+  // What is not needed is (0,). x: null where only grad_x without relu, or with bits, is needed.
   m.def(
-      "channel_affine_backward(Tensor grad_out, Tensor? x, Tensor scale, Tensor shift, "
-      "Tensor center, Tensor bits, int dim, bool relu, bool needs_x, bool needs_sums, "
-      "bool needs_residual) -> (Tensor grad_x, Tensor sums, Tensor grad_residual)");
+      "channel_affine_backward(Tensor grad_out, Tensor? x, Tensor? weight, Tensor? bias, "
+      "Tensor? mean, Tensor? var, float eps, Tensor bits, int dim, bool relu, bool needs_x, "
+      "bool needs_weight, bool needs_bias, bool needs_residual) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
   // x: (rows, columns), the columns adjacent; mean and rstd: (rows,) in the compute dtype.
   m.def(
       "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps) "

@@ -43,25 +43,37 @@ class CudaAffineHost:
         properties: of the made-up GPU, where it differs from ``loss_backends.SMALL_GPU``.
     """
 
+    launches: int
+    """Of the latest channel_affine."""
+
     def __init__(self, **properties: Any) -> None:
         self.module = cuda_host_build.cuda_affine_on_host()
         self.device = self.module.Device(**(SMALL_GPU | properties))
 
     def channel_affine_forward(
-        self, x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, dim: int, relu: bool
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        dim: int,
+        relu: bool,
     ) -> tuple[Tensor, Tensor]:
         out = _empty_as(x)
         with_bits = relu and residual is not None
         bits = torch.full(((x.numel() + 7) // 8 if with_bits else 0,), 0xFF, dtype=torch.uint8)
         if x.numel() == 0:
             return out, bits
-        self.module.channel_affine_forward(
+        self.launches = self.module.channel_affine_forward(
             self.device,
             self.module.channel_layout(x.shape, x.stride(), dim),
             _name(x.dtype),
             host_array(x.detach()),
-            _contiguous(scale),
-            _contiguous(shift),
+            [_contiguous(values) for values in (weight, bias, mean, var)],
+            eps,
             host_array(None if residual is None else residual.detach()),
             relu,
             host_array(out),
@@ -73,38 +85,43 @@ class CudaAffineHost:
         self,
         grad_out: Tensor,
         x: Tensor | None,
-        scale: Tensor,
-        shift: Tensor,
-        center: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
         bits: Tensor,
         dim: int,
         relu: bool,
         needs_x: bool,
-        needs_sums: bool,
+        needs_weight: bool,
+        needs_bias: bool,
         needs_residual: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         grad_x = _empty_as(grad_out, needs_x)
         grad_residual = _empty_as(grad_out, needs_residual)
-        shape = (2, grad_out.shape[dim]) if needs_sums else (0,)
-        sums = _numbers(grad_out, *shape)
+        grad_weight, grad_bias = (
+            _empty_as(values) if needed and values is not None else grad_out.new_empty(0)
+            for values, needed in ((weight, needs_weight), (bias, needs_bias))
+        )
         if grad_out.numel() == 0:
-            return grad_x, sums.zero_(), grad_residual
-        self.module.channel_affine_backward(
+            return grad_x, grad_weight.zero_(), grad_bias.zero_(), grad_residual
+        self.launches = self.module.channel_affine_backward(
             self.device,
             self.module.channel_layout(grad_out.shape, grad_out.stride(), dim),
             _name(grad_out.dtype),
             host_array(grad_out.detach()),
             host_array(None if x is None else x.detach()),
-            _contiguous(scale),
-            _contiguous(shift),
-            _contiguous(center),
+            [_contiguous(values) for values in (weight, bias, mean, var)],
+            eps,
             host_array(bits) if relu and bits.numel() else None,
             relu,
             host_array(grad_x) if needs_x else None,
-            host_array(sums) if needs_sums else None,
+            host_array(grad_weight) if needs_weight else None,
+            host_array(grad_bias) if needs_bias else None,
             host_array(grad_residual) if needs_residual else None,
         )
-        return grad_x, sums, grad_residual
+        return grad_x, grad_weight, grad_bias, grad_residual
 
     def layer_norm_forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float

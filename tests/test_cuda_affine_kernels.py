@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import cuda_host_build
 import pytest
@@ -24,6 +25,10 @@ from ueo_fast.reference import compute_dtype
 ONE_BLOCK = {"multiprocessors": 1, "threads_per_multiprocessor": 256}  # four blocks in turn
 
 
+PARAMETERS = "weight", "bias", "mean", "var"
+EPS = 1e-3
+
+
 def misaligned(tensor, elements=1):
     """The same values and strides, starting ``elements`` after a 16-byte boundary."""
     memory = torch.empty(tensor.numel() + elements, dtype=tensor.dtype)
@@ -39,43 +44,50 @@ class Case:
         self.x, self.residual, self.grad_out = (
             prepare(randn(*shape).to(dtype).contiguous(memory_format=layout)) for _ in range(3)
         )
-        self.scale, self.shift, self.center = (randn(shape[dim]).to(compute) for _ in range(3))
+        self.parameters = {name: randn(shape[dim]).to(compute) for name in PARAMETERS}
+        self.parameters["var"] = self.parameters["var"].square() + 0.1
         self.dim, self.compute = dim, compute
 
-    def by_channel(self, values, dtype):
-        return values.to(dtype).reshape([-1 if d == self.dim else 1 for d in range(self.x.dim())])
+    def by_channel(self, values):
+        return values.reshape([-1 if d == self.dim else 1 for d in range(self.x.dim())])
+
+    def numbers(self, dtype):
+        """scale, shift, mean, 1 / deviation, of parameters that may be None."""
+        given = (values if values is None else values.to(dtype) for values in self.values)
+        weight, bias, mean, var = given
+        none = torch.zeros(self.x.shape[self.dim], dtype=dtype)
+        rstd = none + 1 if var is None else 1 / (var + EPS).sqrt()
+        scale = rstd if weight is None else weight * rstd
+        mean = none if mean is None else mean
+        return scale, (none if bias is None else bias) - mean * scale, mean, rstd
 
     def expected(self, dtype, residual, relu):
-        y = self.x.to(dtype) * self.by_channel(self.scale, dtype)
-        y = y + self.by_channel(self.shift, dtype)
+        scale, shift, *_ = map(self.by_channel, self.numbers(dtype))
+        y = self.x.to(dtype) * scale + shift
         y = y + self.residual.to(dtype) if residual else y
         return y.relu() if relu else y
 
-    def forward(self, gpu, residual=False, relu=False):
-        return gpu.channel_affine_forward(
-            self.x, self.scale, self.shift, self.residual if residual else None, self.dim, relu
-        )
+    @property
+    def values(self):
+        return self.parameters.values()
 
-    def backward(self, gpu, bits, relu, needs=(True, True, True), x=True):
+    def forward(self, gpu, residual=False, relu=False):
+        residual = self.residual if residual else None
+        return gpu.channel_affine_forward(self.x, *self.values, EPS, residual, self.dim, relu)
+
+    def backward(self, gpu, bits, relu, needs=(True, True, True, True), x=True):
+        x = self.x if x else None
         return gpu.channel_affine_backward(
-            self.grad_out,
-            self.x if x else None,
-            self.scale,
-            self.shift,
-            self.center,
-            bits,
-            self.dim,
-            relu,
-            *needs,
+            self.grad_out, x, *self.values, EPS, bits, self.dim, relu, *needs
         )
 
     def gradients(self, dtype, passed):
-        """grad_x, sums, grad_residual."""
+        """grad_x, grad_weight, grad_bias, grad_residual."""
+        scale, _, mean, rstd = self.numbers(dtype)
         g = self.grad_out.to(dtype).where(passed, 0.0)
         others = [d for d in range(self.x.dim()) if d != self.dim]
-        centered = self.x.to(dtype) - self.by_channel(self.center, dtype)
-        sums = torch.stack([g.sum(others), (g * centered).sum(others)])
-        return g * self.by_channel(self.scale, dtype), sums, g
+        grad_weight = (g * (self.x.to(dtype) - self.by_channel(mean))).sum(others) * rstd
+        return g * self.by_channel(scale), grad_weight, g.sum(others), g
 
     def check(self, gpu, residual, relu):
         out, bits = self.forward(gpu, residual, relu)
@@ -87,7 +99,8 @@ class Case:
             in_memory = passed.as_strided((passed.numel(),), (1,)).to(torch.uint8)
             padded = torch.nn.functional.pad(in_memory, (0, -len(in_memory) % 8)).reshape(-1, 8)
             assert torch.equal(bits, (padded << torch.arange(8)).sum(1).to(torch.uint8))
-        needs = (True, True, residual)
+        weight, bias = (self.parameters[name] is not None for name in ("weight", "bias"))
+        needs = (True, weight, bias, residual)
         ours = self.backward(gpu, bits, relu, needs)
         eager = self.gradients(self.compute, passed)
         for mine, theirs, truth, needed in zip(
@@ -110,7 +123,7 @@ PATHS = {
     "fewer samples than a period": ((3, 7), 1, {"period": 6, "lines": 1}),
     "one channel": ((1, 1, 999), 1, {"tiles": 1, "segments": 2}),
     "one period of several tiles": ((3, 700, 3), 1, {"tiles": 5, "lines": 1, "chunks": 1}),
-    "several tiles and periods": ((20, 600, 5), 1, {"tiles": 3, "width": 256, "steps": 15}),
+    "several tiles and periods": ((20, 600, 5), 1, {"tiles": 3, "width": 256, "chunks": 2}),
     "a channel across tiles": ((4, 3, 1500), 1, {"tiles": 9, "one_channel": True, "segments": 2}),
     "more periods than a sum may have": ((600, 1024), 1, {"steps": 128, "chunks": 5}),
     "a last dimension of channels": ((5, 11, 24), 2, {"period": 6, "lines": 42}),
@@ -170,7 +183,40 @@ def test_inputs_that_start_anywhere(shape, dtype):
     case.check(CudaAffineHost(**ONE_BLOCK), residual=True, relu=True)
 
 
-@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=4)), ids=str)
+@pytest.mark.parametrize("stored", [False, True], ids=["float32", "float16"])
+def test_every_combination_of_parameters(stored, given):
+    case = Case((9, 5, 3), 1, torch.float16)
+    for name, is_given in zip(PARAMETERS, given, strict=True):
+        values = case.parameters[name]
+        case.parameters[name] = values.to(torch.float16 if stored else torch.float32)
+        if not is_given:
+            case.parameters[name] = None
+    case.check(CudaAffineHost(**ONE_BLOCK), residual=True, relu=True)
+
+
+def test_parameters_of_two_dtypes():
+    case = Case((9, 5, 3), 1, torch.float16)
+    for name in ("weight", "mean"):
+        case.parameters[name] = case.parameters[name].half()
+    case.check(CudaAffineHost(**ONE_BLOCK), residual=False, relu=True)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, 4, 4), (600, 1024)], ids=str)
+def test_launches(shape, residual, relu, needs):
+    gpu, case = CudaAffineHost(**ONE_BLOCK), Case(shape, 1)
+    _, bits = case.forward(gpu, residual, relu)
+    assert gpu.launches == 1
+    needs = (*needs[:3], needs[3] and residual)
+    if any(needs):  # the glue of the op does not even ask otherwise
+        case.backward(gpu, bits, relu, needs)
+        assert gpu.launches == (2 if needs[1] or needs[2] else 1)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
 @pytest.mark.parametrize("shape", [(3, 5, 4, 4), (9, 5, 3)], ids=str)
 @pytest.mark.parametrize("masked", ["not", "by bits", "by x"])
 def test_only_what_is_needed_and_the_same_bits_of_it(masked, shape, needs):
@@ -178,7 +224,7 @@ def test_only_what_is_needed_and_the_same_bits_of_it(masked, shape, needs):
     relu, residual = masked != "not", masked == "by bits"
     _, bits = case.forward(gpu, residual, relu)
     all_of_it = case.backward(gpu, bits, relu)
-    needs_input = needs[1] or masked == "by x"
+    needs_input = needs[1] or needs[2] or masked == "by x"
     part = case.backward(gpu, bits, relu, needs, x=needs_input)  # None would crash where it is read
     for mine, whole, needed in zip(part, all_of_it, needs, strict=True):
         assert torch.equal(mine, whole) if needed else mine.shape == (0,)
@@ -191,28 +237,40 @@ def test_what_is_not_finite_is_as_in_eager(residual, dtype):
     inf, nan = torch.inf, torch.nan
     odd = torch.tensor([nan, inf, -inf, 0.0, -0.0, 1.0, -1.0, 1e-30]).to(dtype)
     case.x[:8], case.x[8:16], case.grad_out[16:24] = odd, odd[:, None], odd
-    case.scale[:], case.shift[:] = 1, 0  # so that eager rounds as we do
+    case.parameters = {"weight": torch.ones(8, dtype=case.compute)}  # eager rounds as we do
+    case.parameters |= dict.fromkeys(("bias", "mean", "var"))
     case.residual[:] = 0
     x = case.x.clone().requires_grad_()
     expected = torch.relu(x + case.residual if residual else x)
     (grad,) = torch.autograd.grad(expected, x, case.grad_out)
     out, bits = case.forward(gpu, residual, relu=True)
     torch.testing.assert_close(out, expected.detach(), rtol=0, atol=0, equal_nan=True)
-    grad_x, sums, _ = case.backward(gpu, bits, True, (True, True, residual))
+    grad_x, sum_gx, _, _ = case.backward(gpu, bits, True, (True, True, False, residual))
     torch.testing.assert_close(grad_x, grad, rtol=0, atol=0, equal_nan=True)
-    expected_sums = case.gradients(torch.float64, ~(out <= 0))[1]
-    assert torch.equal(sums.isnan(), expected_sums.isnan())
+    expected = case.gradients(torch.float64, ~(out <= 0))[1]
+    assert torch.equal(sum_gx.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_an_infinite_parameter_without_a_mean_makes_no_nan(name):
+    case = Case((4, 3), 1)
+    case.parameters |= {"mean": None, "var": None}
+    case.parameters[name][1] = torch.inf
+    out, _ = case.forward(CudaAffineHost())
+    assert not out.isnan().any()
 
 
 def test_the_mask_is_that_of_the_stored_result():
     # Half's smallest positive number is 6e-8: what is below half of it is stored as 0, and eager's
     # gradient does not pass.
     case = Case((64, 8), 1, torch.float16)
-    case.x[:], case.scale[:], case.shift[:] = torch.rand(64, 8) * 1e-4, 1e-3, 0
+    case.x[:] = torch.rand(64, 8) * 1e-4
+    case.parameters = {"weight": torch.full((8,), 1e-3)}
+    case.parameters |= dict.fromkeys(("bias", "mean", "var"))
     gpu = CudaAffineHost()
     out, bits = case.forward(gpu, relu=True)
     assert 0 < (out > 0).sum() < out.numel()
-    grad_x, _, _ = case.backward(gpu, bits, True, (True, False, False))
+    grad_x, *_ = case.backward(gpu, bits, True, (True, False, False, False))
     masked = Case.gradients(case, torch.float32, out > 0)[0].half()
     assert torch.equal(grad_x, masked)
 
@@ -222,7 +280,9 @@ def test_empty_tensors_have_sums_of_zero(shape):
     case = Case(shape, 1)
     out, bits = case.forward(CudaAffineHost(), residual=True, relu=True)
     assert out.shape == shape
-    assert torch.equal(case.backward(CudaAffineHost(), bits, True)[1], torch.zeros(2, shape[1]))
+    _, grad_weight, grad_bias, _ = case.backward(CudaAffineHost(), bits, True)
+    assert torch.equal(grad_weight, torch.zeros(shape[1]))
+    assert torch.equal(grad_bias, torch.zeros(shape[1]))
 
 
 @pytest.mark.parametrize("gpu", [H100, SMALLEST], ids=["H100", "99 KiB"])
@@ -244,6 +304,8 @@ def test_plans_of_channel_affine_cover_the_tensor(channels, inner, outer, size, 
     assert plan.tiles == 1 or plan.lines == 1
     assert plan.steps <= 128  # kRowsPerSum
     assert plan.blocks == plan.tiles * plan.chunks < 2**31
+    needed = math.ceil(outer * channels * inner / (plan.period * per_slot))
+    assert plan.steps <= math.ceil(needed / plan.lines)  # no thread walks on behind the end
     periods = plan.chunks * plan.steps * plan.lines
     assert periods * plan.period * per_slot >= outer * channels * inner
     assert plan.shared_bytes <= 48 * KIB  # no opt-in

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from affine_backends import BACKENDS, COMPILED
 from affine_truth import assert_exact, differentiate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ueo_fast import frozen_batch_norm
 
@@ -115,6 +116,43 @@ def test_the_first_layer_needs_no_gradient_by_x(backend):
     got = differentiate(ours(backend, "relu"), arguments, grad_out)
     assert got.keys() == {"out", "weight", "bias"}
     assert_exact(got, eager("relu"), arguments, grad_out)
+
+
+class SeenOps(TorchDispatchMode):
+    """Operations that launch something on a GPU, or may: all but views and allocations."""
+
+    QUIET = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "view")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        if name not in self.QUIET:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("half_parameters", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_nothing_but_the_op_runs(residual, trained, half_parameters, backend):
+    # How many kernels the op itself launches: test_launches, in the files of the kernels.
+    arguments, grad_out = make(backend, dtype=torch.float16, residual=residual)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        value = arguments[name].detach()
+        arguments[name] = value.half() if half_parameters else value
+    for name in ("weight", "bias"):
+        arguments[name].requires_grad_(trained)
+    with SeenOps() as forward:
+        out = ours(backend, "relu")(**arguments)
+    with SeenOps() as backward:
+        out.backward(grad_out)
+    assert forward.names == ["channel_affine_forward"]
+    assert backward.names == ["channel_affine_backward"]
+    assert (arguments["weight"].grad is not None) == trained
 
 
 def test_auto_takes_the_compiled_kernels():

@@ -102,6 +102,45 @@ OPS = {
 every_op = pytest.mark.parametrize("make", OPS.values(), ids=OPS)
 
 
+def kernels_of(function):
+    """(names of the kernels, copies and fills that the GPU ran, what the function returned)."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        result = function()
+        torch.cuda.synchronize()
+    names = [
+        event.name
+        for event in profile.events()
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
+    ]
+    return names, result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_launches_of_a_batch_norm(residual, trained, dtype, gpu_backend):
+    op = BatchNorm(dtype=dtype)
+    added = op.residual if residual else None
+    weight, bias, mean, var = op.numbers
+    leaves = [op.x.requires_grad_()]
+    leaves += [values.requires_grad_() for values in (weight, bias)] if trained else []
+
+    def forward():
+        return normalization.frozen_batch_norm(
+            op.x, weight, bias, mean, var, activation="relu", residual=added, backend=gpu_backend
+        )
+
+    def backward(out):
+        return torch.autograd.grad(out, leaves, op.grad_out)
+
+    backward(forward())  # Triton compiles
+    names, out = kernels_of(forward)
+    assert len(names) == 1, names
+    names, _ = kernels_of(lambda: backward(out))
+    assert len(names) == (2 if trained else 1), names
+
+
 @every_op
 def test_no_host_sync(make, gpu_backend):
     op = make()

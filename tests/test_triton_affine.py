@@ -74,54 +74,75 @@ def by_channel(values, x, dim):
     return values.reshape(shape)
 
 
-def forward_in(dtype, x, scale, shift, residual, dim, relu):
+def modulation_in(dtype, x, parameters):
+    """scale, shift, mean, 1 / deviation."""
+    *given, eps = parameters
+    weight, bias, mean, var = (None if value is None else value.to(dtype) for value in given)
+    size = next((value.shape for value in given if value is not None), (1,))
+    zeros = torch.zeros(size, device=DEVICE, dtype=dtype)
+    rstd = zeros + 1 if var is None else 1 / (var + eps).sqrt()
+    scale = rstd if weight is None else weight * rstd
+    mean = zeros if mean is None else mean
+    return scale, (zeros if bias is None else bias) - mean * scale, mean, rstd
+
+
+def forward_in(dtype, x, parameters, residual, dim, relu):
     """The equation in ``dtype``, not rounded further."""
-    y = x.to(dtype) * by_channel(scale.to(dtype), x, dim) + by_channel(shift.to(dtype), x, dim)
+    scale, shift, *_ = (by_channel(v, x, dim) for v in modulation_in(dtype, x, parameters))
+    y = x.to(dtype) * scale + shift
     if residual is not None:
         y = y + residual.to(dtype)
     return torch.relu(y) if relu else y
 
 
-def backward_in(dtype, g, x, scale, center, dim):
-    """grad_x and the sums of the gradient before the activation, in ``dtype``."""
+def backward_in(dtype, g, x, parameters, dim):
+    """The gradients by x, weight and bias before the activation, in ``dtype``."""
+    scale, _, mean, rstd = modulation_in(dtype, x, parameters)
     g, x = g.to(dtype), x.to(dtype)
     others = [d for d in range(x.ndim) if d != dim % x.ndim]
-    deviation = g * (x - by_channel(center.to(dtype), x, dim))
-    sums = [v.sum(others) if others else v for v in (g, deviation)]
-    return g * by_channel(scale.to(dtype), x, dim), torch.stack(sums)
+    deviation = g * (x - by_channel(mean, x, dim))
+    sum_g, sum_gx = (v.sum(others) if others else v for v in (g, deviation))
+    return g * by_channel(scale, x, dim), sum_gx * rstd, sum_g
 
 
 def problem(shape, dim, dtype, layout=torch.contiguous_format):
-    """x, scale, shift, center, residual, grad_out."""
+    """x, (weight, bias, mean, var, eps), residual, grad_out."""
     compute = compute_dtype(dtype)
     tensors = [make(shape, dtype, seed).contiguous(memory_format=layout) for seed in range(3)]
-    channels = [make((shape[dim],), compute, seed) for seed in range(3, 6)]
-    return tensors[0], *channels, tensors[1], tensors[2]
+    weight, bias, mean, var = (make((shape[dim],), compute, seed) for seed in range(3, 7))
+    return tensors[0], (weight, bias, mean, var.square() + 0.1, 1e-3), tensors[1], tensors[2]
 
 
-def check(x, scale, shift, center, residual, grad_out, dim, relu):
-    arguments = scale, shift, residual, dim, relu
-    out, bits = OPS.channel_affine_forward(x, *arguments)
+ALL = True, True, True, True
+
+
+def check(x, parameters, residual, grad_out, dim, relu):
+    out, bits = OPS.channel_affine_forward(x, *parameters, residual, dim, relu)
     assert out.stride() == x.stride()
     assert out.dtype == x.dtype
     compute = compute_dtype(x.dtype)
-    assert_no_worse(
-        out, forward_in(compute, x, *arguments), forward_in(torch.double, x, *arguments)
+    eager, truth = (
+        forward_in(dtype, x, parameters, residual, dim, relu) for dtype in (compute, torch.double)
     )
+    assert_no_worse(out, eager, truth)
 
     g = torch.where(out <= 0, 0, grad_out) if relu else grad_out
-    found = OPS.channel_affine_backward(
-        grad_out, x, scale, shift, center, bits, dim, relu, True, True, True
-    )
-    grad_x, sums, grad_residual = found
-    eager = backward_in(compute, g, x, scale, center, dim)
-    truth = backward_in(torch.double, g, x, scale, center, dim)
+    weight, bias, *_ = parameters
+    needs = True, weight is not None, bias is not None, True
+    found = OPS.channel_affine_backward(grad_out, x, *parameters, bits, dim, relu, *needs)
+    grad_x, *of_parameters, grad_residual = found
+    eager, truth = (backward_in(dtype, g, x, parameters, dim) for dtype in (compute, torch.double))
     assert_no_worse(grad_x, eager[0], truth[0])
-    assert_no_worse(sums[0], eager[1][0], truth[1][0])
-    assert_no_worse(sums[1], eager[1][1], truth[1][1])
+    for value, ours, theirs, true in zip(
+        (weight, bias), of_parameters, eager[1:], truth[1:], strict=True
+    ):
+        if value is None:
+            assert ours.shape == (0,)
+        else:
+            assert ours.dtype == value.dtype
+            assert_no_worse(ours, theirs, true)
     assert torch.equal(grad_residual, g)
     assert grad_x.stride() == grad_residual.stride() == x.stride()
-    assert sums.dtype == compute
 
 
 LAST = torch.channels_last
@@ -158,22 +179,35 @@ def test_layouts_and_where_tiles_end(edge, dtype, added, relu, processors):
     shape, dim, layout, count = edge
     processors(count)
     layout = layout or torch.contiguous_format
-    x, scale, shift, center, residual, grad_out = problem(shape, dim, dtype, layout)
-    check(x, scale, shift, center, residual if added else None, grad_out, dim, relu)
+    x, parameters, residual, grad_out = problem(shape, dim, dtype, layout)
+    check(x, parameters, residual if added else None, grad_out, dim, relu)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 3), (2, 5, 4, 8)], ids=["bytes across", "aligned"])
+@pytest.mark.parametrize("given", [*itertools.product([False, True], repeat=4)], ids=str)
+@pytest.mark.parametrize("stored", [False, True], ids=["float32", "float16"])
+def test_every_combination_of_parameters(stored, given, shape):
+    x, (*values, eps), residual, grad_out = problem(shape, 1, torch.float16)
+    if stored:
+        values = [value.half() for value in values]
+    parameters = [
+        value if is_given else None for value, is_given in zip(values, given, strict=True)
+    ]
+    check(x, (*parameters, eps), residual, grad_out, 1, True)
 
 
 def test_any_dense_order_of_dimensions():
-    x, scale, shift, center, residual, grad_out = problem((4, 6, 5, 3), 1, torch.float64)
+    x, parameters, residual, grad_out = problem((4, 6, 5, 3), 1, torch.float64)
     for order in itertools.permutations(range(4)):
         dim = order.index(1)
         views = [tensor.permute(order) for tensor in (x, residual, grad_out)]
-        check(views[0], scale, shift, center, views[1], views[2], dim, True)
+        check(views[0], parameters, views[1], views[2], dim, True)
 
 
 def test_a_view_that_begins_between_16_bytes_and_a_stride_of_the_scale():
-    x, _, _, _, _, grad_out = problem((4, 3, 7), 1, torch.float32)
-    scale, shift, center = make((3, 3), torch.float32, 9).unbind(1)
-    check(x[1:], scale, shift, center, None, grad_out[1:], 1, True)
+    x, _, _, grad_out = problem((4, 3, 7), 1, torch.float32)
+    parameters = make((3, 4), torch.float32, 9).abs().unbind(1)
+    check(x[1:], (*parameters, 0.1), None, grad_out[1:], 1, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
@@ -186,16 +220,16 @@ def test_relu_stops_what_eager_stops(layout, dtype):
     x, residual = (v.reshape(1, 2, 4, 8).to(DEVICE, dtype) for v in every.unbind(1))
     x, residual = (v.contiguous(memory_format=layout) for v in (x, residual))
     scale = torch.tensor([1.0, 2.0**-8], device=DEVICE, dtype=compute_dtype(dtype))
-    shift, center = torch.zeros_like(scale), torch.zeros_like(scale)
+    parameters = scale, None, None, None, 0.0
     grad_out = torch.ones_like(x)
     for added in (None, residual):
-        leaf = forward_in(scale.dtype, x, scale, shift, added, 1, False).to(dtype).requires_grad_()
+        leaf = forward_in(scale.dtype, x, parameters, added, 1, False).to(dtype).requires_grad_()
         expected = torch.relu(leaf)
         (g,) = torch.autograd.grad(expected, leaf, grad_out)
-        out, bits = OPS.channel_affine_forward(x, scale, shift, added, 1, True)
+        out, bits = OPS.channel_affine_forward(x, *parameters, added, 1, True)
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-        _, _, found = OPS.channel_affine_backward(
-            grad_out, x, scale, shift, center, bits, 1, True, False, False, True
+        *_, found = OPS.channel_affine_backward(
+            grad_out, x, *parameters, bits, 1, True, False, False, False, True
         )
         assert torch.equal(found, g)
 
@@ -204,7 +238,7 @@ def test_relu_stops_what_eager_stops(layout, dtype):
 def test_bits_are_in_the_order_of_memory(elements):
     x = make((elements, 1), torch.float32)
     one = torch.ones(1, device=DEVICE)
-    out, bits = OPS.channel_affine_forward(x, one, 0 * one, x, 1, True)
+    out, bits = OPS.channel_affine_forward(x, one, 0 * one, None, None, 0.0, x, 1, True)
     assert bits.dtype == torch.uint8
     assert bits.numel() == (elements + 7) // 8
     found = (bits[:, None] >> torch.arange(8, device=DEVICE)) & 1
@@ -214,15 +248,15 @@ def test_bits_are_in_the_order_of_memory(elements):
 
 
 @pytest.mark.parametrize("mask", ["none", "from x", "bits"])
-@pytest.mark.parametrize("needs", [*itertools.product([False, True], repeat=3)], ids=str)
+@pytest.mark.parametrize("needs", [*itertools.product([False, True], repeat=4)], ids=str)
 def test_only_what_is_needed(needs, mask):
-    x, scale, shift, center, residual, grad_out = problem((3, 5, 20), 1, torch.float32)
+    x, parameters, residual, grad_out = problem((3, 5, 20), 1, torch.float32)
     relu = mask != "none"
     added = residual if mask == "bits" else None
-    _, bits = OPS.channel_affine_forward(x, scale, shift, added, 1, relu)
-    rest = scale, shift, center, bits, 1, relu
-    everything = OPS.channel_affine_backward(grad_out, x, *rest, True, True, True)
-    given = x if needs[1] or mask == "from x" else None
+    _, bits = OPS.channel_affine_forward(x, *parameters, added, 1, relu)
+    rest = *parameters, bits, 1, relu
+    everything = OPS.channel_affine_backward(grad_out, x, *rest, *ALL)
+    given = x if needs[1] or needs[2] or mask == "from x" else None
     found = OPS.channel_affine_backward(grad_out, given, *rest, *needs)
     for needed, ours, all_ours in zip(needs, found, everything, strict=True):
         if needed:
@@ -233,12 +267,13 @@ def test_only_what_is_needed(needs, mask):
 
 def test_a_long_chunk_adds_up_and_the_same_input_gives_the_same_bits(processors):
     processors(1)
-    x, scale, shift, center, _, grad_out = problem((150_000, 2), 1, torch.float32)
+    x, parameters, _, grad_out = problem((150_000, 2), 1, torch.float32)
     x, grad_out = 0.01 * x + 10, grad_out.abs()
-    rest = scale, shift, center, x.new_empty(0, dtype=torch.uint8), 1, False, True, True, True
+    rest = *parameters, x.new_empty(0, dtype=torch.uint8), 1, False, *ALL
     found = OPS.channel_affine_backward(grad_out, x, *rest)
     again = OPS.channel_affine_backward(grad_out.clone(), x.clone(), *rest)
     for first, second in zip(found, again, strict=True):
         assert torch.equal(first, second)
-    _, truth = backward_in(torch.double, grad_out, x, scale, center, 1)
-    assert ((found[1].double() - truth).norm() / truth.norm()).item() < 1e-6
+    truth = backward_in(torch.double, grad_out, x, parameters, 1)
+    for ours, true in zip(found[1:3], truth[1:], strict=True):
+        assert ((ours.double() - true).norm() / true.norm()).item() < 1e-6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import triton_compilation as compilation
@@ -40,17 +42,18 @@ ALL_CASES = [
 def call_channel_affine(launchers, shape, dim, dtype, compute, count):
     x = torch.empty(shape, dtype=dtype)
     values = torch.empty(shape[dim], dtype=compute)
-    options = [(False, True, True, True), (True, True, True, True)]
-    options += [(False, False, True, False), (False, True, True, False)]
-    options += [(False, True, False, True), (True, False, True, True)]
-    options += [(False, False, True, True), (True, False, False, True)]
-    for residual, relu, needs_x, needs_sums in options[:count]:
+    batch_norm, linear = (values, values, values, values, 1e-5), (values, values, None, None, 0.0)
+    stored = (*(value.to(dtype) for value in batch_norm[:4]), 1e-5)
+    options = [(batch_norm, False, True, True, True), (batch_norm, True, True, True, True)]
+    options += [(linear, False, False, True, True)]
+    flags = [False, True]
+    options += itertools.product((batch_norm, linear), flags, flags, [False], [True])
+    options += itertools.product((batch_norm, linear, stored), flags, flags, [True], flags)
+    for parameters, residual, relu, needs_x, needs_sums in options[:count]:
         added = x if residual else None
-        _, bits = launchers.KERNELS["channel_affine_forward"](x, values, values, added, dim, relu)
-        flags = relu, needs_x, needs_sums, residual
-        launchers.KERNELS["channel_affine_backward"](
-            x, x, values, values, values, bits, dim, *flags
-        )
+        _, bits = launchers.KERNELS["channel_affine_forward"](x, *parameters, added, dim, relu)
+        needs = needs_x, needs_sums, needs_sums, residual
+        launchers.KERNELS["channel_affine_backward"](x, x, *parameters, bits, dim, relu, *needs)
 
 
 def call_layer_norm(launchers, shape, dtype, compute, count):

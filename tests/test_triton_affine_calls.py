@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from test_triton_affine import DEVICE, OPS, channel_affine, problem
+from test_triton_affine import ALL, DEVICE, OPS, channel_affine, problem
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -19,15 +19,42 @@ op = pytest.importorskip("ueo_fast.ops.channel_affine")
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
 def test_empty_tensors_launch_nothing(shape, monkeypatch):
     monkeypatch.setattr(channel_affine, "kernels", None)
-    x, scale, shift, center, residual, grad_out = problem(shape, 1, torch.float16)
-    out, bits = OPS.channel_affine_forward(x, scale, shift, residual, 1, True)
+    x, parameters, residual, grad_out = problem(shape, 1, torch.float16)
+    out, bits = OPS.channel_affine_forward(x, *parameters, residual, 1, True)
     assert out.shape == x.shape
     assert bits.shape == (0,)
-    grad_x, sums, grad_residual = OPS.channel_affine_backward(
-        grad_out, x, scale, shift, center, bits, 1, True, True, True, True
+    grad_x, grad_weight, grad_bias, grad_residual = OPS.channel_affine_backward(
+        grad_out, x, *parameters, bits, 1, True, *ALL
     )
     assert grad_x.shape == grad_residual.shape == x.shape
-    assert torch.equal(sums, torch.zeros(2, shape[1], device=DEVICE))
+    assert torch.equal(grad_weight, torch.zeros(shape[1], device=DEVICE))
+    assert torch.equal(grad_bias, torch.zeros(shape[1], device=DEVICE))
+
+
+class Counted:
+    """A kernel whose launches are noted."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(self.kernel)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (3000, 3)], ids=str)
+def test_launches(shape, relu, needs, monkeypatch):
+    x, parameters, residual, grad_out = problem(shape, 1, torch.float16)
+    launches = []
+    for name in ("forward_kernel", "backward_kernel", "finish_sums_kernel"):
+        monkeypatch.setattr(kernels, name, Counted(getattr(kernels, name), launches))
+    _, bits = OPS.channel_affine_forward(x, *parameters, residual, 1, relu)
+    assert len(launches) == 1
+    launches.clear()
+    OPS.channel_affine_backward(grad_out, x, *parameters, bits, 1, relu, *needs)
+    assert len(launches) == (2 if needs[1] or needs[2] else any(needs))
 
 
 CHECKED = [(torch.contiguous_format, torch.float16), (torch.channels_last, torch.float64)]
@@ -35,13 +62,13 @@ CHECKED = [(torch.contiguous_format, torch.float16), (torch.channels_last, torch
 
 @pytest.mark.parametrize(("layout", "dtype"), CHECKED, ids=["contiguous", "last"])
 def test_opcheck(layout, dtype):
-    x, scale, shift, center, residual, grad_out = problem((2, 3, 5, 5), 1, dtype, layout)
+    x, parameters, residual, grad_out = problem((2, 3, 5, 5), 1, dtype, layout)
     for added, relu in itertools.product((None, residual), (False, True)):
-        forward = x, scale, shift, added, 1, relu
+        forward = x, *parameters, added, 1, relu
         torch.library.opcheck(OPS.channel_affine_forward.default, forward)
         _, bits = OPS.channel_affine_forward(*forward)
-        rest = scale, shift, center, bits, 1, relu
-        for needs in ((True, True, True), (False, True, False)):
+        rest = *parameters, bits, 1, relu
+        for needs in (ALL, (False, True, False, False)):
             arguments = grad_out, x, *rest, *needs
             torch.library.opcheck(OPS.channel_affine_backward.default, arguments)
 
@@ -70,23 +97,24 @@ def test_channels_of_elements_beyond_32_bits(inner, channels):
 
 
 def test_ops_refuse_what_would_read_foreign_memory():
-    x, scale, shift, center, residual, grad_out = problem((2, 8, 5), 1, torch.float16)
+    x, parameters, residual, grad_out = problem((2, 8, 5), 1, torch.float16)
+    weight, bias, *rest = parameters
     with pytest.raises(RuntimeError, match="x must be float64, float32, float16 or bfloat16"):
-        OPS.channel_affine_forward(x.int(), scale, shift, None, 1, False)
-    with pytest.raises(RuntimeError, match=r"scale must have shape \(8,\), the compute dtype"):
-        OPS.channel_affine_forward(x, scale[1:], shift, None, 1, False)
-    with pytest.raises(RuntimeError, match="shift must have shape"):
-        OPS.channel_affine_forward(x, scale, shift.double(), None, 1, False)
+        OPS.channel_affine_forward(x.int(), *parameters, None, 1, False)
+    with pytest.raises(RuntimeError, match=r"weight must have shape \(8,\), x's device"):
+        OPS.channel_affine_forward(x, weight[1:], bias, *rest, None, 1, False)
+    with pytest.raises(RuntimeError, match="bias must have shape"):
+        OPS.channel_affine_forward(x, weight, bias.double(), *rest, None, 1, False)
     with pytest.raises(RuntimeError, match="without gaps"):
-        OPS.channel_affine_forward(x[:, :, ::2], scale, shift, None, 1, False)
+        OPS.channel_affine_forward(x[:, :, ::2], *parameters, None, 1, False)
     with pytest.raises(RuntimeError, match="dim=3 is not a dimension"):
-        OPS.channel_affine_forward(x, scale, shift, None, 3, False)
+        OPS.channel_affine_forward(x, *parameters, None, 3, False)
     other = residual.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(RuntimeError, match="residual must have the shape, strides and dtype of x"):
-        OPS.channel_affine_forward(x, scale, shift, other, 1, False)
-    rest = scale, shift, center
+        OPS.channel_affine_forward(x, *parameters, other, 1, False)
+    rest = parameters
     nothing = x.new_empty(0, dtype=torch.uint8)
-    needs = True, True, True
+    needs = ALL
     with pytest.raises(RuntimeError, match="x must have the shape, strides and dtype"):
         OPS.channel_affine_backward(grad_out, x[1:], *rest, nothing, 1, True, *needs)
     with pytest.raises(RuntimeError, match="x is needed for sums"):

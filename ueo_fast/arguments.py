@@ -58,10 +58,8 @@ def check_matrix(name: str, value: Tensor) -> None:
         )
 
 
-def check_values(
-    name: str, value: Tensor, x: Tensor, dim: int, *, constant: bool = False, convert: bool = True
-) -> Tensor:
-    """One value per channel of ``x`` in dimension ``dim``, converted to the compute dtype."""
+def check_values(name: str, value: Tensor, x: Tensor, dim: int, *, constant: bool = False) -> None:
+    """One value per channel of ``x`` in dimension ``dim``."""
     check_dense(name, value)
     if value.shape != (x.shape[dim],):
         raise ValueError(
@@ -77,8 +75,6 @@ def check_values(
             f"{name} requires grad, but the statistics are frozen: pass {name}.detach()"
         )
     backends.check_memory(name, value)
-    dtype = compute_dtype(x.dtype)
-    return value.to(dtype) if convert and value.dtype != dtype else value
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

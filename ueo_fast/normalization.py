@@ -52,21 +52,25 @@ def _dimension(dim: int, x: Tensor) -> int:
 def _apply(
     chosen: str,
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    center: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
     residual: Tensor | None,
     dim: int,
     relu: bool,
 ) -> Tensor:
     if not affine_op.is_dense(x):
         x = x.clone()  # dense, its dimensions in the same order
-    differentiable = (x, scale, shift, residual)
+    weight, bias, mean, var = (
+        affine_op.parameter(values, x) for values in (weight, bias, mean, var)
+    )
+    arguments = (chosen, x, weight, bias, mean, var, eps, residual, dim, relu)
+    differentiable = (x, weight, bias, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        return affine_op.ChannelAffineFunction.apply(
-            chosen, x, scale, shift, center, residual, dim, relu
-        )
-    return affine_op.forward(chosen, x, scale, shift, residual, dim, relu)[0]
+        return affine_op.ChannelAffineFunction.apply(*arguments)
+    return affine_op.forward(*arguments)[0]
 
 
 def channel_affine(
@@ -108,15 +112,15 @@ def channel_affine(
     dim = _dimension(dim, x)
     check_choice("activation", activation, ACTIVATIONS)
     _check_residual(residual, x)
-    scale = check_values("scale", scale, x, dim)
-    shift = check_values("shift", shift, x, dim)
+    check_values("scale", scale, x, dim)
+    check_values("shift", shift, x, dim)
     chosen = backends.choose(backend, x, scale, shift, residual, name="x")
     if chosen == "reference":
         return reference.channel_affine(
             x, scale, shift, dim, activation=activation, residual=residual
         )
-    center = torch.zeros_like(scale, requires_grad=False)
-    return _apply(chosen, x, scale, shift, center, residual, dim, activation == "relu")
+    relu = activation == "relu"
+    return _apply(chosen, x, scale, shift, None, None, 0.0, residual, dim, relu)
 
 
 def frozen_batch_norm(
@@ -168,24 +172,28 @@ def frozen_batch_norm(
     check_choice("activation", activation, ACTIVATIONS)
     _check_residual(residual, x)
     eps = check_number("eps", eps, sign="not negative")
-    mean = check_values("running_mean", running_mean, x, 1, constant=True)
-    var = check_values("running_var", running_var, x, 1, constant=True)
-    weight = None if weight is None else check_values("weight", weight, x, 1)
-    bias = None if bias is None else check_values("bias", bias, x, 1)
-    chosen = backends.choose(backend, x, weight, bias, mean, var, residual, name="x")
+    check_values("running_mean", running_mean, x, 1, constant=True)
+    check_values("running_var", running_var, x, 1, constant=True)
+    if weight is not None:
+        check_values("weight", weight, x, 1)
+    if bias is not None:
+        check_values("bias", bias, x, 1)
+    chosen = backends.choose(
+        backend, x, weight, bias, running_mean, running_var, residual, name="x"
+    )
     if chosen == "reference":
         return reference.frozen_batch_norm(
-            x, weight, bias, mean, var, eps, activation=activation, residual=residual
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            eps,
+            activation=activation,
+            residual=residual,
         )
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = weight * scale
-    # Detached: the op's gradient by scale knows of the mean, which it subtracts from x itself.
-    if bias is None:
-        shift = -mean * scale.detach()
-    else:
-        shift = torch.addcmul(bias, mean, scale.detach(), value=-1)
-    return _apply(chosen, x, scale, shift, mean, residual, 1, activation == "relu")
+    relu = activation == "relu"
+    return _apply(chosen, x, weight, bias, running_mean, running_var, eps, residual, 1, relu)
 
 
 def layer_norm(
@@ -228,8 +236,10 @@ def layer_norm(
             "normalise"
         )
     eps = check_number("eps", eps, sign="not negative")
-    weight = None if weight is None else check_values("weight", weight, x, -1, convert=False)
-    bias = None if bias is None else check_values("bias", bias, x, -1, convert=False)
+    if weight is not None:
+        check_values("weight", weight, x, -1)
+    if bias is not None:
+        check_values("bias", bias, x, -1)
     chosen = backends.choose(backend, x, weight, bias, name="x")
     if x.device.type == "cpu" and (chosen == "cpp" or backend == "auto"):
         return _layer_norm_of_torch(x, weight, bias, eps)

@@ -26,14 +26,57 @@ bool is_streamed(const Tensor& like, const ChannelLayout& layout, bool has_resid
   return has_residual && layout.inner < tuning::kMinRun && bytes >= tuning::kAffineStreamBytes;
 }
 
-std::tuple<Tensor, Tensor> channel_affine_forward(const Tensor& x, const Tensor& scale,
-                                                  const Tensor& shift,
-                                                  const std::optional<Tensor>& residual,
-                                                  int64_t dim, bool relu) {
+// `numbers` in the compute type, in place or in `copy`.
+template <class A>
+const A* computed(const Tensor& x, const std::optional<Tensor>& numbers,
+                  std::optional<Tensor>& copy) {
+  if (!numbers) return nullptr;
+  if (numbers->scalar_type() == kComputeDtype<A>) return numbers->const_data_ptr<A>();
+  copy = empty<1>(x, {numbers->size(0)}, kComputeDtype<A>);
+  torch::stable::copy_(*copy, *numbers);
+  return copy->const_data_ptr<A>();
+}
+
+// The parameters in the compute type, with the memory of those that were converted.
+template <class A>
+struct Computed {
+  std::optional<Tensor> copies[4];
+  ChannelParameters<A> parameters;
+
+  Computed(const Tensor& x, const ChannelTensors& channel, double eps)
+      : parameters{computed<A>(x, channel.weight, copies[0]),
+                   computed<A>(x, channel.bias, copies[1]),
+                   computed<A>(x, channel.mean, copies[2]),
+                   computed<A>(x, channel.var, copies[3]), static_cast<A>(eps)} {}
+};
+
+// A gradient by a parameter where the driver computes it: in place or, of another dtype, before a
+// conversion.
+template <class A>
+struct Gradient {
+  Tensor stored;
+  std::optional<Tensor> computed;
+  A* data = nullptr;
+
+  Gradient(const Tensor& gradient, bool needed) : stored(gradient) {
+    if (!needed) return;
+    const bool same = stored.scalar_type() == kComputeDtype<A>;
+    if (!same) computed = empty<1>(stored, {stored.size(0)}, kComputeDtype<A>);
+    data = (same ? stored : *computed).template mutable_data_ptr<A>();
+  }
+
+  void store() {
+    if (computed) torch::stable::copy_(stored, *computed);
+  }
+};
+
+std::tuple<Tensor, Tensor> channel_affine_forward(
+    const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& mean, const std::optional<Tensor>& var, double eps,
+    const std::optional<Tensor>& residual, int64_t dim, bool relu) {
   const Storage storage = storage_of(x, "x");
   const ChannelLayout layout = channel_layout(x, dim, "x");
-  const Tensor scales = channel_values(x, layout, scale, "scale");
-  const Tensor shifts = channel_values(x, layout, shift, "shift");
+  const ChannelTensors channel(x, layout, weight, bias, mean, var);
   if (residual) check_like(x, *residual, "residual");
   Tensor out = empty_as(x);
   const int64_t bytes = relu && residual ? mask_bytes(layout.elements()) : 0;
@@ -50,22 +93,21 @@ std::tuple<Tensor, Tensor> channel_affine_forward(const Tensor& x, const Tensor&
                                 bytes ? bits.mutable_data_ptr<uint8_t>() : nullptr,
                                 relu,
                                 is_streamed(out, layout, residual.has_value())};
-    affine_forward<A>(affine_loops<A>(capability()), layout, args, scales.const_data_ptr<A>(),
-                      shifts.const_data_ptr<A>(), threads_for(layout));
+    affine_forward<A>(affine_loops<A>(capability()), layout, args,
+                      Computed<A>(x, channel, eps).parameters, threads_for(layout));
     return 0;
   });
   return {out, bits};
 }
 
-std::tuple<Tensor, Tensor, Tensor> channel_affine_backward(
-    const Tensor& grad_out, const std::optional<Tensor>& x, const Tensor& scale,
-    const Tensor& shift, const Tensor& center, const Tensor& bits, int64_t dim, bool relu,
-    bool needs_x, bool needs_sums, bool needs_residual) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_affine_backward(
+    const Tensor& grad_out, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& mean,
+    const std::optional<Tensor>& var, double eps, const Tensor& bits, int64_t dim, bool relu,
+    bool needs_x, bool needs_weight, bool needs_bias, bool needs_residual) {
   const Storage storage = storage_of(grad_out, "grad_out");
   const ChannelLayout layout = channel_layout(grad_out, dim, "grad_out");
-  const Tensor scales = channel_values(grad_out, layout, scale, "scale");
-  const Tensor shifts = channel_values(grad_out, layout, shift, "shift");
-  const Tensor centers = channel_values(grad_out, layout, center, "center");
+  const ChannelTensors channel(grad_out, layout, weight, bias, mean, var);
   check_mask(bits, layout);
   const bool has_bits = bits.size(0) > 0;
   if (x) {
@@ -75,13 +117,14 @@ std::tuple<Tensor, Tensor, Tensor> channel_affine_backward(
   const ScalarType dtype = grad_out.scalar_type();
   Tensor grad_x = needs_x ? empty_as(grad_out) : empty<1>(grad_out, {0}, dtype);
   Tensor grad_residual = needs_residual ? empty_as(grad_out) : empty<1>(grad_out, {0}, dtype);
-  Tensor sums = needs_sums ? empty<2>(grad_out, {2, layout.channels}, dtype_of(grad_out))
-                           : empty<1>(grad_out, {0}, dtype_of(grad_out));
+  Tensor grad_weight = channel_gradient(grad_out, layout, weight, needs_weight, "weight");
+  Tensor grad_bias = channel_gradient(grad_out, layout, bias, needs_bias, "bias");
   if (layout.elements() == 0) {
-    if (needs_sums) torch::stable::zero_(sums);
-    return {grad_x, sums, grad_residual};
+    if (needs_weight) torch::stable::zero_(grad_weight);
+    if (needs_bias) torch::stable::zero_(grad_bias);
+    return {grad_x, grad_weight, grad_bias, grad_residual};
   }
-  STD_TORCH_CHECK(x || !(needs_sums || (relu && !has_bits)),
+  STD_TORCH_CHECK(x || !(needs_weight || needs_bias || (relu && !has_bits)),
                   "ueo_fast: x is needed for the sums and, without bits, for the mask");
   STD_TORCH_CHECK(has_bits || !(relu && needs_residual),
                   "ueo_fast: the gradient of a residual under relu needs the bits");
@@ -97,12 +140,16 @@ std::tuple<Tensor, Tensor, Tensor> channel_affine_backward(
                                  needs_residual ? grad_residual.mutable_data_ptr() : nullptr,
                                  relu,
                                  is_streamed(grad_out, layout, needs_residual)};
-    affine_backward<A>(affine_loops<A>(capability()), layout, args, scales.const_data_ptr<A>(),
-                       shifts.const_data_ptr<A>(), centers.const_data_ptr<A>(),
-                       needs_sums ? sums.mutable_data_ptr<A>() : nullptr, threads_for(layout));
+    Gradient<A> by_weight(grad_weight, needs_weight);
+    Gradient<A> by_bias(grad_bias, needs_bias);
+    affine_backward<A>(affine_loops<A>(capability()), layout, args,
+                       Computed<A>(grad_out, channel, eps).parameters, by_weight.data,
+                       by_bias.data, threads_for(layout));
+    by_weight.store();
+    by_bias.store();
     return 0;
   });
-  return {grad_x, sums, grad_residual};
+  return {grad_x, grad_weight, grad_bias, grad_residual};
 }
 
 }  // namespace

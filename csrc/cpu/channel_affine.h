@@ -17,9 +17,19 @@ template <class A>
 struct Parameters {
   const A* scale;
   const A* shift;
-  const A* center;  // null in forward
+  const A* mean;  // null in forward
   int64_t period;
   int64_t channels;
+};
+
+// What the op takes per channel, (channels,) each; null: see csrc/library.cpp.
+template <class A>
+struct ChannelParameters {
+  const A* weight;
+  const A* bias;
+  const A* mean;
+  const A* var;
+  A eps;
 };
 
 // A is the compute type: double for double elements, float for all others.
@@ -59,7 +69,7 @@ struct Block {
   int64_t column_end;
 };
 
-// Sums are those of g, then of g (x - center), where g is the masked gradient.
+// Sums are those of g, then of g (x - mean), where g is the masked gradient.
 template <class A>
 struct AffineLoops {
   // Elements [begin, end); begin is a multiple of kAffineTile.

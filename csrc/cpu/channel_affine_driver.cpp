@@ -1,6 +1,7 @@
 #include "channel_affine_driver.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "tuning.h"
@@ -62,7 +63,7 @@ bool has_long_runs(const ChannelLayout& layout) { return layout.inner >= kMinRun
 
 // The channels' values, one per element of a row.
 template <class A>
-std::vector<A> spread(const A* values, const ChannelLayout& layout, int64_t columns) {
+std::vector<A> spread(const std::vector<A>& values, const ChannelLayout& layout, int64_t columns) {
   std::vector<A> out(columns);
   int64_t column = 0;
   while (column < columns) {
@@ -73,10 +74,10 @@ std::vector<A> spread(const A* values, const ChannelLayout& layout, int64_t colu
   return out;
 }
 
-// The second level of the sums, in double and in the order of memory.
+// The second level of the sums, (2, channels), in double and in the order of memory.
 template <class A>
-void add_slots(const std::vector<A>& slots, const Chunks& chunks, const ChannelLayout& layout,
-               A* sums) {
+std::vector<double> add_slots(const std::vector<A>& slots, const Chunks& chunks,
+                              const ChannelLayout& layout) {
   std::vector<double> totals(2 * layout.channels);
   for (int64_t run = 0; run < layout.outer * layout.channels; ++run) {
     const int64_t c = run % layout.channels;
@@ -88,7 +89,7 @@ void add_slots(const std::vector<A>& slots, const Chunks& chunks, const ChannelL
       totals[layout.channels + c] += pair[1];
     }
   }
-  std::copy(totals.begin(), totals.end(), sums);
+  return totals;
 }
 
 // In eight chains: one alone would wait for the addition before it.
@@ -104,8 +105,8 @@ double sum_of(const double* values, int64_t n) {
 }
 
 template <class A>
-void add_blocks(const std::vector<A>& parts, const Blocks& blocks, const ChannelLayout& layout,
-                A* sums) {
+std::vector<double> add_blocks(const std::vector<A>& parts, const Blocks& blocks,
+                               const ChannelLayout& layout) {
   const int64_t columns = blocks.columns;
   std::vector<double> by_column(2 * columns);
   for (int64_t block = 0; block < blocks.row_blocks(); ++block) {
@@ -120,25 +121,54 @@ void add_blocks(const std::vector<A>& parts, const Blocks& blocks, const Channel
       total[c] += sum_of(by_column.data() + column, layout.inner);
     }
   }
-  std::copy(totals.begin(), totals.end(), sums);
+  return totals;
+}
+
+// What becomes of the parameters, by channel. Forward and backward call the same function, so that
+// the mask is found again to the bit.
+template <class A>
+struct Modulation {
+  std::vector<A> rstd;
+  std::vector<A> scale;
+  std::vector<A> shift;
+  std::vector<A> mean;
+};
+
+template <class A>
+[[gnu::noinline]] Modulation<A> modulation(const ChannelParameters<A>& p, int64_t channels) {
+  const auto numbers = [channels](const A* values, A otherwise) {
+    return values ? std::vector<A>(values, values + channels) : std::vector<A>(channels, otherwise);
+  };
+  Modulation<A> of{std::vector<A>(channels, 1), numbers(p.weight, 1), numbers(p.bias, 0),
+                   numbers(p.mean, 0)};
+  for (int64_t c = 0; p.var && c < channels; ++c) {
+    of.rstd[c] = 1 / std::sqrt(p.var[c] + p.eps);
+    of.scale[c] *= of.rstd[c];
+  }
+  // Rounded once, as on a GPU. Without a mean an infinite scale must not meet 0.
+  for (int64_t c = 0; p.mean && c < channels; ++c) {
+    of.shift[c] = std::fma(-of.mean[c], of.scale[c], of.shift[c]);
+  }
+  return of;
 }
 
 }  // namespace
 
 template <class A>
 void affine_forward(const AffineLoops<A>& loops, const ChannelLayout& layout, AffineForward<A> args,
-                    const A* scale, const A* shift, const ParallelFor& parallel_for) {
+                    const ChannelParameters<A>& parameters, const ParallelFor& parallel_for) {
   args.elements = layout.elements();
+  const Modulation<A> of = modulation(parameters, layout.channels);
   if (has_long_runs(layout)) {
     const Chunks chunks{args.elements, layout.inner};
-    args.parameters = {scale, shift, nullptr, layout.inner, layout.channels};
+    args.parameters = {of.scale.data(), of.shift.data(), nullptr, layout.inner, layout.channels};
     return parallel_for(chunks.count(), [&](int64_t first, int64_t last) {
       loops.forward_runs(args, chunks.begin(first), chunks.end(last - 1));
     });
   }
   const Blocks blocks(layout);
-  const std::vector<A> scales = spread(scale, layout, blocks.columns);
-  const std::vector<A> shifts = spread(shift, layout, blocks.columns);
+  const std::vector<A> scales = spread(of.scale, layout, blocks.columns);
+  const std::vector<A> shifts = spread(of.shift, layout, blocks.columns);
   args.parameters = {scales.data(), shifts.data(), nullptr, blocks.columns, layout.channels};
   parallel_for(blocks.count(), [&](int64_t first, int64_t last) {
     for (int64_t unit = first; unit < last; ++unit) loops.forward_columns(args, blocks[unit]);
@@ -147,12 +177,16 @@ void affine_forward(const AffineLoops<A>& loops, const ChannelLayout& layout, Af
 
 template <class A>
 void affine_backward(const AffineLoops<A>& loops, const ChannelLayout& layout,
-                     AffineBackward<A> args, const A* scale, const A* shift, const A* center,
-                     A* sums, const ParallelFor& parallel_for) {
+                     AffineBackward<A> args, const ChannelParameters<A>& parameters,
+                     A* grad_weight, A* grad_bias, const ParallelFor& parallel_for) {
   args.elements = layout.elements();
+  const Modulation<A> of = modulation(parameters, layout.channels);
+  const bool sums = grad_weight || grad_bias;
+  std::vector<double> totals;  // of g, then of g (x - mean)
   if (has_long_runs(layout)) {
     const Chunks chunks{args.elements, layout.inner};
-    args.parameters = {scale, shift, center, layout.inner, layout.channels};
+    args.parameters = {of.scale.data(), of.shift.data(), of.mean.data(), layout.inner,
+                       layout.channels};
     std::vector<A> slots(sums ? 2 * chunks.slots() : 0);
     parallel_for(chunks.count(), [&](int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -162,30 +196,35 @@ void affine_backward(const AffineLoops<A>& loops, const ChannelLayout& layout,
                             sums ? slots.data() + 2 * slot : nullptr);
       }
     });
-    if (sums) add_slots(slots, chunks, layout, sums);
-    return;
+    if (sums) totals = add_slots(slots, chunks, layout);
+  } else {
+    const Blocks blocks(layout);
+    const std::vector<A> scales = spread(of.scale, layout, blocks.columns);
+    const std::vector<A> shifts = spread(of.shift, layout, blocks.columns);
+    const std::vector<A> means = spread(of.mean, layout, blocks.columns);
+    args.parameters = {scales.data(), shifts.data(), means.data(), blocks.columns,
+                       layout.channels};
+    std::vector<A> parts(sums ? blocks.row_blocks() * 2 * blocks.columns : 0);
+    parallel_for(blocks.count(), [&](int64_t first, int64_t last) {
+      for (int64_t unit = first; unit < last; ++unit) {
+        A* part = parts.data() + blocks.row_block(unit) * 2 * blocks.columns;
+        loops.backward_columns(args, blocks[unit], sums ? part : nullptr);
+      }
+    });
+    if (sums) totals = add_blocks(parts, blocks, layout);
   }
-  const Blocks blocks(layout);
-  const std::vector<A> scales = spread(scale, layout, blocks.columns);
-  const std::vector<A> shifts = spread(shift, layout, blocks.columns);
-  const std::vector<A> centers = spread(center, layout, blocks.columns);
-  args.parameters = {scales.data(), shifts.data(), centers.data(), blocks.columns,
-                     layout.channels};
-  std::vector<A> parts(sums ? blocks.row_blocks() * 2 * blocks.columns : 0);
-  parallel_for(blocks.count(), [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit) {
-      A* part = parts.data() + blocks.row_block(unit) * 2 * blocks.columns;
-      loops.backward_columns(args, blocks[unit], sums ? part : nullptr);
-    }
-  });
-  if (sums) add_blocks(parts, blocks, layout, sums);
+  const int64_t channels = layout.channels;
+  if (grad_bias) std::copy_n(totals.begin(), channels, grad_bias);
+  for (int64_t c = 0; grad_weight && c < channels; ++c) {
+    grad_weight[c] = static_cast<A>(totals[channels + c] * of.rstd[c]);
+  }
 }
 
 #define UEO_FAST_INSTANTIATE(A)                                                                   \
   template void affine_forward<A>(const AffineLoops<A>&, const ChannelLayout&, AffineForward<A>,  \
-                                  const A*, const A*, const ParallelFor&);                        \
+                                  const ChannelParameters<A>&, const ParallelFor&);               \
   template void affine_backward<A>(const AffineLoops<A>&, const ChannelLayout&,                   \
-                                   AffineBackward<A>, const A*, const A*, const A*, A*,           \
+                                   AffineBackward<A>, const ChannelParameters<A>&, A*, A*,        \
                                    const ParallelFor&);
 UEO_FAST_INSTANTIATE(float)
 UEO_FAST_INSTANTIATE(double)

@@ -6,16 +6,16 @@
 
 namespace ueo_fast::cpu {
 
-// args.parameters and args.elements are filled in here: `scale` and `shift` are (channels,).
+// args.parameters and args.elements are filled in here.
 template <class A>
 void affine_forward(const AffineLoops<A>& loops, const ChannelLayout& layout, AffineForward<A> args,
-                    const A* scale, const A* shift, const ParallelFor& parallel_for);
+                    const ChannelParameters<A>& parameters, const ParallelFor& parallel_for);
 
-// The same; sums (2, channels) or null: see AffineLoops. They do not depend on how parallel_for
-// splits its range.
+// The same; grad_weight and grad_bias (channels,), null where not needed, do not depend on how
+// parallel_for splits its range.
 template <class A>
 void affine_backward(const AffineLoops<A>& loops, const ChannelLayout& layout,
-                     AffineBackward<A> args, const A* scale, const A* shift, const A* center,
-                     A* sums, const ParallelFor& parallel_for);
+                     AffineBackward<A> args, const ChannelParameters<A>& parameters,
+                     A* grad_weight, A* grad_bias, const ParallelFor& parallel_for);
 
 }  // namespace ueo_fast::cpu

@@ -76,7 +76,7 @@ void backward_runs(const AffineBackward<A>& args, int64_t begin, int64_t end, A*
       for_each_run(first, n, p.period, [&](int64_t run, int64_t at, int64_t count) {
         const int64_t c = run % p.channels;
         backward_span<A>(relu, g + at, x ? x + at : nullptr, Constant<A>{p.scale[c]},
-                         Constant<A>{p.shift[c]}, Constant<A>{p.center[c]}, count,
+                         Constant<A>{p.shift[c]}, Constant<A>{p.mean[c]}, count,
                          grad_x ? grad_x + at : nullptr, sums != nullptr,
                          sums ? sums + 2 * (run - first_run) : nullptr);
       });
@@ -95,7 +95,7 @@ void backward_columns(const AffineBackward<A>& args, const Block& block, A* sums
   for_each_row(block, args.elements, p.period, [&](int64_t begin, int64_t n, int64_t column) {
     backward_tile<A, S>(args, begin, n, [&](const A* g, const A* x, A* grad_x) {
       backward_span<A>(relu, g, x, Spread<A>{p.scale + column}, Spread<A>{p.shift + column},
-                       Spread<A>{p.center + column}, n, grad_x, sums != nullptr,
+                       Spread<A>{p.mean + column}, n, grad_x, sums != nullptr,
                        sums ? sums + column : nullptr, sums ? sums + p.period + column : nullptr);
     });
   });

@@ -55,10 +55,10 @@ inline void grad_span(const A* __restrict grad_out, const A* __restrict x, P sca
   }
 }
 
-// One channel: sums[0] += sum g, sums[1] += sum g (x - center).
+// One channel: sums[0] += sum g, sums[1] += sum g (x - mean).
 template <class A, bool kRelu, bool kGrad>
 inline void sums_span(const A* __restrict grad_out, const A* __restrict x, Constant<A> scale,
-                      Constant<A> shift, Constant<A> center, int64_t n, A* __restrict grad_x,
+                      Constant<A> shift, Constant<A> mean, int64_t n, A* __restrict grad_x,
                       A* sums) {
   LaneSums<A> plain;
   LaneSums<A> times_x;
@@ -66,7 +66,7 @@ inline void sums_span(const A* __restrict grad_out, const A* __restrict x, Const
     const A value = x[j + l];
     const A g = masked<A, kRelu>(grad_out[j + l], value, scale, shift, 0);
     plain.lane[l] += g;
-    times_x.lane[l] += g * (value - center.value);
+    times_x.lane[l] += g * (value - mean.value);
     if constexpr (kGrad) grad_x[j + l] = g * scale.value;
   };
   const int64_t whole = n / kPad * kPad;
@@ -79,17 +79,17 @@ inline void sums_span(const A* __restrict grad_out, const A* __restrict x, Const
   sums[1] += static_cast<A>(times_x.total());
 }
 
-// A channel per element: sums[j] += g, sums[offset + j] += g (x - center).
+// A channel per element: sums[j] += g, sums[offset + j] += g (x - mean).
 template <class A, bool kRelu, bool kGrad>
 inline void sums_span(const A* __restrict grad_out, const A* __restrict x, Spread<A> scale,
-                      Spread<A> shift, Spread<A> center, int64_t n, A* __restrict grad_x,
+                      Spread<A> shift, Spread<A> mean, int64_t n, A* __restrict grad_x,
                       A* __restrict plain, A* __restrict times_x) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const A value = x[j];
     const A g = masked<A, kRelu>(grad_out[j], value, scale, shift, j);
     plain[j] += g;
-    times_x[j] += g * (value - center[j]);
+    times_x[j] += g * (value - mean[j]);
     if constexpr (kGrad) grad_x[j] = g * scale[j];
   }
 }

@@ -137,7 +137,7 @@ inline void backward_tile(const AffineBackward<A>& args, int64_t begin, int64_t 
 // One span: what is wanted of it is known from the pointers. The variants without sums need no x
 // unless the mask comes from it.
 template <class A, class P, class... Sums>
-inline void backward_span(bool relu, const A* grad_out, const A* x, P scale, P shift, P center,
+inline void backward_span(bool relu, const A* grad_out, const A* x, P scale, P shift, P mean,
                           int64_t n, A* grad_x, bool needs_sums, Sums... sums) {
   if (!needs_sums) {
     if (!grad_x) return;
@@ -146,14 +146,14 @@ inline void backward_span(bool relu, const A* grad_out, const A* x, P scale, P s
   }
   if (grad_x) {
     if (relu) {
-      return sums_span<A, true, true>(grad_out, x, scale, shift, center, n, grad_x, sums...);
+      return sums_span<A, true, true>(grad_out, x, scale, shift, mean, n, grad_x, sums...);
     }
-    return sums_span<A, false, true>(grad_out, x, scale, shift, center, n, grad_x, sums...);
+    return sums_span<A, false, true>(grad_out, x, scale, shift, mean, n, grad_x, sums...);
   }
   if (relu) {
-    return sums_span<A, true, false>(grad_out, x, scale, shift, center, n, grad_x, sums...);
+    return sums_span<A, true, false>(grad_out, x, scale, shift, mean, n, grad_x, sums...);
   }
-  sums_span<A, false, false>(grad_out, x, scale, shift, center, n, grad_x, sums...);
+  sums_span<A, false, false>(grad_out, x, scale, shift, mean, n, grad_x, sums...);
 }
 
 }  // namespace

@@ -19,8 +19,10 @@ inline constexpr int kAffineThreads = 256;
 // TB/s times a microsecond over 132 multiprocessors); four would not fit into 64 registers beside
 // the sums.
 inline constexpr int kAffineBatch = 2;
-// Blocks per place on the GPU, where a batch has that many: late blocks fill the gaps that early
-// ones leave. More would only load the channels' values more often.
+// A period of few tiles is cut into as many blocks as the GPU holds at once: a thread finds its
+// place and its channels' numbers in some 300 to 700 instructions, where a slot takes some 100
+// (machine code for sm_90, half precision). Where one period is more than that, blocks come in at
+// least so many waves: late ones fill the gaps that early ones leave.
 inline constexpr int kAffineWaves = 4;
 
 // The kernel that adds partial sums: threads of a block, columns of a block at most (a warp reads
@@ -89,11 +91,14 @@ inline AffinePlan plan_affine(const Device& device, const ChannelLayout& layout,
   const int registers = compute_bytes == 8 ? kMaxRegistersWide : kMaxRegisters;
   const int resident = std::max(1, std::min(device.threads_per_multiprocessor / plan.grid.threads,
                                             65536 / (registers * plan.grid.threads)));
-  const int64_t wanted = int64_t{device.multiprocessors} * resident * tuning::kAffineWaves;
-  const int64_t lines_in_all = divide_up(periods, plan.lines) * plan.tiles;
+  const int64_t places = int64_t{device.multiprocessors} * resident;
+  const int64_t chunks = plan.tiles <= places
+                             ? places / plan.tiles
+                             : divide_up(tuning::kAffineWaves * places, plan.tiles);
+  const int64_t rounds = divide_up(periods, plan.lines);
   plan.steps = static_cast<int>(
-      std::clamp<int64_t>(lines_in_all / wanted, 1, tuning::kRowsPerSum));
-  plan.chunks = static_cast<int>(divide_up(periods, int64_t{plan.lines} * plan.steps));
+      std::clamp<int64_t>(divide_up(rounds, chunks), 1, tuning::kRowsPerSum));
+  plan.chunks = static_cast<int>(divide_up(rounds, plan.steps));
   plan.grid.blocks = plan.tiles * plan.chunks;
 
   plan.one_channel = layout.inner % per_slot == 0;

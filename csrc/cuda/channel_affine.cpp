@@ -23,19 +23,33 @@ ChannelLayout checked_layout(const Tensor& x, int64_t dim, const char* name) {
   return layout;
 }
 
-Tensor checked_values(const Tensor& x, const ChannelLayout& layout, const Tensor& values,
-                      const char* name) {
-  check_on_gpu_of(x, values, name);
-  return channel_values(x, layout, values, name);
+ChannelNumbers<const void*> numbers_of(const Tensor& x, const std::optional<Tensor>& values,
+                                       const char* name) {
+  if (!values) return {};
+  check_on_gpu_of(x, *values, name);
+  return {values->const_data_ptr(), values->scalar_type() == x.scalar_type()};
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
+ChannelParameters parameters_of(const Tensor& x, const ChannelTensors& channel, double eps) {
+  return {numbers_of(x, channel.weight, "weight"), numbers_of(x, channel.bias, "bias"),
+          numbers_of(x, channel.mean, "mean"), numbers_of(x, channel.var, "var"), eps};
+}
+
+ChannelNumbers<void*> gradient_of(const Tensor& x, Tensor& gradient, bool needed) {
+  if (!needed) return {};
+  return {gradient.mutable_data_ptr(), gradient.scalar_type() == x.scalar_type()};
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& weight,
+                                   const std::optional<Tensor>& bias,
+                                   const std::optional<Tensor>& mean,
+                                   const std::optional<Tensor>& var, double eps,
                                    const std::optional<Tensor>& residual, int64_t dim, bool relu) {
   const Storage storage = storage_of(x, "x");
   const ChannelLayout layout = checked_layout(x, dim, "x");
   const OnGpuOf gpu(x);
-  const Tensor scales = checked_values(x, layout, scale, "scale");
-  const Tensor shifts = checked_values(x, layout, shift, "shift");
+  const ChannelTensors channel(x, layout, weight, bias, mean, var);
+  const ChannelParameters parameters = parameters_of(x, channel, eps);
   if (residual) {
     check_on_gpu_of(x, *residual, "residual");
     check_like(x, *residual, "residual");
@@ -46,8 +60,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& scale, const T
   if (layout.elements() == 0) return {out, bits};
   const AffineForwardCall call{layout,
                                x.const_data_ptr(),
-                               scales.const_data_ptr(),
-                               shifts.const_data_ptr(),
+                               parameters,
                                residual ? residual->const_data_ptr() : nullptr,
                                relu,
                                out.mutable_data_ptr(),
@@ -58,17 +71,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& scale, const T
   return {out, bits};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const std::optional<Tensor>& x,
-                                            const Tensor& scale, const Tensor& shift,
-                                            const Tensor& center, const Tensor& bits, int64_t dim,
-                                            bool relu, bool needs_x, bool needs_sums,
-                                            bool needs_residual) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_out, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& mean,
+    const std::optional<Tensor>& var, double eps, const Tensor& bits, int64_t dim, bool relu,
+    bool needs_x, bool needs_weight, bool needs_bias, bool needs_residual) {
   const Storage storage = storage_of(grad_out, "grad_out");
   const ChannelLayout layout = checked_layout(grad_out, dim, "grad_out");
   const OnGpuOf gpu(grad_out);
-  const Tensor scales = checked_values(grad_out, layout, scale, "scale");
-  const Tensor shifts = checked_values(grad_out, layout, shift, "shift");
-  const Tensor centers = checked_values(grad_out, layout, center, "center");
+  const ChannelTensors channel(grad_out, layout, weight, bias, mean, var);
+  const ChannelParameters parameters = parameters_of(grad_out, channel, eps);
   check_on_gpu_of(grad_out, bits, "bits");
   check_mask(bits, layout);
   const bool has_bits = bits.size(0) > 0;
@@ -80,17 +92,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const std::o
   const ScalarType dtype = grad_out.scalar_type();
   Tensor grad_x = needs_x ? empty_as(grad_out) : empty<1>(grad_out, {0}, dtype);
   Tensor grad_residual = needs_residual ? empty_as(grad_out) : empty<1>(grad_out, {0}, dtype);
-  Tensor sums = needs_sums ? empty<2>(grad_out, {2, layout.channels}, dtype_of(grad_out))
-                           : empty<1>(grad_out, {0}, dtype_of(grad_out));
+  Tensor grad_weight = channel_gradient(grad_out, layout, weight, needs_weight, "weight");
+  Tensor grad_bias = channel_gradient(grad_out, layout, bias, needs_bias, "bias");
+  const bool needs_sums = needs_weight || needs_bias;
   if (layout.elements() == 0) {
-    if (needs_sums) torch::stable::zero_(sums);
-    return {grad_x, sums, grad_residual};
+    if (needs_weight) torch::stable::zero_(grad_weight);
+    if (needs_bias) torch::stable::zero_(grad_bias);
+    return {grad_x, grad_weight, grad_bias, grad_residual};
   }
   STD_TORCH_CHECK(x || !(needs_sums || (relu && !has_bits)),
                   "ueo_fast: x is needed for the sums and, without bits, for the mask");
   STD_TORCH_CHECK(has_bits || !(relu && needs_residual),
                   "ueo_fast: the gradient of a residual under relu needs the bits");
-  if (!needs_x && !needs_sums && !needs_residual) return {grad_x, sums, grad_residual};
+  if (!needs_x && !needs_sums && !needs_residual) {
+    return {grad_x, grad_weight, grad_bias, grad_residual};
+  }
   std::optional<Tensor> workspace;
   if (needs_sums) {
     const int64_t bytes = affine_backward_workspace(gpu.device, layout, storage);
@@ -99,19 +115,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const std::o
   const AffineBackwardCall call{layout,
                                 grad_out.const_data_ptr(),
                                 x ? x->const_data_ptr() : nullptr,
-                                scales.const_data_ptr(),
-                                shifts.const_data_ptr(),
-                                centers.const_data_ptr(),
+                                parameters,
                                 relu && has_bits ? bits.const_data_ptr() : nullptr,
                                 relu,
                                 needs_x ? grad_x.mutable_data_ptr() : nullptr,
-                                needs_sums ? sums.mutable_data_ptr() : nullptr,
+                                gradient_of(grad_out, grad_weight, needs_weight),
+                                gradient_of(grad_out, grad_bias, needs_bias),
                                 needs_residual ? grad_residual.mutable_data_ptr() : nullptr,
                                 workspace ? workspace->mutable_data_ptr() : nullptr};
   check(with_storage(storage, [&]<Storage kStorage>() {
     return channel_affine_backward<kStorage>(gpu.device, gpu.stream, call);
   }));
-  return {grad_x, sums, grad_residual};
+  return {grad_x, grad_weight, grad_bias, grad_residual};
 }
 
 }  // namespace

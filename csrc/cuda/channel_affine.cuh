@@ -1,6 +1,6 @@
-// out = relu?(x scale + shift (+ residual)) and its gradients, scale and shift per channel, for
-// dense tensors of any layout: one read of each input, one write of each output. docs/kernels.md,
-// "Affine kernels".
+// out = relu?(x scale + shift (+ residual)) and its gradients, scale and shift per channel, which
+// the threads find themselves, for dense tensors of any layout: one read of each input, one write
+// of each output. docs/kernels.md, "Affine kernels".
 #pragma once
 
 #include "channel_affine_totals.cuh"
@@ -17,12 +17,10 @@ inline constexpr int kAffineResident =
 
 template <class T>
 struct AffineForwardArguments {
-  using A = ComputeType<T>;
   AffinePlan plan;
   Source<T> x;
   Source<T> residual;
-  const A* scale;
-  const A* shift;
+  ChannelParameters parameters;
   bool relu;
   T* out;
   unsigned char* bits;  // null without residual or relu
@@ -42,9 +40,10 @@ __launch_bounds__(tuning::kAffineThreads, (kAffineResident<kIsWide<T, kOneChanne
   Numbers<A, kOwn> scale;
   Numbers<A, kOwn> shift;
   if (walk.slot < walk.end) {
-    for_each_channel<kOwn>(plan, walk.in_period * kPerSlot<T>, [&](int k, int channel) {
-      scale[k] = args.scale[channel];
-      shift[k] = args.shift[channel];
+    const int64_t first = walk.in_period * kPerSlot<T>;
+    for_each_element<T, kOwn>(plan, first, args.parameters, [&](int k, const Modulation<A>& of) {
+      scale[k] = of.scale;
+      shift[k] = of.shift;
     });
   }
 #pragma unroll 1
@@ -92,9 +91,7 @@ struct AffineBackwardArguments {
   AffinePlan plan;
   Source<T> grad_out;
   Source<T> x;
-  const A* scale;
-  const A* shift;
-  const A* center;
+  ChannelParameters parameters;
   Passing passing;
   const unsigned char* bits;
   T* grad_x;         // each null if it is not needed
@@ -103,7 +100,7 @@ struct AffineBackwardArguments {
 };
 
 // g = grad_out where it is passed: grad_residual = g, grad_x = g scale, sums of g and g (x -
-// center).
+// mean).
 template <class T, bool kOneChannel, bool kSums>
 UEO_FAST_KERNEL
 __launch_bounds__(tuning::kAffineThreads, (kAffineResident<kIsWide<T, kOneChannel, kSums>>))
@@ -115,12 +112,13 @@ __launch_bounds__(tuning::kAffineThreads, (kAffineResident<kIsWide<T, kOneChanne
   const int64_t stride = SlotWalk<T>::stride(plan);
   Numbers<A, kOwn> scale;
   Numbers<A, kOwn> shift;
-  Numbers<A, kOwn> center;
+  Numbers<A, kOwn> mean;
   if (walk.slot < walk.end) {
-    for_each_channel<kOwn>(plan, walk.in_period * kPerSlot<T>, [&](int k, int channel) {
-      scale[k] = args.scale[channel];
-      shift[k] = args.shift[channel];
-      if constexpr (kSums) center[k] = args.center[channel];
+    const int64_t first = walk.in_period * kPerSlot<T>;
+    for_each_element<T, kOwn>(plan, first, args.parameters, [&](int k, const Modulation<A>& of) {
+      scale[k] = of.scale;
+      shift[k] = of.shift;
+      if constexpr (kSums) mean[k] = of.mean;
     });
   }
   Numbers<A, kOwn> sums[2];
@@ -153,7 +151,7 @@ __launch_bounds__(tuning::kAffineThreads, (kAffineResident<kIsWide<T, kOneChanne
           if (!is_passed(to_compute(to_storage<T>(y)))) passed[b] &= ~(1u << k);
         }
       }
-      // Elements beyond the end have g = 0 and x = 0, and add nothing: center is finite or its
+      // Elements beyond the end have g = 0 and x = 0, and add nothing: mean is finite or its
       // channel's sum NaN anyway.
       Numbers<A, kOwn> own[2];
       Slot<T> grad_x;
@@ -164,7 +162,7 @@ __launch_bounds__(tuning::kAffineThreads, (kAffineResident<kIsWide<T, kOneChanne
         grad_x.x[k] = to_storage<T>(g * scale[k]);
         if constexpr (kSums) {
           own[0][k] += g;
-          own[1][k] = multiply_add(g, to_compute(x[b].x[k]) - center[k], own[1][k]);
+          own[1][k] = multiply_add(g, to_compute(x[b].x[k]) - mean[k], own[1][k]);
         }
       }
       if constexpr (kSums) {

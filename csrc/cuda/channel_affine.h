@@ -6,13 +6,28 @@
 
 namespace ueo_fast::cuda {
 
-// All in the order of memory; scale, shift, center and sums in the compute dtype. At least one
-// element. What kernels write starts at a multiple of 16 bytes, what they read anywhere.
+// One number per channel, or null; in the compute dtype, or (`stored`) in that of x.
+template <class Pointer>
+struct ChannelNumbers {
+  Pointer data = nullptr;
+  bool stored = false;
+};
+
+// scale = weight / sqrt(var + eps), shift = bias - mean scale; what is null is left out.
+struct ChannelParameters {
+  ChannelNumbers<const void*> weight;
+  ChannelNumbers<const void*> bias;
+  ChannelNumbers<const void*> mean;
+  ChannelNumbers<const void*> var;
+  double eps = 0;
+};
+
+// All in the order of memory. At least one element. What kernels write starts at a multiple of 16
+// bytes, what they read anywhere.
 struct AffineForwardCall {
   ChannelLayout layout;
   const void* x;
-  const void* scale;     // (channels,)
-  const void* shift;     // (channels,)
+  ChannelParameters parameters;
   const void* residual;  // or null
   bool relu;
   void* out;
@@ -22,16 +37,15 @@ struct AffineForwardCall {
 struct AffineBackwardCall {
   ChannelLayout layout;
   const void* grad_out;
-  const void* x;         // null where neither the mask nor sums need it
-  const void* scale;
-  const void* shift;
-  const void* center;
+  const void* x;         // null where neither the mask nor a gradient by a parameter needs it
+  ChannelParameters parameters;
   const void* bits;      // null: the mask is recomputed from x
   bool relu;
   void* grad_x;          // each null if it is not needed
-  void* sums;            // (2, channels)
+  ChannelNumbers<void*> grad_weight;
+  ChannelNumbers<void*> grad_bias;
   void* grad_residual;
-  void* workspace;       // affine_backward_workspace() bytes; with sums
+  void* workspace;       // affine_backward_workspace() bytes; with a gradient by a parameter
 };
 
 inline int bytes_of(Storage storage) {

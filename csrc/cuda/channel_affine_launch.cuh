@@ -15,14 +15,12 @@ Source<T> source_of(const void* data, int64_t elements) {
 
 template <class T, class Launcher>
 void run_channel_affine(Launcher& launcher, const Device& device, const AffineForwardCall& call) {
-  using A = ComputeType<T>;
   const AffinePlan plan = plan_affine(device, call.layout, sizeof(T), false);
   const AffineForwardArguments<T> arguments{
       plan,
       source_of<T>(call.x, plan.elements),
       source_of<T>(call.residual, plan.elements),
-      static_cast<const A*>(call.scale),
-      static_cast<const A*>(call.shift),
+      call.parameters,
       call.relu,
       static_cast<T*>(call.out),
       static_cast<unsigned char*>(call.bits)};
@@ -41,16 +39,14 @@ template <class T, class Launcher>
 void run_channel_affine_gradient(Launcher& launcher, const Device& device,
                                  const AffineBackwardCall& call) {
   using A = ComputeType<T>;
-  const bool sums = call.sums != nullptr;
+  const bool sums = call.grad_weight.data != nullptr || call.grad_bias.data != nullptr;
   const AffinePlan plan = plan_affine(device, call.layout, sizeof(T), sums);
   A* partials = static_cast<A*>(call.workspace);
   const AffineBackwardArguments<T> arguments{
       plan,
       source_of<T>(call.grad_out, plan.elements),
       source_of<T>(call.x, plan.elements),
-      static_cast<const A*>(call.scale),
-      static_cast<const A*>(call.shift),
-      static_cast<const A*>(call.center),
+      call.parameters,
       !call.relu             ? Passing::kAll
       : call.bits != nullptr ? Passing::kByBits
                              : Passing::kByX,
@@ -71,8 +67,8 @@ void run_channel_affine_gradient(Launcher& launcher, const Device& device,
   const ChannelTerms terms = channel_terms(plan, kPerSlot<T>);
   int per_block = 0;
   const Grid grid = totals_grid(2 * plan.channels.by, terms.count, per_block);
-  launcher.run(&channel_affine_totals<A>, grid, plan, terms, kPerSlot<T>, per_block,
-               static_cast<const A*>(partials), static_cast<A*>(call.sums));
+  launcher.run(&channel_affine_totals<T>, grid, plan, terms, per_block,
+               static_cast<const A*>(partials), call.parameters, call.grad_weight, call.grad_bias);
 }
 
 }  // namespace ueo_fast::cuda

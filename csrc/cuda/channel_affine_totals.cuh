@@ -58,11 +58,11 @@ __device__ __forceinline__ void store_partial_sums(
   }
 }
 
-// out[column] = sum over n < count of terms(column, n). Neighbouring threads have neighbouring
+// store(column, sum over n < count of terms(column, n)). Neighbouring threads have neighbouring
 // columns, `per_block` of them (a power of two); the others share the terms.
-template <class A, class Terms>
-__device__ __forceinline__ void add_terms(int64_t columns, int count, int per_block, A* out,
-                                          Terms&& terms) {
+template <class Terms, class Store>
+__device__ __forceinline__ void add_terms(int64_t columns, int count, int per_block, Terms&& terms,
+                                          Store&& store) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const int rank = static_cast<int>(threadIdx.x);
   const int64_t column = int64_t{blockIdx.x} * per_block + rank % per_block;
@@ -77,7 +77,7 @@ __device__ __forceinline__ void add_terms(int64_t columns, int count, int per_bl
     __syncthreads();
     if (rank < half) scratch[rank] += scratch[rank + half];
   }
-  if (rank < per_block && column < columns) out[column] = static_cast<A>(scratch[rank]);
+  if (rank < per_block && column < columns) store(column, scratch[rank]);
 }
 
 // Where the partial sums of a channel are.
@@ -95,11 +95,27 @@ inline ChannelTerms channel_terms(const AffinePlan& plan, int per_slot) {
           static_cast<int>(plan.chunks * replicas * tiles)};
 }
 
-template <class A>
+template <class T>
+__device__ __forceinline__ void store_number(const ChannelNumbers<void*>& numbers, int channel,
+                                             double value) {
+  using A = ComputeType<T>;
+  if (numbers.data == nullptr) return;
+  if constexpr (!std::is_same_v<T, A>) {
+    if (numbers.stored) {
+      static_cast<T*>(numbers.data)[channel] = to_storage<T>(static_cast<A>(value));
+      return;
+    }
+  }
+  static_cast<A*>(numbers.data)[channel] = static_cast<A>(value);
+}
+
+// The gradients by bias, from the first sum, and by weight, from the second.
+template <class T>
 UEO_FAST_KERNEL __launch_bounds__(tuning::kTotalsThreads)
-    channel_affine_totals(AffinePlan plan, ChannelTerms terms, int per_slot, int per_block,
-                          const A* partials, A* sums) {
-  const int64_t period = plan.period * per_slot;
+    channel_affine_totals(AffinePlan plan, ChannelTerms terms, int per_block,
+                          const ComputeType<T>* partials, ChannelParameters parameters,
+                          ChannelNumbers<void*> grad_weight, ChannelNumbers<void*> grad_bias) {
+  const int64_t period = plan.period * kPerSlot<T>;
   const auto term = [&](int64_t column, int n) {
     const int sum = column >= plan.channels.by ? 1 : 0;
     const int rest = n / terms.tiles;
@@ -115,7 +131,14 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kTotalsThreads)
     const int64_t block = int64_t{chunk} * plan.tiles + tile;
     return static_cast<double>(partials[(block * 2 + sum) * plan.segments + segment]);
   };
-  add_terms(2 * plan.channels.by, terms.count, per_block, sums, term);
+  const auto store = [&](int64_t column, double sum) {
+    const int channels = static_cast<int>(plan.channels.by);
+    const int at = static_cast<int>(column);
+    if (at < channels) return store_number<T>(grad_bias, at, sum);
+    const int channel = at - channels;
+    store_number<T>(grad_weight, channel, sum * deviation_inverse<T>(parameters, channel));
+  };
+  add_terms(2 * plan.channels.by, terms.count, per_block, term, store);
 }
 
 }  // namespace ueo_fast::cuda

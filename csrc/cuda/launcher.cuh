@@ -3,6 +3,10 @@
 
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "../storage.h"
 #include "device.cuh"
 #include "launch.h"
@@ -19,6 +23,22 @@ inline constexpr Storage kStorageOf<Half> = Storage::kHalf;
 template <>
 inline constexpr Storage kStorageOf<BFloat16> = Storage::kBFloat16;
 
+// Lets a kernel have all the shared memory of the current GPU: not what one launch needs, as
+// another thread may be launching the same kernel with more. Asked once per kernel and GPU: the
+// driver's answer takes as long as a launch.
+inline cudaError_t opt_in_once(const void* kernel, int shared_per_block) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> done;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard lock(mutex);
+  if (done.count({kernel, device}) > 0) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_per_block);
+  if (error == cudaSuccess) done.insert({kernel, device});
+  return error;
+}
+
 // Launches on a stream until something fails, and remembers what.
 struct CudaLauncher {
   cudaStream_t stream;
@@ -31,11 +51,8 @@ struct CudaLauncher {
     const int shared = static_cast<int>(grid.shared_bytes);
     constexpr int kWithoutOptIn = 48 << 10;
     if (shared > kWithoutOptIn) {
-      // All that there is, not what this launch needs: another thread may be launching the same
-      // kernel with more.
-      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_per_block));
+      error = opt_in_once(reinterpret_cast<const void*>(kernel),
+                          static_cast<int>(shared_per_block));
       if (error != cudaSuccess) return;
     }
     cudaLaunchConfig_t config{};

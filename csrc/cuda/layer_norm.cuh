@@ -259,9 +259,11 @@ __launch_bounds__((kBlockThreads<T, kBlock>), (kNormGradientBlocks<T, kBlock, kS
 template <class A>
 UEO_FAST_KERNEL __launch_bounds__(tuning::kTotalsThreads)
     layer_norm_totals(int columns, int count, int per_block, const A* partials, A* sums) {
-  add_terms(2 * int64_t{columns}, count, per_block, sums, [&](int64_t column, int n) {
+  const auto term = [&](int64_t column, int n) {
     return static_cast<double>(partials[int64_t{n} * 2 * columns + column]);
-  });
+  };
+  const auto store = [&](int64_t column, double sum) { sums[column] = static_cast<A>(sum); };
+  add_terms(2 * int64_t{columns}, count, per_block, term, store);
 }
 
 }  // namespace ueo_fast::cuda

@@ -9,10 +9,19 @@ from torch import Tensor
 
 from ueo_fast import backends
 from ueo_fast.ops import registry
+from ueo_fast.reference import compute_dtype
 
 
 def _forward_fake(
-    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, dim: int, relu: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    dim: int,
+    relu: bool,
 ) -> tuple[Tensor, Tensor]:
     bits = (x.numel() + 7) // 8 if relu and residual is not None else 0
     return torch.empty_like(x), x.new_empty(bits, dtype=torch.uint8)
@@ -21,19 +30,28 @@ def _forward_fake(
 def _backward_fake(
     grad_out: Tensor,
     x: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    center: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
     bits: Tensor,
     dim: int,
     relu: bool,
     needs_x: bool,
-    needs_sums: bool,
+    needs_weight: bool,
+    needs_bias: bool,
     needs_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def by_channel(values: Tensor | None, needed: bool) -> Tensor:
+        if values is None or not needed:
+            return grad_out.new_empty(0)
+        return values.new_empty(values.shape)
+
     return (
         torch.empty_like(grad_out) if needs_x else grad_out.new_empty(0),
-        scale.new_empty(2, scale.shape[0]) if needs_sums else scale.new_empty(0),
+        by_channel(weight, needs_weight),
+        by_channel(bias, needs_bias),
         torch.empty_like(grad_out) if needs_residual else grad_out.new_empty(0),
     )
 
@@ -48,14 +66,15 @@ def is_dense(x: Tensor) -> bool:
     """Whether the elements fill their memory without gaps, in some order of the dimensions."""
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return True
+    # As csrc/channel_affine.h does. No sorting: the Dynamo of torch 2.11 sorts no dynamic sizes.
     expected = 1
-    left = [dim for dim in range(x.dim()) if x.shape[dim] != 1]
-    while left:  # searched, not sorted: Dynamo cannot sort sizes that it does not know
-        following = [dim for dim in left if x.stride(dim) == expected]
-        if not following:
+    while expected < x.numel():
+        sizes = [
+            n for n, step in zip(x.shape, x.stride(), strict=True) if n > 1 and step == expected
+        ]
+        if not sizes:
             return False
-        expected *= x.shape[following[0]]
-        left.remove(following[0])
+        expected *= sizes[-1]
     return True
 
 
@@ -72,11 +91,22 @@ def _like(name: str, tensor: Tensor, shape: torch.Size, strides: tuple[int, ...]
     return copy.copy_(tensor)
 
 
+def parameter(values: Tensor | None, x: Tensor) -> Tensor | None:
+    """``values`` in a dtype that the op takes beside ``x``: its own, or the compute dtype."""
+    dtype = compute_dtype(x.dtype)
+    if values is None or values.dtype == dtype or values.dtype == x.dtype:
+        return values
+    return values.to(dtype)
+
+
 def forward(
     backend: str,
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
     residual: Tensor | None,
     dim: int,
     relu: bool,
@@ -84,102 +114,103 @@ def forward(
     """Without autograd: the result in the layout of the dense ``x``, and the mask's bits."""
     if residual is not None:
         residual = _like("residual", residual, x.shape, x.stride())
-    return registry.of(backend).channel_affine_forward(x, scale, shift, residual, dim, relu)
+    return registry.of(backend).channel_affine_forward(
+        x, weight, bias, mean, var, eps, residual, dim, relu
+    )
 
 
 def backward(
     backend: str,
     grad_out: Tensor,
     x: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    center: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
     bits: Tensor,
+    eps: float,
     strides: tuple[int, ...],
     dim: int,
     relu: bool,
-    needs_x: bool,
-    needs_sums: bool,
-    needs_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by x and the residual and the sums (2, channels): see csrc/library.cpp."""
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients by x, weight, bias and the residual, (0,) for what is not needed."""
     grad_out = _like("grad_out", grad_out, grad_out.shape, strides)
     return registry.of(backend).channel_affine_backward(
-        grad_out, x, scale, shift, center, bits, dim, relu, needs_x, needs_sums, needs_residual
+        grad_out, x, weight, bias, mean, var, eps, bits, dim, relu, *needs
     )
 
 
-class ChannelAffineFunction(torch.autograd.Function):
-    """``act(x * scale + shift (+ residual))`` for a dense ``x``, channels in dimension ``dim``.
+def gradients(
+    backend: str, grad_out: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`backward` within an autograd function."""
+    compute: Any = _OnceDifferentiable.apply if torch.is_grad_enabled() else backward
+    return compute(backend, grad_out, *arguments)
 
-    What returns as gradient by ``scale`` is the sum of ``g (x - center)``: ``sum g x - center *
-    sum g`` would lose digits. It is right where ``shift`` holds a detached ``- center * scale``,
-    as in batch normalisation by its running mean, or ``center`` is zero.
-    """
+
+class ChannelAffineFunction(torch.autograd.Function):
+    """The op (csrc/library.cpp) for a dense ``x``; ``mean`` and ``var`` are constants."""
 
     @staticmethod
     def forward(
         ctx: Any,
         backend: str,
         x: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        center: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
         residual: Tensor | None,
         dim: int,
         relu: bool,
     ) -> Tensor:
-        out, bits = forward(backend, x, scale, shift, residual, dim, relu)
+        out, bits = forward(backend, x, weight, bias, mean, var, eps, residual, dim, relu)
         needs_sums = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         # Where there is a residual the mask comes from the bits, else again from x.
         keeps_x = needs_sums or (relu and residual is None)
-        ctx.save_for_backward(x if keeps_x else None, scale, shift, center, bits)
+        ctx.save_for_backward(x if keeps_x else None, weight, bias, mean, var, bits)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
-        ctx.strides = x.stride()
-        ctx.options = dim, relu
+        ctx.options = eps, x.stride(), dim, relu
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_out is None:  # the result is not part of what is differentiated
-            return (None,) * 8
-        dim, relu = ctx.options
-        _, needs_x, needs_scale, needs_shift, _, needs_residual, _, _ = ctx.needs_input_grad
-        needs_sums = needs_scale or needs_shift
-        grad_x = sums = grad_residual = None
-        if needs_x or needs_sums or relu:
-            compute: Any = OnceDifferentiable.apply if torch.is_grad_enabled() else backward
-            grad_x, sums, grad_residual = compute(
-                ctx.backend,
-                grad_out,
-                *ctx.saved_tensors,
-                ctx.strides,
-                dim,
-                relu,
-                needs_x,
-                needs_sums,
-                needs_residual and relu,
+            return (None,) * 10
+        *_, relu = ctx.options
+        _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        needs_residual = ctx.needs_input_grad[7]
+        # Without relu that of the residual is the upstream one.
+        needs = needs_x, needs_weight, needs_bias, needs_residual and relu
+        by_x = by_weight = by_bias = by_residual = None
+        if any(needs):
+            by_x, by_weight, by_bias, by_residual = gradients(
+                ctx.backend, grad_out, *ctx.saved_tensors, *ctx.options, needs
             )
-        if needs_residual and not relu:
-            grad_residual = grad_out  # it passes unchanged
+        if not relu:
+            by_residual = grad_out
         return (
             None,
-            grad_x if needs_x else None,
-            sums[1] if sums is not None and needs_scale else None,
-            sums[0] if sums is not None and needs_shift else None,
+            by_x if needs_x else None,
+            by_weight if needs_weight else None,
+            by_bias if needs_bias else None,
             None,
-            grad_residual if needs_residual else None,
+            None,
+            None,
+            by_residual if needs_residual else None,
             None,
             None,
         )
 
 
-class OnceDifferentiable(torch.autograd.Function):
+class _OnceDifferentiable(torch.autograd.Function):
     """The gradients under ``create_graph=True``: see ueo_fast/ops/ueo_loss.py."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return backward(*args)
 
     @staticmethod

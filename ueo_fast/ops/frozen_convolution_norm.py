@@ -19,10 +19,9 @@ Numbers = tuple[int, ...]
 
 
 class ConvolutionNormFunction(torch.autograd.Function):
-    """``act(convolution(x, weight) * scale + shift)``; the weight and ``center`` are constants.
+    """``act(batch_norm(convolution(x)))``; the convolution's weight and statistics are constants.
 
-    ``scale``, ``shift`` and ``center`` as in
-    :class:`ueo_fast.ops.channel_affine.ChannelAffineFunction`.
+    ``weight`` to ``eps`` as in :class:`ueo_fast.ops.channel_affine.ChannelAffineFunction`.
     """
 
     @staticmethod
@@ -30,48 +29,43 @@ class ConvolutionNormFunction(torch.autograd.Function):
         ctx: Any,
         backend: str,
         x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        center: Tensor,
+        conv_weight: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
         geometry: tuple[Numbers, Numbers, Numbers, int],
         relu: bool,
     ) -> Tensor:
-        wide = _convolution(x, weight, geometry)
-        out, bits = channel_affine.forward(backend, wide, scale, shift, None, 1, relu)
-        ctx.save_for_backward(x, weight, scale, shift, center, bits)
+        wide = _convolution(x, conv_weight, geometry)
+        out, bits = channel_affine.forward(
+            backend, wide, weight, bias, mean, var, eps, None, 1, relu
+        )
+        ctx.save_for_backward(x, conv_weight, weight, bias, mean, var, bits)
         ctx.set_materialize_grads(False)
-        ctx.options = backend, geometry, relu
+        ctx.options = backend, eps, geometry, relu
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_out is None:  # the result is not part of what is differentiated
-            return (None,) * 8
-        x, weight, scale, shift, center, bits = ctx.saved_tensors
-        backend, geometry, relu = ctx.options
-        _, needs_x, _, needs_scale, needs_shift, *_ = ctx.needs_input_grad
-        wide = _convolution(x, weight, geometry)
-        compute = (
-            channel_affine.OnceDifferentiable.apply
-            if torch.is_grad_enabled()
-            else channel_affine.backward
-        )
-        needs_sums = needs_scale or needs_shift
-        grad_wide, sums, _ = compute(
+            return (None,) * 10
+        x, conv_weight, *parameters, bits = ctx.saved_tensors
+        backend, eps, geometry, relu = ctx.options
+        _, needs_x, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        wide = _convolution(x, conv_weight, geometry)
+        grad_wide, by_weight, by_bias, _ = channel_affine.gradients(
             backend,
             grad_out,
             wide,
-            scale,
-            shift,
-            center,
+            *parameters,
             bits,
+            eps,
             wide.stride(),
             1,
             relu,
-            needs_x,
-            needs_sums,
-            False,
+            (needs_x, needs_weight, needs_bias, False),
         )
         grad_x = None
         if needs_x:
@@ -79,7 +73,7 @@ class ConvolutionNormFunction(torch.autograd.Function):
             grad_x, _, _ = torch.ops.aten.convolution_backward(
                 grad_wide,
                 x,
-                weight.to(x.dtype),
+                conv_weight.to(x.dtype),
                 None,
                 stride,
                 padding,
@@ -93,8 +87,10 @@ class ConvolutionNormFunction(torch.autograd.Function):
             None,
             grad_x,
             None,
-            sums[1] if needs_scale else None,
-            sums[0] if needs_shift else None,
+            by_weight if needs_weight else None,
+            by_bias if needs_bias else None,
+            None,
+            None,
             None,
             None,
             None,
@@ -142,19 +138,10 @@ def frozen_convolution_norm(
         relu: whether a ReLU follows.
     """
     x, _ = autocast(x)
-    scale = torch.rsqrt(running_var.to(_compute(x)) + eps)
-    if weight is not None:
-        scale = weight.to(scale.dtype) * scale
-    center = running_mean.to(scale.dtype)
-    # Detached: the gradient by scale knows of the mean, which is subtracted from x itself.
-    shift = -center * scale.detach()
-    if bias is not None:
-        shift = bias.to(scale.dtype) + shift
+    weight, bias, mean, var = (
+        channel_affine.parameter(values, x) for values in (weight, bias, running_mean, running_var)
+    )
     y: Tensor = ConvolutionNormFunction.apply(
-        backend, x, conv_weight, scale, shift, center, geometry, relu
+        backend, x, conv_weight, weight, bias, mean, var, eps, geometry, relu
     )
     return y
-
-
-def _compute(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

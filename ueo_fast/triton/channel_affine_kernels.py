@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ueo_fast.triton.ueo_loss_math import join
+
 
 @triton.jit
 def channel_of(
@@ -41,6 +43,44 @@ def channel_of(
 
 
 @triton.jit
+def inverse_deviation(var, eps_high, eps_low, channel, there, dtype: tl.constexpr):
+    """1 / sqrt(var + eps)"""
+    value = tl.load(var + channel, mask=there, other=0.0).to(dtype)
+    return tl.rsqrt(value + join(eps_high, eps_low, dtype))
+
+
+@triton.jit
+def modulation(
+    weight,  # (channels,), or None, as all of these
+    bias,
+    mean,
+    var,
+    eps_high,  # high and low part
+    eps_low,
+    channel,
+    there,
+    dtype: tl.constexpr,
+):
+    """scale = weight / sqrt(var + eps), shift = bias - mean scale, and the mean.
+
+    What is None is left out.
+    """
+    scale = tl.full(channel.shape, 1.0, dtype)
+    shift = tl.full(channel.shape, 0.0, dtype)
+    center = tl.full(channel.shape, 0.0, dtype)
+    if var is not None:
+        scale = inverse_deviation(var, eps_high, eps_low, channel, there, dtype)
+    if weight is not None:
+        scale *= tl.load(weight + channel, mask=there, other=0.0).to(dtype)
+    if bias is not None:
+        shift = tl.load(bias + channel, mask=there, other=0.0).to(dtype)
+    if mean is not None:
+        center = tl.load(mean + channel, mask=there, other=0.0).to(dtype)
+        shift = tl.fma(-center, scale, shift)
+    return scale, shift, center
+
+
+@triton.jit
 def modulate(x, scale, shift):
     """x * scale + shift, rounded once, so that backward finds what forward found."""
     return tl.fma(x, scale, shift)
@@ -50,8 +90,12 @@ def modulate(x, scale, shift):
 def forward_kernel(
     x,  # (elements,) in the order of memory
     residual,  # (elements,), or None
-    scale,  # (channels,) in the compute dtype
-    shift,  # (channels,)
+    weight,  # see modulation()
+    bias,
+    mean,
+    var,
+    eps_high,
+    eps_low,
     out,  # out (elements,)
     bits,  # out (elements / 8 rounded up,) uint8, or None
     elements,
@@ -60,18 +104,21 @@ def forward_kernel(
     RELU: tl.constexpr,
     SHORT: tl.constexpr,  # whether inner < 8 GROUPS
     NARROW: tl.constexpr,  # whether channels < 8 GROUPS
+    ALIGNED: tl.constexpr,  # whether the elements of a byte share a channel
     GROUPS: tl.constexpr,  # bytes of the mask per program
 ):
     """out = relu?(x scale + shift (+ residual)); a bit is set where the gradient passes."""
-    dtype: tl.constexpr = scale.dtype.element_ty
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     group = tl.program_id(0).to(tl.int64) * GROUPS
     base = group * 8
     bit = tl.arange(0, 8)[None, :]
-    offset = tl.arange(0, GROUPS)[:, None] * 8 + bit
+    first = tl.arange(0, GROUPS)[:, None] * 8
+    offset = first + bit
     inside = base + offset < elements
-    channel = channel_of(base, offset, channels, inner, GROUPS * 8, SHORT, NARROW)
-    a = tl.load(scale + channel, mask=inside, other=0.0)
-    b = tl.load(shift + channel, mask=inside, other=0.0)
+    place = first if ALIGNED else offset  # a thread has a byte: its channel's numbers once
+    channel = channel_of(base, place, channels, inner, GROUPS * 8, SHORT, NARROW)
+    there = base + place < elements
+    a, b, _ = modulation(weight, bias, mean, var, eps_high, eps_low, channel, there, dtype)
     y = modulate(tl.load(x + base + offset, mask=inside, other=0.0).to(dtype), a, b)
     if residual is not None:
         y += tl.load(residual + base + offset, mask=inside, other=0.0).to(dtype)
@@ -92,13 +139,16 @@ def forward_kernel(
 def backward_kernel(
     grad_out,  # (outer, channels, inner)
     x,  # as grad_out, or None
-    scale,  # (channels,) in the compute dtype
-    shift,  # (channels,), or None unless the mask comes from x
-    center,  # (channels,), or None without sums
+    weight,  # see modulation()
+    bias,
+    mean,
+    var,
+    eps_high,
+    eps_low,
     bits,  # uint8, the mask of forward, or None
     grad_x,  # out, as grad_out, or None
     grad_residual,  # out, as grad_out, or None
-    partials,  # out (chunks, 2, channels), or None: sums of g and of g (x - center)
+    partials,  # out (chunks, 2, channels), or None: sums of g and of g (x - mean)
     outer,
     channels,
     inner_units,  # inner / UNIT
@@ -113,7 +163,7 @@ def backward_kernel(
     INNER: tl.constexpr,  # of a tile
 ):
     """One chunk of one tile of channels: g = grad_out where out is positive, and what it gives."""
-    dtype: tl.constexpr = scale.dtype.element_ty
+    dtype: tl.constexpr = tl.float64 if grad_out.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0).to(tl.int64)
     chunk = program // channel_tiles
     channel = (program % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
@@ -124,11 +174,9 @@ def backward_kernel(
     outer_tile = begin // inner_tiles
     inner_tile = begin - outer_tile * inner_tiles
 
-    a = tl.load(scale + channel, mask=there, other=0.0)[None, :, None]
-    if FROM_X:
-        b = tl.load(shift + channel, mask=there, other=0.0)[None, :, None]
+    a, b, center = modulation(weight, bias, mean, var, eps_high, eps_low, channel, there, dtype)
+    a, b, center = a[None, :, None], b[None, :, None], center[None, :, None]
     if partials is not None:
-        mean = tl.load(center + channel, mask=there, other=0.0)[None, :, None]
         sum_g = tl.zeros((OUTER, CHANNELS, INNER), dtype)
         sum_gx = tl.zeros((OUTER, CHANNELS, INNER), dtype)
     for _ in range(begin, end):
@@ -153,7 +201,7 @@ def backward_kernel(
             tl.store(grad_x + offset, (g * a).to(grad_out.dtype.element_ty), mask=inside)
         if partials is not None:
             sum_g += g
-            sum_gx += g * (value - mean)
+            sum_gx += g * (value - center)
         inner_tile += 1
         wraps = inner_tile == inner_tiles
         outer_tile += wraps.to(tl.int64)
@@ -166,19 +214,32 @@ def backward_kernel(
 
 @triton.jit
 def finish_sums_kernel(
-    partials,  # (chunks, columns)
-    sums,  # out (columns,)
+    partials,  # (chunks, 2, columns)
+    first,  # out (columns,), or None
+    second,  # out (columns,), or None
+    var,  # (columns,), or None: what the second sum is divided by the root of
+    eps_high,
+    eps_low,
     chunks,
     columns,
     CHUNKS: tl.constexpr,  # of a tile
     COLUMNS: tl.constexpr,  # of a tile, one program each
 ):
-    """The sum over chunks, in double and in a fixed order."""
+    """Two sums over chunks, in double and in a fixed order."""
+    dtype: tl.constexpr = partials.dtype.element_ty
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < columns
+    inside = column < 2 * columns
     total = tl.zeros((CHUNKS, COLUMNS), tl.float64)
     for step in range(0, tl.cdiv(chunks, CHUNKS)):
         chunk = step * CHUNKS + tl.arange(0, CHUNKS).to(tl.int64)
-        source = partials + chunk[:, None] * columns + column[None, :]
+        source = partials + chunk[:, None] * (2 * columns) + column[None, :]
         total += tl.load(source, mask=(chunk < chunks)[:, None] & inside[None, :], other=0.0)
-    tl.store(sums + column, tl.sum(total, 0).to(sums.dtype.element_ty), mask=inside)
+    value = tl.sum(total, 0).to(dtype)
+    if first is not None:
+        tl.store(first + column, value.to(first.dtype.element_ty), mask=column < columns)
+    if second is not None:
+        column -= columns
+        there = (column >= 0) & (column < columns)
+        if var is not None:
+            value *= inverse_deviation(var, eps_high, eps_low, column, there, dtype)
+        tl.store(second + column, value.to(second.dtype.element_ty), mask=there)

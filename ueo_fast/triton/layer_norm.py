@@ -137,7 +137,13 @@ def layer_norm_backward(
             COLUMNS=plan.block_columns,
             num_warps=plan.warps,
         )
-        return mean.new_empty(0) if partials is None else add_partials(partials)
+        if partials is None:
+            return mean.new_empty(0)
+        if plan.chunks == 1:
+            return partials[0]
+        sums = torch.empty_like(partials[0])
+        add_partials(partials, sums[0], sums[1])
+        return sums
 
     shape, processors = (rows, columns), processors_of(x.device)
     sums = with_best_plan("layer_norm_backward", x.device, shape, x.dtype, processors, run)

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -32,32 +33,54 @@ using Array = std::optional<py::array>;
 const void* data_of(const Array& array) { return array ? array->data() : nullptr; }
 void* output(Array& array) { return array ? array->mutable_data() : nullptr; }
 
-void channel_affine_forward(const cuda::Device& device, const ChannelLayout& layout,
-                            const std::string& dtype, const py::array& x, const py::array& scale,
-                            const py::array& shift, const Array& residual, bool relu, py::array out,
-                            Array bits) {
-  const cuda::AffineForwardCall call{layout,       x.data(), scale.data(),       shift.data(),
-                                     data_of(residual), relu,     out.mutable_data(), output(bits)};
-  with_storage_type(dtype, [&](auto element, Storage) {
-    cuda_host::Launcher launcher;
-    cuda::run_channel_affine<decltype(element)>(launcher, device, call);
-  });
+// Bytes per element tell the two dtypes that a parameter may have apart.
+cuda::ChannelNumbers<const void*> numbers_of(const py::array& x, const Array& numbers) {
+  if (!numbers) return {};
+  return {numbers->data(), numbers->itemsize() == x.itemsize()};
 }
 
-void channel_affine_backward(const cuda::Device& device, const ChannelLayout& layout,
-                             const std::string& dtype, const py::array& grad_out, const Array& x,
-                             const py::array& scale, const py::array& shift,
-                             const py::array& center, const Array& bits, bool relu, Array grad_x,
-                             Array sums, Array grad_residual) {
+cuda::ChannelNumbers<void*> gradient_of(const py::array& x, Array& gradient) {
+  if (!gradient) return {};
+  return {gradient->mutable_data(), gradient->itemsize() == x.itemsize()};
+}
+
+// weight, bias, mean, var
+cuda::ChannelParameters parameters_of(const py::array& x, const std::array<Array, 4>& numbers,
+                                      double eps) {
+  return {numbers_of(x, numbers[0]), numbers_of(x, numbers[1]), numbers_of(x, numbers[2]),
+          numbers_of(x, numbers[3]), eps};
+}
+
+// Both return how many kernels they launched.
+int channel_affine_forward(const cuda::Device& device, const ChannelLayout& layout,
+                           const std::string& dtype, const py::array& x,
+                           const std::array<Array, 4>& numbers, double eps, const Array& residual,
+                           bool relu, py::array out, Array bits) {
+  const cuda::AffineForwardCall call{
+      layout, x.data(),           parameters_of(x, numbers, eps), data_of(residual),
+      relu,   out.mutable_data(), output(bits)};
+  cuda_host::Launcher launcher;
+  with_storage_type(dtype, [&](auto element, Storage) {
+    cuda::run_channel_affine<decltype(element)>(launcher, device, call);
+  });
+  return launcher.launches;
+}
+
+int channel_affine_backward(const cuda::Device& device, const ChannelLayout& layout,
+                            const std::string& dtype, const py::array& grad_out, const Array& x,
+                            const std::array<Array, 4>& numbers, double eps, const Array& bits,
+                            bool relu, Array grad_x, Array grad_weight, Array grad_bias,
+                            Array grad_residual) {
+  cuda_host::Launcher launcher;
   with_storage_type(dtype, [&](auto element, Storage storage) {
-    cuda_host::Launcher launcher;
     cuda_host::Scratch workspace(cuda::affine_backward_workspace(device, layout, storage));
     cuda::run_channel_affine_gradient<decltype(element)>(
         launcher, device,
-        {layout, grad_out.data(), data_of(x), scale.data(), shift.data(), center.data(),
-         data_of(bits), relu, output(grad_x), output(sums), output(grad_residual),
-         workspace.memory.data()});
+        {layout, grad_out.data(), data_of(x), parameters_of(grad_out, numbers, eps), data_of(bits),
+         relu, output(grad_x), gradient_of(grad_out, grad_weight),
+         gradient_of(grad_out, grad_bias), output(grad_residual), workspace.memory.data()});
   });
+  return launcher.launches;
 }
 
 cuda::NormRows rows_of(const py::array& x) {
@@ -101,14 +124,13 @@ PYBIND11_MODULE(cuda_affine_on_host, m) {
   py::class_<cuda::Device>(m, "Device", py::module_local())
       .def(py::init([](int multiprocessors, int threads_per_multiprocessor,
                        int64_t shared_per_block, int64_t shared_per_multiprocessor,
-                       int64_t l2_bytes, bool cooperative) {
+                       int64_t l2_bytes) {
              return cuda::Device{multiprocessors,  threads_per_multiprocessor,
                                  shared_per_block, shared_per_multiprocessor,
-                                 l2_bytes,         cooperative};
+                                 l2_bytes};
            }),
            py::kw_only(), py::arg("multiprocessors"), py::arg("threads_per_multiprocessor"),
-           py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("l2_bytes"),
-           py::arg("cooperative"));
+           py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("l2_bytes"));
   py::class_<ChannelLayout>(m, "ChannelLayout")
       .def(py::init([](int64_t outer, int64_t channels, int64_t inner) {
         return ChannelLayout{outer, channels, inner};

@@ -14,7 +14,7 @@ namespace {
 
 // Few blocks, so that threads walk over several periods.
 cuda::Device device_with(int64_t shared_per_block) {
-  return {1, 256, shared_per_block, 2 * shared_per_block, 1 << 20, true};
+  return {1, 256, shared_per_block, 2 * shared_per_block, 1 << 20};
 }
 
 struct AffineCase {
@@ -60,20 +60,23 @@ void run(const AffineCase& test, Storage storage) {
   const cuda::Device device = device_with(227 << 10);
   const int64_t count = test.layout.elements();
   const auto x = random_values<T>(count), residual = random_values<T>(count);
-  const auto scale = random_values<A>(test.layout.channels);
-  const auto shift = random_values<A>(test.layout.channels);
+  const auto weight = random_values<A>(test.layout.channels);
+  const auto bias = random_values<A>(test.layout.channels);
+  const std::vector<A> var(test.layout.channels, A(2));
+  const cuda::ChannelParameters parameters{
+      {weight.data()}, {bias.data()}, {bias.data()}, {var.data()}, 1e-5};
   std::vector<T> out(count), grad(count);
-  std::vector<A> sums(2 * test.layout.channels);
+  std::vector<A> grad_weight(test.layout.channels), grad_bias(test.layout.channels);
   std::vector<unsigned char> bits(ueo_fast::mask_bytes(count));
   cuda_host::Launcher launcher;
   cuda_host::Scratch workspace(cuda::affine_backward_workspace(device, test.layout, storage));
   cuda::run_channel_affine<T>(launcher, device,
-                              {test.layout, x.data(), scale.data(), shift.data(), residual.data(),
-                               true, out.data(), bits.data()});
+                              {test.layout, x.data(), parameters, residual.data(), true,
+                               out.data(), bits.data()});
   cuda::run_channel_affine_gradient<T>(
       launcher, device,
-      {test.layout, residual.data(), x.data(), scale.data(), shift.data(), shift.data(),
-       bits.data(), true, out.data(), sums.data(), grad.data(), workspace.memory.data()});
+      {test.layout, residual.data(), x.data(), parameters, bits.data(), true, out.data(),
+       {grad_weight.data()}, {grad_bias.data()}, grad.data(), workspace.memory.data()});
 }
 
 template <class T>
