@@ -104,6 +104,26 @@ def test_changing_x_before_backward_is_an_error(backend):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_a_hook_that_keeps_x_in_another_layout(with_residual, backend):
+    leaves = make(backend)
+    if not with_residual:
+        del leaves["residual"]
+    x = leaves["x"].detach().to(memory_format=torch.channels_last)
+    inputs = list((leaves | {"x": x.requires_grad_()}).values())
+    expected = torch.autograd.grad(relu_of(backend)(*inputs).square().sum(), inputs)
+
+    def keep(tensor):  # as torch.autograd.graph.save_on_cpu(pin_memory=True)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+        out = relu_of(backend)(*inputs)
+    found = torch.autograd.grad(out.square().sum(), inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("name", NAMES)
 def test_double_backward_is_a_clear_error_and_the_reference_has_it(name, backend):
     leaves = make(backend, torch.float64)

@@ -136,6 +136,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients by x, weight, bias and the residual, (0,) for what is not needed."""
     grad_out = _like("grad_out", grad_out, grad_out.shape, strides)
+    if x is not None:  # a hook may have kept it in another layout, as save_on_cpu(pin_memory=True)
+        x = _like("x", x, grad_out.shape, strides)
     return registry.of(backend).channel_affine_backward(
         grad_out, x, weight, bias, mean, var, eps, bits, dim, relu, *needs
     )
