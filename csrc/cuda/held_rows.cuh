@@ -209,7 +209,7 @@ struct HeldRows {
       for (int k = 0; k < kPerSlot<T>; ++k) {
         out.x[k] = to_storage<T>(value[i * kPerSlot<T> + k]);
       }
-      const bool ends_here = i >= kFirstLast && last_cut && is_last(i);
+      const bool ends_here = i >= kFirstLast && last_cut && i >= inside - 1;
       if (ends_here || (i == 0 && first_cut)) {
         const int from = i == 0 && first_cut ? shift : 0;
         const int upto = ends_here ? end : kPerSlot<T>;

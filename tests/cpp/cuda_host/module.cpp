@@ -158,6 +158,7 @@ PYBIND11_MODULE(cuda_on_host, m) {
   py::class_<cuda::SharedRowPlan>(m, "SharedRowPlan")
       .def_readonly("fits", &cuda::SharedRowPlan::fits)
       .def_readonly("many", &cuda::SharedRowPlan::many)
+      .def_readonly("slots", &cuda::SharedRowPlan::slots)
       .def_readonly("steps", &cuda::SharedRowPlan::steps)
       .def_property_readonly("blocks", [](const cuda::SharedRowPlan& p) { return p.grid.blocks; })
       .def_property_readonly("threads", [](const cuda::SharedRowPlan& p) { return p.grid.threads; })
@@ -174,6 +175,15 @@ PYBIND11_MODULE(cuda_on_host, m) {
       .def_property_readonly("threads", [](const cuda::RowPlan& p) { return p.grid.threads; })
       .def_property_readonly("shared_bytes",
                              [](const cuda::RowPlan& p) { return p.grid.shared_bytes; });
+  m.def("register_blocks", &cuda::register_blocks);
+  m.def("loop_budgets", [] {
+    py::list budgets;
+    for (const cuda::LoopBudget& budget : cuda::kLoopBudgets) {
+      budgets.append(
+          py::make_tuple(budget.kernel, budget.storage, budget.columns, budget.instructions));
+    }
+    return budgets;
+  });
   m.def("plan_registers",
         [](const cuda::Device& device, int64_t rows, int64_t columns, int bytes) {
           const cuda::RowShape row(columns, bytes);
