@@ -31,7 +31,7 @@ def make(backend=None, dtype=torch.float32, shape=(2, 3, 8, 10)):
 
 
 def relu_of(backend):
-    name = str(backend)  # not where it is compiled: Dynamo of torch 2.11 cannot
+    name = str(backend)  # the Dynamo of torch 2.11 knows no str() of a subclass of str
 
     def call(x, scale, shift, residual=None):
         return channel_affine(x, scale, shift, activation="relu", residual=residual, backend=name)
@@ -167,12 +167,13 @@ def test_autocast_of_what_comes_before(dtype, backend):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_compile_fullgraph_equals_eager(layout, compiler, backend):
     torch._dynamo.reset()  # the number of recompilations of a function is limited
-    relu = relu_of(backend)
+
+    call = relu_of(backend)
 
     def step(leaves):
         x = (2 * leaves["x"]).contiguous(memory_format=layout)
-        out = relu(**leaves | {"x": x})
-        return relu(out, leaves["scale"], leaves["shift"])
+        out = call(**leaves | {"x": x})
+        return call(out, leaves["scale"], leaves["shift"])
 
     compiled = torch.compile(step, fullgraph=True, backend=compiler)
     for rows in (2, 3):  # a new shape
@@ -194,15 +195,17 @@ def test_opcheck(layout, dtype, backend):
     ops = backend.ops
     x, scale, shift, residual = (value.detach() for value in make(backend, dtype).values())
     x, residual = (value.contiguous(memory_format=layout) for value in (x, residual))
-    for relu, added in ((False, None), (True, None), (True, residual)):
-        forward = (x, scale, shift, added, 1, relu)
-        torch.library.opcheck(ops.channel_affine_forward.default, forward)
-        out, bits = ops.channel_affine_forward(*forward)
-        needs_residual = added is not None
-        backward = (out, x, scale, shift, shift, bits, 1, relu, True, True, needs_residual)
-        torch.library.opcheck(ops.channel_affine_backward.default, backward)
-    without_x = (out, None, scale, shift, shift, bits, 1, True, True, False, True)
-    torch.library.opcheck(ops.channel_affine_backward.default, without_x)
+    stored = tuple(value.to(dtype) for value in (scale, shift, shift, scale.square()))
+    for parameters in ((scale, shift, None, None, 0.0), (*stored, 1e-5)):
+        for relu, added in ((False, None), (True, None), (True, residual)):
+            forward = (x, *parameters, added, 1, relu)
+            torch.library.opcheck(ops.channel_affine_forward.default, forward)
+            out, bits = ops.channel_affine_forward(*forward)
+            needs = (True, True, True, added is not None)
+            backward = (out, x, *parameters, bits, 1, relu, *needs)
+            torch.library.opcheck(ops.channel_affine_backward.default, backward)
+        without_x = (out, None, *parameters, bits, 1, True, True, False, False, True)
+        torch.library.opcheck(ops.channel_affine_backward.default, without_x)
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -211,24 +214,36 @@ def test_ops_refuse_what_would_read_foreign_memory(backend):
         pytest.skip("checked by ueo_fast/normalization.py alone")
     ops = backend.ops
     x, scale, shift, residual = (value.detach() for value in make(backend).values())
+    rest = (None, None, 0.0, None)
     for arguments, message in (
-        ((x, scale, shift, None, 4, True), "dim must be a dimension of x, from 0 to 3, got 4"),
-        ((x[..., ::2], scale, shift, None, 1, True), "x must be dense"),
-        ((x.int(), scale, shift, None, 1, True), "x must be float64, float32, float16 or bfloat16"),
-        ((x, scale[1:], shift, None, 1, True), r"scale must have shape \(3,\)"),
-        ((x, scale, shift.double(), None, 1, True), "shift must have the compute dtype"),
-        ((x, scale, shift, residual[1:], 1, True), "residual must have the shape, dtype and str"),
+        ((x, scale, shift, *rest, 4, True), "dim must be a dimension of x, from 0 to 3, got 4"),
+        ((x[..., ::2], scale, shift, *rest, 1, True), "x must be dense"),
+        (
+            (x.int(), scale, shift, *rest, 1, True),
+            "x must be float64, float32, float16 or bfloat16",
+        ),
+        ((x, scale[1:], shift, *rest, 1, True), r"weight must have shape \(3,\)"),
+        ((x, scale, shift.double(), *rest, 1, True), "bias must have the compute dtype"),
+        ((x, scale, shift, scale.half(), *rest[1:], 1, True), "mean must have the compute dtype"),
+        ((x, scale, shift, None, scale[:2], 0.0, None, 1, True), r"var must have shape \(3,\)"),
+        (
+            (x, scale, shift, *rest[:3], residual[1:], 1, True),
+            "residual must have the shape, dtype and strides",
+        ),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.channel_affine_forward(*arguments)
-    out, bits = ops.channel_affine_forward(x, scale, shift, residual, 1, True)
-    flags = (1, True, True, True, True)
+    parameters = (scale, shift, shift, scale.square(), 1e-5)
+    out, bits = ops.channel_affine_forward(x, *parameters, residual, 1, True)
+    flags = (1, True, True, True, True, True)
     for arguments, message in (
-        ((out.half(), x, scale, shift, shift, bits), "grad_out must have the shape, dtype"),
-        ((out, x, scale, shift, shift[1:], bits), r"center must have shape \(3,\)"),
-        ((out, x, scale, shift, shift, bits[1:]), "bits must be those of channel_affine_forward"),
-        ((out, None, scale, shift, shift, bits), "x is needed for the sums"),
-        ((out, x, scale, shift, shift, bits[:0]), "the gradient of a residual under relu needs"),
+        ((out.half(), x, *parameters, bits), "grad_out must have the shape, dtype"),
+        ((out, x, scale, shift, shift[1:], None, 0.0, bits), r"mean must have shape \(3,\)"),
+        ((out, x, *parameters, bits[1:]), "bits must be those of channel_affine_forward"),
+        ((out, None, *parameters, bits), "x is needed for the sums"),
+        ((out, x, *parameters, bits[:0]), "the gradient of a residual under relu needs"),
+        ((out, x, None, *parameters[1:], bits), "there is no gradient by weight, which is null"),
+        ((out, x, scale, None, *parameters[2:], bits), "there is no gradient by bias, which is"),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.channel_affine_backward(*arguments, *flags)
@@ -290,4 +305,4 @@ def test_ops_refuse_meta_tensors_among_others(backend):
     x, scale, shift, residual = (value.detach() for value in make(backend).values())
     for given in ((x, scale.to("meta"), shift, residual), (x, scale, shift, residual.to("meta"))):
         with pytest.raises(RuntimeError, match=r"needs all tensors on one device, got .*meta"):
-            backend.ops.channel_affine_forward(*given, 1, True)
+            backend.ops.channel_affine_forward(*given[:3], None, None, 0.0, given[3], 1, True)
