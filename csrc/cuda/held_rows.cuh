@@ -97,6 +97,7 @@ struct HeldRows {
     };
     keep_element(shared.keep_first, in_first);
     keep_element(shared.keep_last, in_last);
+    if (!matrix.sticks_out) return;
     const auto position = [](const T* at) {
       return static_cast<int>(reinterpret_cast<uintptr_t>(at) / sizeof(T) % kPerSlot<T>);
     };

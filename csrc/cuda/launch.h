@@ -1,7 +1,8 @@
 // Every tuning number of the CUDA kernels, each with its reason, and the arithmetic that turns a
 // shape and a device into launches. Plain C++: tests run it for devices that they make up.
 //
-// No number here has been tuned on a GPU yet: they follow from the counting given beside them.
+// Those of the loss's kernels for rows in registers were measured on a GPU (docs/performance.md, "What
+// was tried"); the others follow from the counting given beside them.
 #pragma once
 
 #include <algorithm>

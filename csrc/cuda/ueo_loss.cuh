@@ -63,11 +63,11 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, 
   const Lanes<kLanes> team(thread);
   const Frame<T> frame = block_frame(args.logits);
   HeldRows<T, kSlots, kLanes> row(args.logits, memory.edges, team.rank, frame);
-  __syncthreads();  // the edges
   const unsigned hop = gridDim.x * kTeams;
   unsigned index = blockIdx.x + gridDim.x * static_cast<unsigned>(thread / kLanes);
   row.start(index, hop);
   row.fetch(index);
+  __syncthreads();  // the edges
 
   WeightRange range{1, 1, 1};
   if constexpr (!kPlain) {
@@ -197,6 +197,14 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, 
                    hop * static_cast<unsigned>(steps - 1);
   row.start(index, -int64_t{hop});
   row.fetch(index);
+  // What lane r will need of the team's row r from `first` on, or nothing.
+  const auto statistics_of = [&](int first) {
+    const unsigned own = index - hop * static_cast<unsigned>(team.rank);
+    const bool wanted = first + team.rank < steps && own < row.rows;
+    return wanted ? RowStatistics<float>::load(args.row_stats + int64_t{own} * kRowStats)
+                  : RowStatistics<float>{0, 1, 0, 0, 0};
+  };
+  RowStatistics<float> stats = statistics_of(0);
   log_q.stage(BlockTeam{thread, tuning::kRegisterThreads, nullptr}, frame);
   __syncthreads();  // the edges as well
   const float grad_loss = args.grad_loss == nullptr ? 1.0f : *args.grad_loss;
@@ -206,16 +214,13 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, 
 #pragma unroll 1
   for (int step = 0; step < steps; ++step, index -= hop) {
     if (step % kLanes == 0) {
-      const unsigned own = index - hop * static_cast<unsigned>(team.rank);
-      if (step + team.rank < steps && own < row.rows) {
-        const GradientRow<float> gradient(
-            RowStatistics<float>::load(args.row_stats + int64_t{own} * kRowStats), scale);
-        kept[0] = gradient.max;
-        kept[1] = gradient.inverse_sum;
-        // p = e / s is never formed: the division is in both factors of b, and so in its mean.
-        kept[2] = gradient.entropy_factor * gradient.inverse_sum;
-        kept[3] = gradient.marginal_factor * gradient.inverse_sum;
-      }
+      if (step > 0) stats = statistics_of(step);
+      const GradientRow<float> gradient(stats, scale);
+      kept[0] = gradient.max;
+      kept[1] = gradient.inverse_sum;
+      // p = e / s is never formed: the division is in both factors of b, and so in its mean.
+      kept[2] = gradient.entropy_factor * gradient.inverse_sum;
+      kept[3] = gradient.marginal_factor * gradient.inverse_sum;
     }
     const int lane = step % kLanes;
     const float max = team.from(lane, kept[0]);
