@@ -145,6 +145,7 @@ def test_the_paths_are_what_they_are_called(name):
         pytest.param((19, 1100), 1101, 1, id="a block, the gradient elsewhere in its slots"),
         pytest.param((19, 1101), 1117, 3, id="a block, apart"),
         pytest.param((17, 5), 9, 1, id="within a slot or two"),
+        pytest.param((17, 1), 9, 1, id="within a slot"),
         *(
             pytest.param((rows, columns), columns, offset, id=f"{rows} x {columns} from {offset}")
             for rows, columns in ((1, 1), (1, 2), (2, 1), (3, 2), (5, 3))
