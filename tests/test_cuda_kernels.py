@@ -145,6 +145,7 @@ def test_the_paths_are_what_they_are_called(name):
         pytest.param((19, 1100), 1101, 1, id="a block, the gradient elsewhere in its slots"),
         pytest.param((19, 1101), 1117, 3, id="a block, apart"),
         pytest.param((17, 5), 9, 1, id="within a slot or two"),
+        pytest.param((17, 1), 9, 1, id="within a slot"),
         *(
             pytest.param((rows, columns), columns, offset, id=f"{rows} x {columns} from {offset}")
             for rows, columns in ((1, 1), (1, 2), (2, 1), (3, 2), (5, 3))
@@ -292,27 +293,33 @@ def test_plans_stay_within_the_gpu(columns, rows, size, gpu):
         assert plan.blocks % (16 // size) == 0  # every row of a block at the same alignment
         assert plan.blocks * teams * plan.steps >= rows
 
-    for per_column in (module.PerColumn.none, module.PerColumn.per_block, module.PerColumn.per_team):
+    for per_column in (
+        module.PerColumn.none,
+        module.PerColumn.per_block,
+        module.PerColumn.per_team,
+    ):
         plan = module.plan_rows(device, rows, columns, size, per_column)
         fits_the_gpu(plan, 512 if size == 8 and plan.block_team else 1024)
         shares_out_the_rows(plan, plan.teams)
         assert plan.threads == plan.lanes * plan.teams
-    held = [
-        (plan := module.plan_registers(device, rows, columns, size, plain=p, sums_per_team=s))
-        and (plan, plan.teams)
-        for p in (True, False)
-        for s in (True, False)
-    ]
-    held += [(module.plan_shared_rows(device, rows, columns, size), 1)]
-    for plan, teams in held:
+    held = [module.plan_shared_rows(device, rows, columns, size)]
+    for plain in (True, False):
+        for per_team in (True, False):
+            held += [
+                module.plan_registers(
+                    device, rows, columns, size, plain=plain, sums_per_team=per_team
+                )
+            ]
+    for plan in held:
         if not plan.fits:
             continue
+        teams = getattr(plan, "teams", 1)
         fits_the_gpu(plan, 1024)
         shares_out_the_rows(plan, teams)
-        # The number of a row is in 32 bits, also of the one that a team would have next.
+        # A row's number has 32 bits, also that of the one that a team would have next.
         assert plan.blocks * teams * (plan.steps + 1) < 1 << 32
-    held_by = [plan.fits for plan, _ in held]
-    assert not any(held_by) or (size < 8 and rows < 1 << 31)
+        assert size < 8
+        assert rows < 1 << 31
     for plain in (True, False):
         dtype = {2: "float16", 4: "float32", 8: "float64"}[size]
         partials = module.partials(device, rows, columns, dtype, plain)

@@ -157,9 +157,11 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, 
           entropy = both[0];
           stats.mean_log = both[1];
         }
-        const float weight = present ? stats.marginal_weight * inverse_sum : 0;
+        if (present) {  // elsewhere e may be NaN: of what lies in the matrix's last slot
+          const float weight = stats.marginal_weight * inverse_sum;
 #pragma unroll
-        for (int i = 0; i < kElements; ++i) sums[i] += weight * e[i];
+          for (int i = 0; i < kElements; ++i) sums[i] += weight * e[i];
+        }
         if (present && team.rank == 0) {
           stats.store(args.row_stats + int64_t{index} * kRowStats);
           add_to_totals(stats, entropy);
