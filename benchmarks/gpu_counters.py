@@ -61,7 +61,7 @@ def launches(run: Callable[[], object]) -> Counter[str]:
 
 def short_name(kernel: str) -> str:
     """A kernel's name without its return type, arguments and template parameters."""
-    name = re.sub(r"<.*|\(.*", "", kernel.replace("(anonymous namespace)::", ""))
+    name = re.sub(r"<.*|\(.*", "", re.sub(r"(\(anonymous namespace\)|<unnamed>)::", "", kernel))
     return name.removeprefix("void ").split("::")[-1].strip() or kernel[:40]
 
 

@@ -92,6 +92,8 @@ class CudaHost:
     def __init__(self, **properties: Any) -> None:
         self.module = cuda_host_build.cuda_on_host()
         self.device = self.module.Device(**(SMALL_GPU | properties))
+        self.launches = 0
+        """Of kernels, by all calls so far."""
 
     def ueo_loss_forward(
         self,
@@ -109,7 +111,9 @@ class CudaHost:
         weights = _contiguous(confidence), _contiguous(marginal_weights)
         options = trade_off, confidence_scale, eps
         outputs = host_array(loss), *_parts(saved, logits)
-        self.module.forward(self.device, host_array(logits), dtype, *weights, *options, *outputs)
+        self.launches += self.module.forward(
+            self.device, host_array(logits), dtype, *weights, *options, *outputs
+        )
         return loss, saved
 
     def ueo_loss_backward(
@@ -124,7 +128,7 @@ class CudaHost:
         if logits.shape[0] == 0:
             return grad
         logits, dtype = _logits(logits)
-        self.module.backward(
+        self.launches += self.module.backward(
             self.device,
             host_array(grad_loss.contiguous()),
             host_array(logits),
@@ -152,9 +156,9 @@ class CudaHost:
         logits, dtype = _logits(logits)
         weights = _contiguous(confidence), _contiguous(marginal_weights)
         options = trade_off, confidence_scale, eps
-        summary, marginal, _ = _parts(saved, logits)  # those of the rows: in one pass, nowhere
+        summary, marginal, _ = _parts(saved, logits)  # those of the rows: scratch
         outputs = host_array(loss), summary, marginal, host_array(grad)
-        self.module.loss_and_grad(
+        self.launches += self.module.loss_and_grad(
             self.device, host_array(logits), dtype, *weights, *options, *outputs
         )
         return loss, saved, grad
@@ -163,7 +167,9 @@ class CudaHost:
         out = _empty(logits, logits.shape[0])
         if logits.shape[0] > 0:
             logits, dtype = _logits(logits)
-            self.module.max_softmax(self.device, host_array(logits), dtype, scale, host_array(out))
+            self.launches += self.module.max_softmax(
+                self.device, host_array(logits), dtype, scale, host_array(out)
+            )
         return out
 
 

@@ -1,7 +1,8 @@
 """What nvcc made of the CUDA kernels, read from ``_cuda.so`` for every architecture; needs no GPU.
 
-Registers, stack and shared memory are held to the budgets of csrc/cuda/launch.h, and loads and
-stores of rows to 16 bytes. The tools that read machine code come with Triton.
+Registers, stack, shared memory and the instructions of the loss's loops are held to the budgets of
+csrc/cuda/launch.h, and loads and stores of rows to 16 bytes. The tools that read machine code come
+with Triton.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -22,13 +24,14 @@ import ueo_fast
 
 PACKAGE = Path(ueo_fast.__file__).parent
 LAUNCH = setup_script.PATH.parent / "csrc" / "cuda" / "launch.h"
-ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-STORAGES = ("float", "double", "__half", "__nv_bfloat16")
+ARCHITECTURES = ("80", "90", "100", "120")
+STORAGES = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2}  # bytes of an element
 
-# Kernels of rows, compiled for every storage type, and what they move 16 bytes at a time.
+# Kernels of rows and what they move 16 bytes at a time. No row of doubles is held in registers.
 AFFINE = ("channel_affine", "channel_affine_gradient", "layer_norm", "layer_norm_gradient")
-LOADS = ("max_softmax", "ueo_statistics", "ueo_gradient", "ueo_one_pass", *AFFINE)
-STORES = ("ueo_gradient", "ueo_one_pass", *AFFINE)
+IN_REGISTERS = ("ueo_statistics", "ueo_gradient", "ueo_statistics_block", "ueo_gradient_block")
+LOADS = ("max_softmax", "ueo_statistics_any", "ueo_gradient_any", *IN_REGISTERS, *AFFINE)
+STORES = ("ueo_gradient", "ueo_gradient_block", "ueo_gradient_any", *AFFINE)
 # kIsWide in csrc/cuda/channel_affine.cuh, kNormGradientBlocks in layer_norm.cuh.
 WIDE = re.compile(
     r"channel_affine_gradient<__(half|nv_bfloat16), false, true>"
@@ -36,6 +39,11 @@ WIDE = re.compile(
 )
 LOAD = re.compile(r"\b(LDG\.E|LDGSTS\.E)[.\w]*\.128\b")
 STORE = re.compile(r"\bSTG\.E[.\w]*\.128\b")
+
+
+# ueo_statistics<float, slots, lanes, plain>, ueo_statistics_block<float, slots>.
+REGISTERS = re.compile(r"\bueo_(?:statistics|gradient)<(\w+), (\d+), (\d+), (true|false)>")
+COUNTED_WITH = "13.0"  # the nvcc of the counts beside kLoopBudgets
 
 
 class Kernel(NamedTuple):
@@ -63,8 +71,14 @@ def library() -> Path:
 
 
 @pytest.fixture(scope="module")
-def architectures() -> list[str]:
-    return json.loads((PACKAGE / "_cuda.json").read_text())["architectures"].split()
+def toolkit(library) -> dict[str, str]:
+    read: dict[str, str] = json.loads((PACKAGE / "_cuda.json").read_text())
+    return read
+
+
+@pytest.fixture(scope="module")
+def architectures(toolkit) -> list[str]:
+    return toolkit["architectures"].split()
 
 
 def cuobjdump(*arguments: str | Path) -> str:
@@ -138,12 +152,14 @@ def budget(name: str) -> int:
     return int(match[1])
 
 
-def register_budget(kernel: Kernel) -> int:
-    wide = (
-        kernel.name == "ueo_one_pass"
-        or kernel.first == "double"
-        or WIDE.search(kernel.signature) is not None
-    )
+def register_budget(host: ModuleType, kernel: Kernel) -> int:
+    held = REGISTERS.search(kernel.signature)
+    if held is not None:  # __launch_bounds__(kRegisterThreads, register_blocks())
+        storage, slots, _, plain = held.groups()
+        blocks = host.register_blocks(int(slots) * 16 // STORAGES[storage], plain == "true")
+        threads = budget("kRegisterThreads") * blocks
+        return min(255, 65536 // threads // 8 * 8)  # they are given out by the eight
+    wide = kernel.first == "double" or WIDE.search(kernel.signature) is not None
     return budget("kMaxRegistersWide" if wide else "kMaxRegisters")
 
 
@@ -165,18 +181,19 @@ def test_every_architecture_has_every_kernel(resources, architectures):
 
 @pytest.mark.parametrize("name", LOADS)
 def test_every_storage_type_has_its_kernels(resources, name):
+    expected = set(STORAGES) - ({"double"} if name in IN_REGISTERS else set())
     for architecture, kernels in resources.items():
         storages = {kernel.first for kernel in kernels if kernel.name == name}
-        assert storages == set(STORAGES), f"{name} on sm_{architecture}"
+        assert storages == expected, f"{name} on sm_{architecture}"
 
 
-def test_kernels_keep_to_their_budgets(resources):
+def test_kernels_keep_to_their_budgets(resources, cuda_on_host):
     stack, shared = budget("kMaxStackBytes"), budget("kMaxStaticSharedBytes")
     over = [
         f"sm_{architecture} {kernel.signature}: {used}"
         for architecture, kernels in resources.items()
         for kernel, used in kernels.items()
-        if used.registers > register_budget(kernel)
+        if used.registers > register_budget(cuda_on_host, kernel)
         or used.stack > stack
         or used.local > stack
         or used.shared > shared
@@ -199,3 +216,67 @@ def test_rows_are_loaded_16_bytes_at_a_time(instructions, name):
 @pytest.mark.parametrize("name", STORES)
 def test_results_are_stored_16_bytes_at_a_time(instructions, name):
     assert not missing(instructions, name, STORE)
+
+
+def loop_over_rows(code: str) -> list[str]:
+    """The innermost loop with an exponential in it: what lies between the target of a backward
+    branch and that branch."""
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", code, re.MULTILINE)
+    position = {int(address, 16): i for i, (address, _) in enumerate(found)}
+    text = [instruction for _, instruction in found]
+    loops = []
+    for end, instruction in enumerate(text):
+        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instruction)
+        begin = end if branch is None else position[int(branch[1], 16)]
+        loop = text[begin : end + 1]
+        if begin < end and any("MUFU.EX2" in line for line in loop):
+            loops.append(loop)
+    assert loops, "no loop has an exponential in it"
+    return min(loops, key=len)
+
+
+def test_loops_are_found():
+    lines = ["MOV R1, c[0x0][0x28]", "MUFU.EX2 R2, R2", "FADD R3, R3, R2", "@P0 BRA 0x10"]
+    lines += ["@!P1 BRA 0x0", "IADD3 R4, R4, 0x1, RZ", "@P2 BRA 0x50", "BRA `(.L_x_1) 0x70"]
+    code = "".join(f"        /*{16 * i:04x}*/    {line} ;\n" for i, line in enumerate(lines))
+    assert loop_over_rows(code) == lines[1:4]
+    with pytest.raises(AssertionError, match="exponential"):
+        loop_over_rows(code.replace("EX2", "LG2"))
+
+
+def loop_per_row(host: ModuleType, instructions, name: str, storage: str, columns: int) -> float:
+    """Instructions per row, by all warps that work on it, of the kernel that the plan takes."""
+    device = host.Device(
+        multiprocessors=132,
+        threads_per_multiprocessor=2048,
+        shared_per_block=227 << 10,
+        shared_per_multiprocessor=228 << 10,
+        l2_bytes=50 << 20,
+    )
+    rows, element = 16384, STORAGES[storage]
+    if name.endswith("_block"):
+        assert not host.plan_registers(device, rows, columns, element).fits
+        plan = host.plan_shared_rows(device, rows, columns, element)
+        arguments, warps_per_row = f"<{storage}, {plan.slots}>", plan.threads / 32
+    else:
+        plan = host.plan_registers(device, rows, columns, element)
+        arguments = f"<{storage}, {plan.slots}, {plan.lanes}, true>"
+        warps_per_row = plan.lanes / 32
+    assert plan.fits
+    (code,) = (
+        code for kernel, code in instructions.items() if f"::{name}{arguments}" in kernel.signature
+    )
+    return len(loop_over_rows(code)) * warps_per_row
+
+
+def test_loops_over_rows_keep_to_their_budgets(instructions, cuda_on_host, toolkit):
+    over, loose = [], []
+    for name, storage, columns, most in cuda_on_host.loop_budgets():
+        counted = loop_per_row(cuda_on_host, instructions, name, storage, columns)
+        told = f"{name}<{storage}>, {columns} columns: {counted:.0f} per row, budget {most}"
+        over += [told] if counted > most else []
+        # A budget that a tenth more of instructions would keep to is no budget.
+        loose += [told] if 1.1 * counted <= most else []
+    assert not over, "\n".join(over)
+    if toolkit["cuda"] == COUNTED_WITH:
+        assert not loose, "\n".join(loose)

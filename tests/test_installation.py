@@ -405,3 +405,19 @@ def test_capability_can_be_forced_down(wanted):
 def test_an_unknown_capability_is_reported():
     done = run("-m", "ueo_fast.info", UEO_FAST_CPU_CAPABILITY="sse9")
     assert "(UEO_FAST_CPU_CAPABILITY=sse9 ignored: not one of base, avx2, avx512)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("capability", "error"),
+    [
+        ((7, 5), "it needs a GPU of compute capability 8.0 or newer, cuda:0 has 7.5"),
+        ((8, 0), None),
+        ((8, 6), None),  # which runs the machine code for 8.0, as 8.9 does
+        ((8, 9), None),
+        ((12, 1), None),
+    ],
+)
+def test_gpus_from_8_0_on_are_accepted(monkeypatch, capability, error):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert backends._device_error.__wrapped__("cuda", 0) == error

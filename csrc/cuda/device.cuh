@@ -32,17 +32,10 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, 16);
 }
-// Closes a group of the thread's copies.
-__device__ __forceinline__ void copies_commit() { __pipeline_commit(); }
-// Waits until at most the last kPending groups of the thread's copies are under way.
-template <int kPending>
-__device__ __forceinline__ void copies_wait_prior() {
-  __pipeline_wait_prior(kPending);
-}
 // Waits for all of the thread's copies.
 __device__ __forceinline__ void copies_wait() {
-  copies_commit();
-  copies_wait_prior<0>();
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
 }
 
 // Leaves the slot alone if it is not wanted (the compiler would load into other registers and move),

@@ -138,6 +138,11 @@ struct HeldRows {
     }
   }
 
+  // Whether slot i is the lane's last of a row. For sm_100 and newer, nvcc puts `inside - 1` in the
+  // place of an i that was compared with it, and an index known only at run time sends `slot` to local
+  // memory.
+  __device__ __forceinline__ bool is_last(int i) const { return i + 1 == inside; }
+
   __device__ __forceinline__ void keep(int i, const uint4& bits) {
     slot[i].x = (slot[i].x & bits.x) | (kMasked<T> & ~bits.x);
     slot[i].y = (slot[i].y & bits.y) | (kMasked<T> & ~bits.y);
@@ -152,14 +157,14 @@ struct HeldRows {
       if (held < matrix.data && rank == 0) slot[0] = edges.start;
 #pragma unroll
       for (int i = kFirstLast; i < kSlots; ++i) {
-        if (i == inside - 1 && held + i * kHop + kPerSlot<T> > matrix.end) slot[i] = edges.end;
+        if (is_last(i) && held + i * kHop + kPerSlot<T> > matrix.end) slot[i] = edges.end;
       }
     }
     if (last_cut) {
       const uint4 bits = edges.keep_last;
 #pragma unroll
       for (int i = kFirstLast; i < kSlots; ++i) {
-        if (i == inside - 1) keep(i, bits);
+        if (is_last(i)) keep(i, bits);
       }
     }
     if (first_cut) keep(0, edges.keep_first);
@@ -205,7 +210,7 @@ struct HeldRows {
       for (int k = 0; k < kPerSlot<T>; ++k) {
         out.x[k] = to_storage<T>(value[i * kPerSlot<T> + k]);
       }
-      const bool ends_here = i >= kFirstLast && last_cut && i == inside - 1;
+      const bool ends_here = i >= kFirstLast && last_cut && i >= inside - 1;
       if (ends_here || (i == 0 && first_cut)) {
         const int from = i == 0 && first_cut ? shift : 0;
         const int upto = ends_here ? end : kPerSlot<T>;

@@ -12,14 +12,42 @@
 namespace ueo_fast::cuda {
 
 // ---- Budgets of the compiled kernels; tests/test_cuda_ahead_of_time.py reads them ---------------
-// 1,024 threads share the 65,536 registers of a multiprocessor.
+// 1,024 threads share the 65,536 registers of a multiprocessor. What kernels that hold rows in
+// registers may use follows from register_blocks().
 inline constexpr int kMaxRegisters = 64;
-// Kernels that hold rows in registers, and blocks that compute in double.
+// Blocks that compute in double, and affine gradients with many sums.
 inline constexpr int kMaxRegistersWide = 128;
 // Local memory per thread, spills included.
 inline constexpr int kMaxStackBytes = 0;
 // All shared memory is dynamic and part of the plan below.
 inline constexpr int kMaxStaticSharedBytes = 0;
+
+// Instructions per row, by all warps that work on it, of the loop over rows of the plain kernels, as
+// nvcc 13.0 compiles it for sm_90. The aim was a prototype's count and a tenth: 317, 229, 674, 592 for
+// the statistics in the order below, 367, 319, 955, 842 for the gradient. The gradients keep to it. The
+// statistics' loop also has what is done once per 16 or 32 rows, and for rows that stick out of aligned
+// memory: it is longer than what a row executes (240, 176, 477 and 463, counted by an H200 for the
+// whole kernel). Unless the aim is less, a budget is the count and a twentieth.
+struct LoopBudget {
+  const char* kernel;
+  const char* storage;
+  int columns;
+  int instructions;
+};
+inline constexpr LoopBudget kLoopBudgets[] = {
+    {"ueo_statistics", "float", 345, 469},
+    {"ueo_statistics", "__nv_bfloat16", 345, 279},
+    {"ueo_statistics", "float", 1000, 765},
+    {"ueo_statistics", "__nv_bfloat16", 1000, 659},
+    {"ueo_gradient", "float", 345, 367},
+    {"ueo_gradient", "__nv_bfloat16", 345, 285},
+    {"ueo_gradient", "float", 1000, 695},
+    {"ueo_gradient", "__nv_bfloat16", 1000, 684},
+    {"ueo_statistics_block", "float", 21841, 28014},
+    {"ueo_statistics_block", "__nv_bfloat16", 21841, 23172},
+    {"ueo_gradient_block", "float", 21841, 30541},
+    {"ueo_gradient_block", "__nv_bfloat16", 21841, 28074},
+};
 
 namespace tuning {
 
@@ -311,6 +339,7 @@ inline constexpr int kManySlots = 24 * kElementBytes / 16;
 struct SharedRowPlan {
   bool fits = false;
   bool many = false;  // kManySlots
+  int slots = 0;      // per thread
   int64_t steps = 0;  // rows per block, at most
   Grid grid{};
 };
@@ -321,14 +350,14 @@ SharedRowPlan plan_shared_rows(const Device& device, const RowShape& row, int64_
   if constexpr (kElementBytes < 8) {
     constexpr int kMost = tuning::kSharedRowThreads;
     plan.many = row.slots > kMost * kFewSlots<kElementBytes>;
-    const int slots = plan.many ? kManySlots<kElementBytes> : kFewSlots<kElementBytes>;
+    plan.slots = plan.many ? kManySlots<kElementBytes> : kFewSlots<kElementBytes>;
     // The next row, and a number per column: a sum or log q.
     plan.grid.shared_bytes =
         kScratchBytes + kBlockTotalsBytes + row.row_bytes() + row.column_bytes();
-    plan.fits = row.slots <= kMost * slots && rows < int64_t{1} << 31 &&
+    plan.fits = row.slots <= kMost * plan.slots && rows < int64_t{1} << 31 &&
                 plan.grid.shared_bytes <= device.shared_per_block;
     if (!plan.fits) return plan;
-    plan.grid.threads = static_cast<int>(divide_up(divide_up(row.slots, slots), 32) * 32);
+    plan.grid.threads = static_cast<int>(divide_up(divide_up(row.slots, plan.slots), 32) * 32);
     const int64_t by_shared =
         device.shared_per_multiprocessor / (plan.grid.shared_bytes + tuning::kReservedShared);
     const int64_t by_threads = device.threads_per_multiprocessor / plan.grid.threads;

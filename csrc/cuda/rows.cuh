@@ -86,6 +86,10 @@ struct Row {
   __device__ __forceinline__ const T* address(int slot) const {
     return begin + frame.column(slot, 0);
   }
+  // Whether all slots of the row can be read as a whole.
+  __device__ __forceinline__ bool is_readable() const {
+    return matrix.is_readable(address(0)) && matrix.is_readable(address(frame.slots - 1));
+  }
   // The slot as it lies in memory; only what belongs to the row is sure to be right.
   __device__ __forceinline__ Slot<T> load(int slot) const {
     Slot<T> value;
@@ -113,17 +117,44 @@ __device__ __forceinline__ void mask(const Frame<T>& frame, int slot, Slot<T>& v
   }
 }
 
-// A row that is read once, as it comes: several loads of a thread are under way together.
+// A row that is read once, as it comes: kTogether loads of a thread are under way before the first is
+// used. They are predicated: behind a branch each, they would wait for each other.
 template <class T>
 struct StreamedRow {
+  static constexpr int kTogether = 4;
+
   template <class Team, class F>
   __device__ __forceinline__ void for_each(const Team& team, const Row<T>& row, F&& f) const {
-#pragma unroll 4
-    for (int slot = team.rank; slot < row.frame.slots; slot += team.size) {
-      Slot<T> value = row.load(slot);
-      mask(row.frame, slot, value);
-      f(slot, value);
+    const int slots = row.frame.slots;
+    if (!row.is_readable()) {  // at most two rows of a matrix
+#pragma unroll 1
+      for (int slot = team.rank; slot < slots; slot += team.size) use(row, slot, row.load(slot), f);
+      return;
     }
+#pragma unroll 1
+    for (int first = team.rank; first < slots; first += kTogether * team.size) {
+      uint4 bits[kTogether] = {};
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int slot = first + i * team.size;
+        load_slot_if(slot < slots, bits[i], reinterpret_cast<const uint4*>(row.address(slot)));
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int slot = first + i * team.size;
+        if (slot >= slots) return;
+        Slot<T> value;
+        memcpy(&value, &bits[i], 16);
+        use(row, slot, value, f);
+      }
+    }
+  }
+
+ private:
+  template <class F>
+  __device__ __forceinline__ static void use(const Row<T>& row, int slot, Slot<T> value, F&& f) {
+    mask(row.frame, slot, value);
+    f(slot, value);
   }
 };
 

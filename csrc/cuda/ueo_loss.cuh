@@ -157,9 +157,11 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, 
           entropy = both[0];
           stats.mean_log = both[1];
         }
-        const float weight = present ? stats.marginal_weight * inverse_sum : 0;
+        if (present) {  // elsewhere e may be NaN: of what lies in the matrix's last slot
+          const float weight = stats.marginal_weight * inverse_sum;
 #pragma unroll
-        for (int i = 0; i < kElements; ++i) sums[i] += weight * e[i];
+          for (int i = 0; i < kElements; ++i) sums[i] += weight * e[i];
+        }
         if (present && team.rank == 0) {
           stats.store(args.row_stats + int64_t{index} * kRowStats);
           add_to_totals(stats, entropy);
@@ -197,31 +199,32 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, 
                    hop * static_cast<unsigned>(steps - 1);
   row.start(index, -int64_t{hop});
   row.fetch(index);
-  // What lane r will need of the team's row r from `first` on, or nothing.
-  const auto statistics_of = [&](int first) {
-    const unsigned own = index - hop * static_cast<unsigned>(team.rank);
-    const bool wanted = first + team.rank < steps && own < row.rows;
-    return wanted ? RowStatistics<float>::load(args.row_stats + int64_t{own} * kRowStats)
-                  : RowStatistics<float>{0, 1, 0, 0, 0};
+  // From row `first` of the team on, lane r will need the statistics of row r, if there is one.
+  const auto own = [&] { return index - hop * static_cast<unsigned>(team.rank); };
+  const auto has_own = [&](int first) { return first + team.rank < steps && own() < row.rows; };
+  const auto load_own = [&] {
+    return RowStatistics<float>::load(args.row_stats + int64_t{own()} * kRowStats);
   };
-  RowStatistics<float> stats = statistics_of(0);
+  const RowStatistics<float> first_stats =
+      has_own(0) ? load_own() : RowStatistics<float>{0, 1, 0, 0, 0};
   log_q.stage(BlockTeam{thread, tuning::kRegisterThreads, nullptr}, frame);
   __syncthreads();  // the edges as well
   const float grad_loss = args.grad_loss == nullptr ? 1.0f : *args.grad_loss;
   const GradientScale<float> scale(grad_loss, args.trade_off, args.eps, args.summary);
 
-  float kept[4] = {0, 1, 0, 0};  // maximum, 1 / s, factors of b: lane r keeps those of row r
+  float kept[4];  // maximum, 1 / s, factors of b: lane r keeps those of row r
+  const auto keep = [&](const RowStatistics<float>& stats) {
+    const GradientRow<float> gradient(stats, scale);
+    kept[0] = gradient.max;
+    kept[1] = gradient.inverse_sum;
+    // p = e / s is never formed: the division is in both factors of b, and so in its mean.
+    kept[2] = gradient.entropy_factor * gradient.inverse_sum;
+    kept[3] = gradient.marginal_factor * gradient.inverse_sum;
+  };
+  keep(first_stats);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step, index -= hop) {
-    if (step % kLanes == 0) {
-      if (step > 0) stats = statistics_of(step);
-      const GradientRow<float> gradient(stats, scale);
-      kept[0] = gradient.max;
-      kept[1] = gradient.inverse_sum;
-      // p = e / s is never formed: the division is in both factors of b, and so in its mean.
-      kept[2] = gradient.entropy_factor * gradient.inverse_sum;
-      kept[3] = gradient.marginal_factor * gradient.inverse_sum;
-    }
+    if (step != 0 && step % kLanes == 0 && has_own(step)) keep(load_own());
     const int lane = step % kLanes;
     const float max = team.from(lane, kept[0]);
     const float inverse_sum = team.from(lane, kept[1]);

@@ -24,25 +24,9 @@
 #define blockDim (::cuda_host::position().block_size)
 #define gridDim (::cuda_host::position().grid_size)
 
-struct dim3 {
-  unsigned x;
-  unsigned y;
-  unsigned z;
-  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-};
-
-// Kernels read arrays of any type through these.
+// Kernels read arrays of any type through it.
 struct [[gnu::may_alias]] alignas(16) uint4 {
   unsigned x, y, z, w;
-};
-struct [[gnu::may_alias]] alignas(8) uint2 {
-  unsigned x, y;
-};
-struct [[gnu::may_alias]] alignas(16) float4 {
-  float x, y, z, w;
-};
-struct [[gnu::may_alias]] alignas(8) float2 {
-  float x, y;
 };
 
 // Correctly rounded, which CUDA's need not be.
@@ -99,16 +83,10 @@ inline unsigned char* shared_memory() { return cuda_host::shared_memory(); }
 inline void copy_async(void* shared, const void* global) {
   cuda_host::queue_copy({shared, global});
 }
-inline void copies_commit() { cuda_host::commit_copies(); }
-template <int kPending>
-void copies_wait_prior() {
-  for (cuda_host::Copy copy; cuda_host::next_copy(copy, kPending);) {
+inline void copies_wait() {
+  for (cuda_host::Copy copy; cuda_host::next_copy(copy);) {
     *static_cast<uint4*>(copy.shared) = *static_cast<const uint4*>(copy.global);
   }
-}
-inline void copies_wait() {
-  copies_commit();
-  copies_wait_prior<0>();
 }
 
 inline void load_slot_if(bool wanted, uint4& slot, const uint4* global) {

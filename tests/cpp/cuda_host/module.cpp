@@ -9,6 +9,8 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "calls.h"
 
@@ -56,11 +58,12 @@ const void* data_of(const std::optional<py::array>& array) {
   return array ? array->data() : nullptr;
 }
 
-void forward(const cuda::Device& device, const py::array& logits, const std::string& dtype,
-             const std::optional<py::array>& confidence,
-             const std::optional<py::array>& marginal_weights, double trade_off,
-             double confidence_scale, double eps, py::array loss, py::array summary,
-             py::array marginal, py::array row_stats) {
+// Each returns how many kernels it launched.
+int forward(const cuda::Device& device, const py::array& logits, const std::string& dtype,
+            const std::optional<py::array>& confidence,
+            const std::optional<py::array>& marginal_weights, double trade_off,
+            double confidence_scale, double eps, py::array loss, py::array summary,
+            py::array marginal, py::array row_stats) {
   const LogitsView view = view_of(logits, dtype);
   cuda_host::Scratch workspace(cuda::forward_workspace(device, view));
   const cuda::ForwardCall call{view,
@@ -72,15 +75,16 @@ void forward(const cuda::Device& device, const py::array& logits, const std::str
                                marginal.mutable_data(),
                                row_stats.mutable_data(),
                                workspace.memory.data()};
+  cuda_host::Launcher launcher;
   with_storage_type(view.storage, [&](auto element) {
-    cuda_host::Launcher launcher;
     cuda::run_forward<decltype(element)>(launcher, device, call);
   });
+  return launcher.launches;
 }
 
-void backward(const cuda::Device& device, const py::array& grad_loss, const py::array& logits,
-              const std::string& dtype, const py::array& summary, const py::array& marginal,
-              const py::array& row_stats, double trade_off, double eps, py::array grad) {
+int backward(const cuda::Device& device, const py::array& grad_loss, const py::array& logits,
+             const std::string& dtype, const py::array& summary, const py::array& marginal,
+             const py::array& row_stats, double trade_off, double eps, py::array grad) {
   const LogitsView view = view_of(logits, dtype);
   const cuda::BackwardCall call{view,
                                 {trade_off, 1.0, eps},
@@ -89,18 +93,19 @@ void backward(const cuda::Device& device, const py::array& grad_loss, const py::
                                 marginal.data(),
                                 row_stats.data(),
                                 grad.mutable_data()};
+  cuda_host::Launcher launcher;
   with_storage_type(view.storage, [&](auto element) {
-    cuda_host::Launcher launcher;
     cuda::run_backward<decltype(element)>(launcher, device, call);
   });
+  return launcher.launches;
 }
 
 // What csrc/cuda/ueo_loss.cpp does: forward, and backward for an upstream gradient of 1.
-void loss_and_grad(const cuda::Device& device, const py::array& logits, const std::string& dtype,
-                   const std::optional<py::array>& confidence,
-                   const std::optional<py::array>& marginal_weights, double trade_off,
-                   double confidence_scale, double eps, py::array loss, py::array summary,
-                   py::array marginal, py::array grad) {
+int loss_and_grad(const cuda::Device& device, const py::array& logits, const std::string& dtype,
+                  const std::optional<py::array>& confidence,
+                  const std::optional<py::array>& marginal_weights, double trade_off,
+                  double confidence_scale, double eps, py::array loss, py::array summary,
+                  py::array marginal, py::array grad) {
   const LogitsView view = view_of(logits, dtype);
   cuda_host::Scratch workspace(cuda::forward_workspace(device, view));
   cuda_host::Scratch row_stats(view.rows * ueo_fast::kRowStats * sizeof(double));
@@ -113,23 +118,44 @@ void loss_and_grad(const cuda::Device& device, const py::array& logits, const st
                                marginal.mutable_data(),
                                row_stats.memory.data(),
                                workspace.memory.data()};
+  cuda_host::Launcher launcher;
   with_storage_type(view.storage, [&](auto element) {
     using T = decltype(element);
-    cuda_host::Launcher launcher;
     cuda::run_forward<T>(launcher, device, call);
     cuda::run_backward<T>(launcher, device,
                           {view, call.options, nullptr, call.summary, call.marginal, call.row_stats,
                            grad.mutable_data()});
   });
+  return launcher.launches;
 }
 
-void max_softmax(const cuda::Device& device, const py::array& logits, const std::string& dtype,
-                 double scale, py::array out) {
+int max_softmax(const cuda::Device& device, const py::array& logits, const std::string& dtype,
+                double scale, py::array out) {
   const LogitsView view = view_of(logits, dtype);
+  cuda_host::Launcher launcher;
   with_storage_type(view.storage, [&](auto element) {
-    cuda_host::Launcher launcher;
     cuda::run_max_softmax<decltype(element)>(launcher, device, view, scale, out.mutable_data());
   });
+  return launcher.launches;
+}
+
+template <class F>
+auto with_element_bytes(int bytes, F&& f) {
+  if (bytes == 8) return f.template operator()<8>();
+  if (bytes == 4) return f.template operator()<4>();
+  return f.template operator()<2>();
+}
+
+// Of the registers, by lanes and slots; none for double.
+std::vector<std::pair<int, int>> register_shapes(int bytes) {
+  std::vector<std::pair<int, int>> shapes;
+  if (bytes == 8) return shapes;
+  with_element_bytes(bytes, [&]<int kBytes>() {
+    for (const cuda::RegisterShape& shape : cuda::kRegisterShapes<kBytes>) {
+      shapes.emplace_back(shape.lanes, shape.slots);
+    }
+  });
+  return shapes;
 }
 
 }  // namespace
@@ -153,11 +179,13 @@ PYBIND11_MODULE(cuda_on_host, m) {
       .def_readonly("teams", &cuda::RegisterPlan::teams)
       .def_readonly("steps", &cuda::RegisterPlan::steps)
       .def_property_readonly("blocks", [](const cuda::RegisterPlan& p) { return p.grid.blocks; })
+      .def_property_readonly("threads", [](const cuda::RegisterPlan& p) { return p.grid.threads; })
       .def_property_readonly("shared_bytes",
                              [](const cuda::RegisterPlan& p) { return p.grid.shared_bytes; });
   py::class_<cuda::SharedRowPlan>(m, "SharedRowPlan")
       .def_readonly("fits", &cuda::SharedRowPlan::fits)
       .def_readonly("many", &cuda::SharedRowPlan::many)
+      .def_readonly("slots", &cuda::SharedRowPlan::slots)
       .def_readonly("steps", &cuda::SharedRowPlan::steps)
       .def_property_readonly("blocks", [](const cuda::SharedRowPlan& p) { return p.grid.blocks; })
       .def_property_readonly("threads", [](const cuda::SharedRowPlan& p) { return p.grid.threads; })
@@ -174,25 +202,57 @@ PYBIND11_MODULE(cuda_on_host, m) {
       .def_property_readonly("threads", [](const cuda::RowPlan& p) { return p.grid.threads; })
       .def_property_readonly("shared_bytes",
                              [](const cuda::RowPlan& p) { return p.grid.shared_bytes; });
-  m.def("plan_registers",
-        [](const cuda::Device& device, int64_t rows, int64_t columns, int bytes) {
-          const cuda::RowShape row(columns, bytes);
-          if (bytes == 8) return cuda::plan_registers<8>(device, row, rows, true, true);
-          if (bytes == 4) return cuda::plan_registers<4>(device, row, rows, true, true);
-          return cuda::plan_registers<2>(device, row, rows, true, true);
+  m.def("register_blocks", &cuda::register_blocks);
+  m.def("loop_budgets", [] {
+    py::list budgets;
+    for (const cuda::LoopBudget& budget : cuda::kLoopBudgets) {
+      budgets.append(
+          py::make_tuple(budget.kernel, budget.storage, budget.columns, budget.instructions));
+    }
+    return budgets;
+  });
+  py::class_<cuda::MarginalPlan>(m, "MarginalPlan")
+      .def_readonly("tile_lanes", &cuda::MarginalPlan::tile_lanes)
+      .def_property_readonly("blocks", [](const cuda::MarginalPlan& p) { return p.grid.blocks; })
+      .def_property_readonly("threads", [](const cuda::MarginalPlan& p) { return p.grid.threads; })
+      .def_property_readonly("shared_bytes",
+                             [](const cuda::MarginalPlan& p) { return p.grid.shared_bytes; });
+  py::enum_<cuda::PerColumn>(m, "PerColumn")
+      .value("none", cuda::PerColumn::kNone)
+      .value("per_block", cuda::PerColumn::kPerBlock)
+      .value("per_team", cuda::PerColumn::kPerTeam);
+  m.def("register_shapes", &register_shapes);
+  m.def(
+      "plan_registers",
+      [](const cuda::Device& device, int64_t rows, int64_t columns, int bytes, bool plain,
+         bool sums_per_team) {
+        const cuda::RowShape row(columns, bytes);
+        return with_element_bytes(bytes, [&]<int kBytes>() {
+          return cuda::plan_registers<kBytes>(device, row, rows, plain, sums_per_team);
         });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::kw_only(), py::arg("plain") = true,
+      py::arg("sums_per_team") = true);
   m.def("plan_shared_rows",
         [](const cuda::Device& device, int64_t rows, int64_t columns, int bytes) {
-          const cuda::RowShape row(columns, bytes);
-          if (bytes == 8) return cuda::plan_shared_rows<8>(device, row, rows);
-          if (bytes == 4) return cuda::plan_shared_rows<4>(device, row, rows);
-          return cuda::plan_shared_rows<2>(device, row, rows);
+          return with_element_bytes(bytes, [&]<int kBytes>() {
+            return cuda::plan_shared_rows<kBytes>(device, cuda::RowShape(columns, bytes), rows);
+          });
         });
-  m.def("plan_statistics",
-        [](const cuda::Device& device, int64_t rows, int64_t columns, int bytes) {
-          return cuda::plan_rows(device, cuda::RowShape(columns, bytes), rows,
-                                 cuda::PerColumn::kPerTeam);
-        });
+  m.def(
+      "plan_rows",
+      [](const cuda::Device& device, int64_t rows, int64_t columns, int bytes,
+         cuda::PerColumn per_column) {
+        return cuda::plan_rows(device, cuda::RowShape(columns, bytes), rows, per_column);
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg("per_column") = cuda::PerColumn::kPerTeam);
+  m.def("plan_marginal", &cuda::plan_marginal);
+  m.def("partials", [](const cuda::Device& device, int64_t rows, int64_t columns,
+                       const std::string& dtype, bool plain) {
+    const LogitsView view{nullptr, storage_of(dtype), rows, columns, columns};
+    return cuda::StatisticsPlan(device, view, plain).partials();
+  });
   m.def("set_seed", &cuda_host::set_seed);
   m.def("forward", &forward);
   m.def("backward", &backward);

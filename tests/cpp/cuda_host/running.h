@@ -18,11 +18,10 @@ inline constexpr unsigned kWarp = 32;
 
 struct Cancelled {};  // unwinds the threads of a launch that has failed
 
-enum class State { kRunnable, kBlock, kGrid, kWarp, kShuffle, kShuffleXor, kFinished, kStates };
+enum class State { kRunnable, kBlock, kWarp, kShuffle, kShuffleXor, kFinished, kStates };
 inline constexpr std::array<const char*, static_cast<size_t>(State::kStates)> kDoing = {
-    "runnable",          "in __syncthreads",      "in grid_barrier",
-    "in __syncwarp",     "in __shfl_sync",        "in __shfl_xor_sync",
-    "finished"};
+    "runnable",       "in __syncthreads",   "in __syncwarp",
+    "in __shfl_sync", "in __shfl_xor_sync", "finished"};
 
 inline State state_of(Meeting kind) { return static_cast<State>(static_cast<int>(kind) + 1); }
 
@@ -38,13 +37,11 @@ struct Fiber {
   uint64_t value = 0;   // brought to a shuffle, then got from it
   unsigned source = 0;  // lane
   std::vector<Copy> copies;
-  std::vector<size_t> groups;  // where each committed group of them ends
   size_t next_copy = 0;
   bool fenced = false;
 
   void forget_copies() {
     copies.clear();
-    groups.clear();
     next_copy = 0;
   }
 };
@@ -84,9 +81,8 @@ class Launch {
   void run();
 
   Fiber& current() { return *current_; }
-  void meet(Barrier& barrier, unsigned expected, State state);
+  void meet_block();
   void meet_lanes(State kind, unsigned mask);
-  Barrier& grid_barrier() { return barrier_; }
   const Grid& grid() const { return grid_; }
   [[noreturn]] void fail(const std::string& message);
   static void enter();
@@ -95,7 +91,7 @@ class Launch {
   void start(unsigned index);
   Fiber& take_fiber();
   void run_started();
-  void retire_blocks();
+  void retire_block();
   void forget_threads(size_t keep);
   void check_guard(const Block& block);
   void wait(State state);
@@ -114,7 +110,7 @@ class Launch {
   std::deque<Fiber> fibers_;
   std::vector<Fiber*> spare_fibers_;
   std::deque<void*> retired_;  // ThreadSanitizer's threads
-  std::vector<std::unique_ptr<Block>> blocks_;  // that have been started and not retired
+  std::unique_ptr<Block> block_;  // that runs
   std::vector<Fiber*> queue_;  // a ring
   size_t head_ = 0;
   size_t queued_ = 0;
@@ -122,7 +118,6 @@ class Launch {
   Fiber* current_ = nullptr;
   Context main_;
   void* main_tsan_ = nullptr;
-  Barrier barrier_;
   std::exception_ptr error_;
   char end_ = 0;  // the sync address of the launch's end
 };

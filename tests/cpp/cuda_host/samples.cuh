@@ -10,12 +10,11 @@ namespace ueo_fast::cuda::samples {
 inline int planted = 0;
 inline constexpr int kNoBlockBarrier = 1;
 inline constexpr int kNoWarpBarrier = 2;
-inline constexpr int kNoGridBarrier = 3;
-inline constexpr int kNoFence = 4;
-inline constexpr int kNoBarrierAfterCopy = 5;
-inline constexpr int kBlocksShareAnElement = 6;
-inline constexpr int kNoSecondBarrier = 7;
-inline constexpr int kNoFenceAfterMark = 8;
+inline constexpr int kNoFence = 3;
+inline constexpr int kNoBarrierAfterCopy = 4;
+inline constexpr int kBlocksShareAnElement = 5;
+inline constexpr int kNoSecondBarrier = 6;
+inline constexpr int kNoFenceAfterMark = 7;
 
 // sums[block] = sum of the block's numbers, through shared memory.
 inline UEO_FAST_KERNEL block_sum(const float* x, float* sums) {
@@ -37,15 +36,6 @@ inline UEO_FAST_KERNEL rotate_warps(const float* x, float* out) {
   if (planted != kNoWarpBarrier) __syncwarp();
   __shfl_xor_sync(0xffffffffu, 1.0f, 1);
   out[threadIdx.x] = shared[warp + (threadIdx.x + 1) % 32];
-}
-
-// Cooperative: out[i] = x of the thread at the other end of the grid.
-inline UEO_FAST_KERNEL reverse_grid(const float* x, float* between, float* out) {
-  const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;
-  const unsigned n = gridDim.x * blockDim.x;
-  between[index] = x[index];
-  if (planted != kNoGridBarrier) grid_barrier();
-  out[index] = between[n - 1 - index];
 }
 
 // The block that comes last sums what all of them left behind.

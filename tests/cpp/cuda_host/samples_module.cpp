@@ -22,18 +22,10 @@ namespace {
 constexpr unsigned kAll = 0xffffffffu;
 
 // ---- Right ones ------------------------------------------------------------------------------
-Floats block_sum(const Floats& x, unsigned blocks, unsigned threads) {
+Floats block_sum(const Floats& x, unsigned blocks, unsigned threads, unsigned shared_bytes) {
   Floats out(blocks);
-  cuda_host::Launcher().run(samples::block_sum, Grid{blocks, threads, 4 * threads}, x.data(),
+  cuda_host::Launcher().run(samples::block_sum, Grid{blocks, threads, shared_bytes}, x.data(),
                             out.mutable_data());
-  return out;
-}
-
-Floats reverse_grid(const Floats& x, unsigned blocks, unsigned threads, bool cooperative) {
-  Floats out(x.size());
-  std::vector<float> between(x.size());
-  cuda_host::Launcher().run(samples::reverse_grid, Grid{blocks, threads, 0, cooperative}, x.data(),
-                            between.data(), out.mutable_data());
   return out;
 }
 
@@ -103,21 +95,16 @@ Floats widen(const py::array_t<uint16_t>& x) {
 }
 
 // ---- Wrong ones ------------------------------------------------------------------------------
-// Two groups of a copy each into shared memory; reads after waiting until `pending` are under way,
-// or not at all if it is negative.
-Floats copy_groups(const Floats& x, int pending) {
+// Two copies into shared memory, which is read after waiting for them, or before.
+Floats copy_two(const Floats& x, bool waits) {
   Floats out(8);
   float* got = out.mutable_data();
   alignas(16) float from[8];
   std::copy(x.data(), x.data() + 8, from);
   launch({1, 1, 32}, [&] {
     auto* shared = reinterpret_cast<float*>(cuda::shared_memory());
-    for (int group = 0; group < 2; ++group) {
-      cuda::copy_async(shared + 4 * group, from + 4 * group);
-      cuda::copies_commit();
-    }
-    if (pending == 1) cuda::copies_wait_prior<1>();
-    if (pending == 0) cuda::copies_wait_prior<0>();
+    for (int i = 0; i < 2; ++i) cuda::copy_async(shared + 4 * i, from + 4 * i);
+    if (waits) cuda::copies_wait();
     for (int i = 0; i < 8; ++i) got[i] = shared[i];
     cuda::copies_wait();
   });
@@ -154,12 +141,6 @@ void divergent_block() {
 void divergent_warp() {
   launch({1, 64}, [] {
     if (threadIdx.x != 40) __syncwarp();
-  });
-}
-
-void divergent_grid() {
-  launch({4, 32, 0, true}, [] {
-    if (blockIdx.x != 2) cuda::grid_barrier();
   });
 }
 
@@ -221,7 +202,6 @@ double cost(const std::string& what, unsigned threads, int repetitions) {
 PYBIND11_MODULE(cuda_host_samples, m) {
   m.def("set_seed", &cuda_host::set_seed);
   m.def("block_sum", &block_sum);
-  m.def("reverse_grid", &reverse_grid);
   m.def("sum_of_blocks", &sum_of_blocks);
   m.def("shuffle_float", &shuffle<float>);
   m.def("shuffle_double", &shuffle<double>);
@@ -232,13 +212,12 @@ PYBIND11_MODULE(cuda_host_samples, m) {
   m.def("round_to_bfloat16", &round_to<cuda::BFloat16>);
   m.def("widen_half", &widen<cuda::Half>);
   m.def("widen_bfloat16", &widen<cuda::BFloat16>);
-  m.def("copy_groups", &copy_groups);
+  m.def("copy_two", &copy_two);
   m.def("copy_without_wait", &copy_without_wait);
   m.def("copy_to", &copy_to);
   m.def("write_beyond_shared_memory", &write_beyond_shared_memory);
   m.def("divergent_block", &divergent_block);
   m.def("divergent_warp", &divergent_warp);
-  m.def("divergent_grid", &divergent_grid);
   m.def("crossed_barriers", &crossed_barriers);
   m.def("crossed_shuffles", &crossed_shuffles);
   m.def("shuffle_outside_of_the_mask", &shuffle_outside_of_the_mask);

@@ -130,7 +130,8 @@ Fiber& Launch::take_fiber() {
 void Launch::start(unsigned index) {
   // In memory of its own, of which ThreadSanitizer knows nothing: at the address of another block's
   // barrier this one would seem to go on from that.
-  Block& block = *blocks_.emplace_back(std::make_unique<Block>());
+  block_ = std::make_unique<Block>();
+  Block& block = *block_;
   block.index = index;
   block.shared = std::make_unique<Pages>(grid_.shared_bytes + kGuardBytes);
   unsigned char* shared = block.shared->data();
@@ -178,23 +179,19 @@ void Launch::run_started() {
   }
 }
 
-// Hands the threads of blocks that have ended over to the next ones. Not under ThreadSanitizer:
+// Hands the threads of a block that has ended over to the next one. Not under ThreadSanitizer:
 // there a thread of its own for every CUDA thread lets it see races between blocks.
-void Launch::retire_blocks() {
-  if (!error_) {
-    for (const auto& block : blocks_) check_guard(*block);
-  }
-  for (const auto& block : blocks_) {
-    for (Fiber* fiber : block->fibers) {
-      if (is_sanitized()) {
-        retired_.push_back(fiber->tsan);
-        fiber->stack.reset();
-      } else {
-        spare_fibers_.push_back(fiber);
-      }
+void Launch::retire_block() {
+  if (!error_) check_guard(*block_);
+  for (Fiber* fiber : block_->fibers) {
+    if (is_sanitized()) {
+      retired_.push_back(fiber->tsan);
+      fiber->stack.reset();
+    } else {
+      spare_fibers_.push_back(fiber);
     }
   }
-  blocks_.clear();
+  block_.reset();
   forget_threads(kRetiredThreads);
 }
 
@@ -205,7 +202,7 @@ void Launch::forget_threads(size_t keep) {
 }
 
 void Launch::run() {
-  queue_.resize(size_t{grid_.threads} * (grid_.cooperative ? grid_.blocks : 1));
+  queue_.resize(grid_.threads);
   if (is_sanitized()) main_tsan_ = __tsan_get_current_fiber();
   std::vector<unsigned> order(grid_.blocks);
   std::iota(order.begin(), order.end(), 0u);
@@ -214,9 +211,8 @@ void Launch::run() {
   random_ |= 1;  // xorshift needs a bit
   for (unsigned index : order) {
     start(index);
-    if (grid_.cooperative && blocks_.size() < grid_.blocks) continue;
     run_started();
-    retire_blocks();
+    retire_block();
     if (error_) break;
   }
   acquire(&end_);

@@ -34,7 +34,6 @@ struct Grid {
   unsigned blocks = 1;
   unsigned threads = 32;  // per block
   size_t shared_bytes = 0;
-  bool cooperative = false;  // all blocks at once; otherwise one after another
 };
 
 // Runs `thread` once per CUDA thread. Throws std::runtime_error for what a kernel must not do, and
@@ -45,10 +44,9 @@ void set_seed(uint64_t seed);    // of the order of threads and blocks, for this
 void check(bool ok, const char* message);  // throws std::runtime_error that names the thread
 
 // ---- Called by CUDA threads, through host_device.h -------------------------------------------
-enum class Meeting { kBlock, kGrid, kWarp, kShuffle, kShuffleXor };
+enum class Meeting { kBlock, kWarp, kShuffle, kShuffleXor };
 
 void wait_for_block();
-void wait_for_grid();
 void wait_for_warp(unsigned mask);
 // The value that the lane `source` of the warp brings to the same shuffle.
 uint64_t exchange(Meeting kind, unsigned mask, uint64_t value, unsigned source);
@@ -60,10 +58,7 @@ struct Copy {
   const void* global;
 };
 void queue_copy(Copy copy);
-void commit_copies();  // what was queued since the last call is a group
-// Takes the oldest copy out of the thread's queue, unless it is in one of the latest
-// `pending_groups` groups or in none yet.
-bool next_copy(Copy& copy, size_t pending_groups);
+bool next_copy(Copy& copy);  // takes the oldest out of the thread's queue, if there is one
 
 // A fence orders what the thread did before it and its later atomics, and the block's earlier
 // atomics and what follows. An atomic alone orders nothing.

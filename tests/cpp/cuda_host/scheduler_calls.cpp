@@ -10,13 +10,7 @@ void check(bool ok, const char* message) {
 }
 
 void wait_for_block() {
-  active->meet(active->current().block->barrier, active->grid().threads, State::kBlock);
-}
-
-void wait_for_grid() {
-  const Grid& grid = active->grid();
-  check(grid.cooperative, "grid_barrier needs a cooperative launch");
-  active->meet(active->grid_barrier(), grid.blocks * grid.threads, State::kGrid);
+  active->meet_block();
 }
 
 void wait_for_warp(unsigned mask) {
@@ -47,20 +41,13 @@ void queue_copy(Copy copy) {
   active->current().copies.push_back(copy);
 }
 
-void commit_copies() {
+bool next_copy(Copy& copy) {
   Fiber& fiber = active->current();
-  fiber.groups.push_back(fiber.copies.size());
-}
-
-bool next_copy(Copy& copy, size_t pending_groups) {
-  Fiber& fiber = active->current();
-  const size_t groups = fiber.groups.size();
-  const size_t end = groups > pending_groups ? fiber.groups[groups - 1 - pending_groups] : 0;
-  if (fiber.next_copy < end) {
+  if (fiber.next_copy < fiber.copies.size()) {
     copy = fiber.copies[fiber.next_copy++];
     return true;
   }
-  if (fiber.next_copy == fiber.copies.size()) fiber.forget_copies();
+  fiber.forget_copies();
   return false;
 }
 

@@ -5,22 +5,19 @@
 
 namespace cuda_host {
 
-void Launch::meet(Barrier& barrier, unsigned expected, State state) {
+void Launch::meet_block() {
   if (error_) throw Cancelled{};
+  Barrier& barrier = block_->barrier;
   void* sync = barrier.address(barrier.round);
   release(sync);
-  if (++barrier.arrived < expected) {
-    wait(state);
+  if (++barrier.arrived < grid_.threads) {
+    wait(State::kBlock);
   } else {
     barrier.arrived = 0;
     ++barrier.round;
-    const unsigned me = current_->position.thread.x;
-    for (const auto& block : blocks_) {
-      if (state == State::kBlock && block.get() != current_->block) continue;
-      in_any_order(grid_.threads, [&](unsigned thread) {
-        if (block.get() != current_->block || thread != me) wake(*block->fibers[thread]);
-      });
-    }
+    in_any_order(grid_.threads, [&](unsigned thread) {
+      if (block_->fibers[thread] != current_) wake(*block_->fibers[thread]);
+    });
   }
   acquire(sync);
 }
@@ -65,23 +62,19 @@ void Launch::meet_lanes(State kind, unsigned mask) {
 }
 
 std::string Launch::stuck() const {
-  std::string text = kernel_name(kernel_) + " cannot go on, not all threads reach a barrier:";
-  for (const auto& owned : blocks_) {
-    const Block& block = *owned;
-    unsigned count[static_cast<size_t>(State::kStates)] = {};
-    unsigned first[static_cast<size_t>(State::kStates)] = {};
-    for (unsigned t = grid_.threads; t-- > 0;) {
-      const auto state = static_cast<size_t>(block.fibers[t]->state);
-      ++count[state];
-      first[state] = t;
-    }
-    text += " block " + std::to_string(block.index) + ":";
-    for (size_t state = 0; state < static_cast<size_t>(State::kStates); ++state) {
-      if (count[state] == 0) continue;
-      text += " " + plural(count[state], "thread") + " " + kDoing[state] + " (first: " +
-              std::to_string(first[state]) + ")";
-    }
-    if (text.size() > 1000) return text + " ...";
+  std::string text = kernel_name(kernel_) + " cannot go on, not all threads reach a barrier: block " +
+                     std::to_string(block_->index) + ":";
+  unsigned count[static_cast<size_t>(State::kStates)] = {};
+  unsigned first[static_cast<size_t>(State::kStates)] = {};
+  for (unsigned t = grid_.threads; t-- > 0;) {
+    const auto state = static_cast<size_t>(block_->fibers[t]->state);
+    ++count[state];
+    first[state] = t;
+  }
+  for (size_t state = 0; state < static_cast<size_t>(State::kStates); ++state) {
+    if (count[state] == 0) continue;
+    text += " " + plural(count[state], "thread") + " " + kDoing[state] + " (first: " +
+            std::to_string(first[state]) + ")";
   }
   return text;
 }
