@@ -47,9 +47,9 @@ def test_an_odd_row_stride_and_an_odd_start(dtype, way, gpu_backend):
 # What each is there for: kernels differ by size, results must not.
 SHAPES = {
     (1, 1): "the smallest",
-    (64, 345): "one cooperative kernel at once",
-    (512, 1000): "many blocks, still at once",
-    (16384, 1000): "beyond shared memory in float32",
+    (64, 345): "fewer rows than the GPU has room for; one block finishes the marginal",
+    (512, 1000): "as above, and many blocks share the marginal",
+    (16384, 1000): "many steps of every block",
     (65536, 345): "many short rows",
     (600, 21841): "long rows",
     (600, 16384): "long rows of whole vectors",

@@ -47,7 +47,7 @@ __device__ __forceinline__ void store_column_sums(const Frame<T>& frame,
     }
   }
   __syncthreads();
-  columns.store_total(block, frame, shared, tuning::kRegisterThreads / kLanes, by_column);
+  columns.store_partial_sum(block, frame, shared, tuning::kRegisterThreads / kLanes, by_column);
   __syncthreads();
 }
 

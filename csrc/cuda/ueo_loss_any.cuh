@@ -205,8 +205,8 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
       const int64_t partial = blockIdx.x + gridDim.x * (step / tuning::kRowsPerSum);
       __syncthreads();
       with_sums(shared_sums, global_sums, [&](const A* sums) {
-        columns.store_total(block, frame, sums, loop.teams,
-                            args.partial_sums + partial * args.column_stride);
+        columns.store_partial_sum(block, frame, sums, loop.teams,
+                                  args.partial_sums + partial * args.column_stride);
       });
       if (!last) {
         __syncthreads();

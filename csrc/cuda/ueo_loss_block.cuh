@@ -151,7 +151,8 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kSharedRowThreads, 1)
     if (last || (step + 1) % tuning::kRowsPerSum == 0) {
       const int64_t partial = blockIdx.x + int64_t{gridDim.x} * (step / tuning::kRowsPerSum);
       __syncthreads();
-      columns.store_total(block, frame, sums, 1, args.partial_sums + partial * args.column_stride);
+      columns.store_partial_sum(block, frame, sums, 1,
+                                args.partial_sums + partial * args.column_stride);
       if (!last) {
         __syncthreads();
         columns.clear(block, sums);

@@ -67,6 +67,14 @@ struct ColumnSlots {
       by_column[column] = static_cast<A>(total);
     }
   }
+  // The same for the marginal kernel, which reads whole pieces: zeros behind the last column.
+  __device__ __forceinline__ void store_partial_sum(const BlockTeam& block, const Frame<T>& frame,
+                                                    const A* numbers, int sets,
+                                                    A* by_column) const {
+    store_total(block, frame, numbers, sets, by_column);
+    const int missing = -frame.columns & (tuning::kPieceColumns - 1);
+    if (block.rank < missing) by_column[frame.columns + block.rank] = A(0);
+  }
 };
 
 // Column sums in shared memory, or in global memory where shared has no room. `f` is compiled for each
