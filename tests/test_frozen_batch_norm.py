@@ -193,3 +193,22 @@ def test_mistakes_are_named(changes, error, message):
     with pytest.raises(error) as caught:
         frozen_batch_norm(**arguments | changes)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_a_bias_that_backward_does_not_read_may_change_before_it(backend, activation):
+    x, weight, bias = (torch.randn(5, device=backend.device) for _ in range(3))
+    mean, var = torch.zeros_like(weight), torch.ones_like(weight)
+    bias.requires_grad_()
+    residual = x.expand(3, 5) if activation == "relu" else None  # the mask is in bits then
+    out = frozen_batch_norm(
+        x.expand(3, 5), weight, bias, mean, var, residual=residual, activation=activation,
+        backend=backend,
+    )  # fmt: skip
+    out.sum().backward(retain_graph=True)
+    expected, bias.grad = bias.grad, None
+    with torch.no_grad():
+        bias.add_(1)
+    out.sum().backward()
+    torch.testing.assert_close(bias.grad, expected)

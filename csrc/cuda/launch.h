@@ -221,10 +221,12 @@ inline int64_t partial_sums_of(const RowPlan& plan) {
 inline int64_t column_stride(int columns) {
   return divide_up(columns, tuning::kPieceColumns) * tuning::kPieceColumns;
 }
+
 struct MarginalPlan {
   int tile_lanes;  // threads for the columns of a tile
   Grid grid;
 };
+
 inline MarginalPlan plan_marginal(const Device& device, int columns, int64_t partials) {
   const int64_t pieces = column_stride(columns) / tuning::kPieceColumns;
   const bool alone = partials * pieces <= tuning::kPiecesAlone * tuning::kMarginalThreads;
@@ -235,6 +237,7 @@ inline MarginalPlan plan_marginal(const Device& device, int columns, int64_t par
   return {lanes,
           {blocks, threads, kScratchBytes + int64_t{8} * threads * tuning::kPieceColumns}};
 }
+
 inline Grid scan_grid(int64_t rows) {
   return {static_cast<int>(std::min<int64_t>(divide_up(rows, 4 * tuning::kScanThreads),
                                              tuning::kMostScanBlocks)),

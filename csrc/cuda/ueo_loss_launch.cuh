@@ -59,7 +59,6 @@ inline bool is_plain(const ForwardCall& call) {
 // The kernel for rows that a block shares, or for rows of lanes.
 #define UEO_FAST_PICK(kernel, T, block_team) ((block_team) ? &kernel<T, true> : &kernel<T, false>)
 
-template <class A>
 struct Part {
   unsigned char* base;
   template <class P>
@@ -78,7 +77,7 @@ int scan_parts(Launcher& launcher, const Weights<A>& weights, int64_t rows, Weig
 }
 
 template <class A>
-MarginalArguments<A> marginal_arguments(const ForwardCall& call, const Part<A>& workspace,
+MarginalArguments<A> marginal_arguments(const ForwardCall& call, const Part& workspace,
                                         const Workspace& at, const StatisticsPlan& plan,
                                         int tile_lanes) {
   const int columns = static_cast<int>(call.logits.columns);
@@ -106,7 +105,7 @@ void run_forward(Launcher& launcher, const Device& device, const ForwardCall& ca
   const RowShape row = shape_of(call.logits);
   const StatisticsPlan plan(device, call.logits, is_plain(call));
   const Workspace at(row, plan);
-  const Part<A> workspace{static_cast<unsigned char*>(call.workspace)};
+  const Part workspace{static_cast<unsigned char*>(call.workspace)};
   const Weights<A> weights{static_cast<const A*>(call.confidence),
                            static_cast<const A*>(call.marginal_weights)};
   WeightRange* range = workspace.template at<WeightRange>(at.range);

@@ -151,6 +151,14 @@ def gradients(
     return compute(backend, grad_out, *arguments)
 
 
+def kept_bias(bias: Tensor | None, is_read: bool) -> Tensor | None:
+    """What backward is given for ``bias``: where only its dtype is asked, numbers that nobody reads.
+
+    A saved tensor must not change before backward; a step on biases alone, in between, may.
+    """
+    return bias if bias is None or is_read else torch.empty_like(bias)
+
+
 class ChannelAffineFunction(torch.autograd.Function):
     """The op (csrc/library.cpp) for a dense ``x``; ``mean`` and ``var`` are constants."""
 
@@ -172,6 +180,7 @@ class ChannelAffineFunction(torch.autograd.Function):
         needs_sums = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         # Where there is a residual the mask comes from the bits, else again from x.
         keeps_x = needs_sums or (relu and residual is None)
+        bias = kept_bias(bias, is_read=relu and residual is None)
         ctx.save_for_backward(x if keeps_x else None, weight, bias, mean, var, bits)
         ctx.set_materialize_grads(False)
         ctx.backend = backend

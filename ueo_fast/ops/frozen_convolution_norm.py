@@ -42,6 +42,7 @@ class ConvolutionNormFunction(torch.autograd.Function):
         out, bits = channel_affine.forward(
             backend, wide, weight, bias, mean, var, eps, None, 1, relu
         )
+        bias = channel_affine.kept_bias(bias, is_read=relu)
         ctx.save_for_backward(x, conv_weight, weight, bias, mean, var, bits)
         ctx.set_materialize_grads(False)
         ctx.options = backend, eps, geometry, relu
