@@ -81,20 +81,20 @@ MarginalArguments<A> marginal_arguments(const ForwardCall& call, const Part& wor
                                         const Workspace& at, const StatisticsPlan& plan,
                                         int tile_lanes) {
   const int columns = static_cast<int>(call.logits.columns);
-  return {workspace.template at<A>(at.partial_sums),
+  return {workspace.at<A>(at.partial_sums),
           plan.partials(),
           column_stride(columns),
           columns,
           tile_lanes,
-          workspace.template at<double>(at.block_sums),
+          workspace.at<double>(at.block_sums),
           plan.blocks(),
           call.logits.rows,
-          call.confidence == nullptr ? nullptr : workspace.template at<WeightRange>(at.range),
+          call.confidence == nullptr ? nullptr : workspace.at<WeightRange>(at.range),
           call.options.trade_off,
           static_cast<A>(call.options.eps),
           static_cast<A*>(call.marginal),
-          workspace.template at<double>(at.entropies),
-          workspace.template at<unsigned>(at.finished),
+          workspace.at<double>(at.entropies),
+          workspace.at<unsigned>(at.finished),
           static_cast<A*>(call.summary),
           static_cast<A*>(call.loss)};
 }
@@ -108,7 +108,7 @@ void run_forward(Launcher& launcher, const Device& device, const ForwardCall& ca
   const Part workspace{static_cast<unsigned char*>(call.workspace)};
   const Weights<A> weights{static_cast<const A*>(call.confidence),
                            static_cast<const A*>(call.marginal_weights)};
-  WeightRange* range = workspace.template at<WeightRange>(at.range);
+  WeightRange* range = workspace.at<WeightRange>(at.range);
   const int ranges = scan_parts(launcher, weights, call.logits.rows, range + 1);
   StatisticsArguments<T> statistics{
       matrix_of<T>(call.logits),
@@ -118,12 +118,12 @@ void run_forward(Launcher& launcher, const Device& device, const ForwardCall& ca
       loop_of(row, plan.any),
       ranges,
       range,
-      plan.any.columns_shared ? nullptr : workspace.template at<A>(at.column_sums),
+      plan.any.columns_shared ? nullptr : workspace.at<A>(at.column_sums),
       static_cast<A*>(call.row_stats),
-      workspace.template at<A>(at.partial_sums),
+      workspace.at<A>(at.partial_sums),
       column_stride(row.columns),
-      workspace.template at<double>(at.block_sums),
-      workspace.template at<unsigned>(at.finished)};
+      workspace.at<double>(at.block_sums),
+      workspace.at<unsigned>(at.finished)};
   const bool plain = is_plain(call);
   if (plan.registers.fits) {
     statistics.loop.steps = plan.registers.steps;

@@ -152,7 +152,7 @@ def gradients(
 
 
 def kept_bias(bias: Tensor | None, is_read: bool) -> Tensor | None:
-    """What backward is given for ``bias``: where only its dtype is asked, numbers that nobody reads.
+    """What backward is given for ``bias``: numbers that nobody reads where only its dtype counts.
 
     A saved tensor must not change before backward; a step on biases alone, in between, may.
     """
