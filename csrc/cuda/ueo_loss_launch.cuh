@@ -143,7 +143,7 @@ void run_forward(Launcher& launcher, const Device& device, const ForwardCall& ca
   }
   const MarginalPlan marginal = plan_marginal(device, row.columns, plan.partials());
   launcher.run(&ueo_marginal<A>, marginal.grid,
-               marginal_arguments(call, workspace, at, plan, marginal.tile_lanes));
+               marginal_arguments<A>(call, workspace, at, plan, marginal.tile_lanes));
 }
 
 template <class T, class Launcher>
