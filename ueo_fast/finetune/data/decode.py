@@ -31,7 +31,10 @@ _FORMATS = (
     *("PPM", "PSD", "PCX", "SGI", "SUN", "DDS", "QOI", "XBM", "TGA"),
 )
 _HEIF = "HEIC needs pillow-heif: pip install pillow-heif (the extra [recipe] brings it)"
-_AVIF = "AVIF needs a Pillow that was built with it: pip install --upgrade pillow"
+_AVIF = (
+    "AVIF needs Pillow 11.3 or newer, built with it: pip install --upgrade pillow (the extra "
+    "[recipe] brings it)"
+)
 _RAW = (
     *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".eip", ".erf", ".fff"),
     *(".gpr", ".iiq", ".k25", ".kdc", ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef"),
