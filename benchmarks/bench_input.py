@@ -79,7 +79,8 @@ def authors(view: str) -> Load:
 
 
 def tensors(view: str) -> Load:
-    """The same with torchvision's decoder and transforms of uint8 tensors."""
+    """The same with torchvision's decoder, which 0.29 deprecates in favour of TorchCodec, and
+    transforms of uint8 tensors."""
     from torchvision import io
     from torchvision.transforms import v2
 
@@ -121,6 +122,7 @@ def prepared():
     return turns.Prepared(contender)
 
 
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 @pytest.mark.parametrize("name", CONTENDERS)
 @pytest.mark.parametrize("repeat", range(turns.REPEATS))
 @pytest.mark.parametrize("view", VIEWS)
