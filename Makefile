@@ -54,7 +54,7 @@ lint: setup ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup ## measure loss, affine layers and a tower's step; writes benchmarks/results/*.csv and the pictures in docs/
+bench: setup ## measure loss, affine layers, a tower's step and loading images; writes benchmarks/results/*.csv and the pictures in docs/
 	$(BIN)/python -m benchmarks
 
 bench-gpu: ## on a machine with a GPU: build, test, sanitise and measure (benchmarks/gpu.sh)

@@ -1,14 +1,15 @@
 """`python -m benchmarks [PART ...]`: measures, writes benchmarks/results/*.csv, redraws the docs.
 
 Parts: `loss` (about five minutes on two cores), `affine` and `visual` (some six together), `step`
-(a quarter of an hour and 16 GB); all of them without a name. Time is measured by pytest-benchmark
-in a process of its own, of the loss and of the affine layers twice: with an allocator that keeps
-its memory, and with the allocator as a process comes.
+(a quarter of an hour and 16 GB), `input` (two minutes); all of them without a name. Time is
+measured by pytest-benchmark in a process of its own, of the loss and of the affine layers twice:
+with an allocator that keeps its memory, and with the allocator as a process comes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import statistics
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    input_report,
     memory,
     render,
     results_file,
@@ -147,11 +149,21 @@ def measure_step(header: Header, threads: int, repeats: int) -> None:
         results_file.write(step_report.CSV, describe(**about), step_report.rows(runs))
 
 
+def measure_input(header: Header, threads: int, repeats: int) -> None:
+    """On one thread, as a worker that loads images; ``threads`` has no effect."""
+    rows = measure_time("bench_input.py", input_report.KEYS, 1, repeats, {})
+    about = {**header, "threads": "1", "allocator": _words({})}
+    for name in ("pillow", "torchvision"):
+        about[name] = importlib.metadata.version(name)
+    results_file.write(input_report.CSV, describe(**about), rows)
+
+
 PARTS: dict[str, tuple[Callable[[Header, int, int], None], int]] = {
     "loss": (measure_loss, 7),
     "affine": (measure_affine, 5),
     "visual": (measure_visual, 3),
     "step": (measure_step, 3),
+    "input": (measure_input, 5),
 }
 """Name to what measures it and how often each contender takes its turn."""
 

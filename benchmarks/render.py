@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import (
     affine_report,
     gpu_report,
+    input_report,
     markdown,
     results_file,
     step_report,
@@ -118,6 +119,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     **gpu_report.TABLES,
     **affine_report.TABLES,
     **step_report.TABLES,
+    **input_report.TABLES,
 }
 
 

@@ -180,7 +180,7 @@ def test_an_image_beside_the_class_folders_takes_the_labels_away_and_nothing_els
 def test_verdicts_are_those_of_the_table_of_scores(photos, tmp_path):
     result = run(photos, KNOWN)
     images = read_images(photos)
-    dataset = views_of(images, result.classifier.model, None).plain
+    dataset = views_of(images, result.classifier.model, None, "auto").plain
     labels = match_labels(images, KNOWN)
     for kind in ("otsu", "tpr95", 0.3334):
         out = tmp_path / f"{kind}.csv"

@@ -293,7 +293,8 @@ def test_the_options_know_which_methods_use_them():
 def test_the_preset_of_the_authors():
     config = finetune("--preset", "authors")
     assert (config.eps, config.affine_scope, config.seed) == (1e-5, "authors", 2023)
-    assert (config.epochs, config.logit_scale) == (50, 100.0)
+    assert (config.epochs, config.logit_scale, config.decode) == (50, 100.0, "full")
+    assert finetune("--preset", "authors", "--decode", "auto").decode == "auto"
     config = finetune("--seed", "3", "--preset", "authors", "--eps", "0")
     assert (config.eps, config.affine_scope, config.seed) == (0.0, "authors", 3)
     assert finetune("--preset", "authors", "--method", "upl").eps == 0  # has no use for it

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from ueo_fast.finetune.data import decode
 from ueo_fast.finetune.data.dataset import ImageDataset
@@ -338,7 +338,13 @@ def test_the_pictures_of_a_3d_camera_are_read(tmp_path: Path) -> None:
 def test_heic_is_read_where_pillow_heif_is(tmp_path: Path) -> None:
     pytest.importorskip("pillow_heif")
     formats()
-    path = save(Image.new("RGB", (64, 48), (200, 30, 10)), tmp_path / "a.HEIC", format="HEIF")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # as a telephone writes it
+    image = Image.new("RGB", (64, 48), (200, 30, 10))
+    turned = save(image, tmp_path / "turned.heic", format="HEIF", exif=exif.tobytes())
+    assert b"irot" in turned.read_bytes()  # so it is turned by its container, and once
+    assert decoded(turned).shape == (64, 48, 3)
+    path = save(image, tmp_path / "a.HEIC", format="HEIF")
     assert np.abs(decoded(path).astype(int) - (200, 30, 10)).max() <= 2
     path.rename(tmp_path / "b.jpg")
     assert decoded(tmp_path / "b.jpg").shape == (48, 64, 3)
@@ -347,12 +353,27 @@ def test_heic_is_read_where_pillow_heif_is(tmp_path: Path) -> None:
         open_rgb(tmp_path / "c.heic")
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
+def test_avif_is_read_whatever_its_name(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (64, 48), (200, 30, 10))
+    path = save(image, tmp_path / "a.avif", format="AVIF", exif=exif)
+    assert decoded(path).shape == (64, 48, 3)
+    assert np.abs(decoded(path).astype(int) - (200, 30, 10)).max() <= 3
+    path.rename(tmp_path / "b.jpg")
+    assert decoded(tmp_path / "b.jpg").shape == (64, 48, 3)
+    (tmp_path / "c.avif").write_bytes(b"\0\0\0\x18ftypavif")
+    with pytest.raises(UnreadableImageError, match="damaged, or no image in a format"):
+        open_rgb(tmp_path / "c.avif")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
         ("a.HEIC", b"\0\0\0\x18ftypheic", r"HEIC needs pillow-heif: pip install .*\[recipe\]"),
         ("a.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1", "HEIC needs pillow-heif"),
-        ("a.avif", b"\0\0\0\x18ftypavif", "AVIF needs a Pillow that was built with it"),
+        ("a.avif", b"\0\0\0\x18ftypavif", r"AVIF needs Pillow 11\.3 or newer, .*\[recipe\]"),
         ("a.CR2", b"II*\0", "a camera's raw file, which is not developed here; export it as JPEG"),
         ("a.svg", b"<svg/>", "a kind of image that is not read here; export it as JPEG or PNG"),
     ],

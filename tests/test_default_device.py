@@ -51,7 +51,7 @@ def test_every_method_learns_the_same(name: str) -> None:
 def test_files_are_read_and_augmented_alike(tmp_path: Path, workers: int) -> None:
     images = read_images(photo_folder(tmp_path, per_class=1))
     readable = images.subset([i for i, name in enumerate(images.names) if "broken" not in name])
-    views = views_of(readable, make_classifier().model, None)
+    views = views_of(readable, make_classifier().model, None, "auto")
     read = []
     for device in ("cpu", "meta"):
         torch.set_default_device(device)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from PIL import Image
@@ -21,6 +21,7 @@ from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.clip.template import split_template
 from ueo_fast.finetune.data.dataset import ImageDataset, PictureDataset
+from ueo_fast.finetune.data.decode import Decoding
 from ueo_fast.finetune.data.image_list import ImageList, match_labels, read_images
 from ueo_fast.finetune.data.names import counted, plural, printable, shown
 from ueo_fast.finetune.data.transforms import preprocessing, test_transform, training_transform
@@ -113,6 +114,7 @@ class Adaptation:
         names: of the images of ``target``.
         unreadable: (name, reason) of each image that was left out.
         start: what training may change, as it was before.
+        decode: how image files are decoded.
     """
 
     classifier: ClipClassifier
@@ -122,6 +124,7 @@ class Adaptation:
     names: tuple[str, ...]
     unreadable: tuple[tuple[str, str], ...]
     start: Mapping[str, Tensor]
+    decode: Decoding = "auto"
 
     def __repr__(self) -> str:
         left_out = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
@@ -140,6 +143,7 @@ class Adaptation:
         strict: bool = False,
         progress: bool | None = None,
         precision: str = "fp32",
+        decode: Decoding | None = None,
         **options: Any,
     ) -> Prediction:
         """Classes and scores of images. Those that cannot be read are left out and listed.
@@ -153,6 +157,7 @@ class Adaptation:
             strict: fail at an image that cannot be read.
             progress: show a progress bar; ``None``: where the standard error stream is a terminal.
             precision: of the image tower: ``fp32``, ``bf16`` or ``fp16``.
+            decode: how image files are decoded, as for :func:`adapt`; ``None``: as there.
             options: ``batch_size``, ``num_workers``, ``channels_last`` of
                 :func:`~ueo_fast.finetune.evaluation.predict.predict_batches`.
 
@@ -160,12 +165,19 @@ class Adaptation:
             TypeError, ValueError, OSError: an argument is unusable, no image can be read, or the
                 scores allow no threshold of the kind that was asked for.
         """
+        if decode is not None:
+            _check_decode(decode)
         choice = parse_threshold("otsu" if threshold is None else threshold)
         check_number("mcm_scale", mcm_scale, sign="positive")
         if images is None:
             views = Views(self.target.images, None, self.target.labels, self.names)
         else:
-            views = _views(images, self.classifier, needs_labels=choice.needs_labels)
+            views = _views(
+                images,
+                self.classifier,
+                needs_labels=choice.needs_labels,
+                decode=self.decode if decode is None else decode,
+            )
         names, count = self.classifier.prompt.class_names, len(views.names)
         if threshold is not None:
             check_choice(choice, views.labels, count, len(names))
@@ -225,7 +237,8 @@ class Adaptation:
         """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         base = base or describe_base(self.classifier.model)
-        extra = {"mcm_scale": getattr(self.method, "mcm_scale", 1.0)}  # for ueo-fast score
+        # For ueo-fast score.
+        extra = {"mcm_scale": getattr(self.method, "mcm_scale", 1.0), "decode": self.decode}
         return save_delta(path, self.classifier, base, method=self.method.name, extra=extra)
 
 
@@ -246,6 +259,7 @@ def adapt(
     strict: bool = False,
     eval_batch_size: int = 192,
     progress: bool | None = None,
+    decode: Decoding = "auto",
 ) -> Adaptation:
     """Adapt a CLIP model to unlabelled images, some of which may belong to no class.
 
@@ -280,6 +294,9 @@ def adapt(
         strict: fail at an image that cannot be read.
         eval_batch_size: images per step of the zero-shot pass.
         progress: show progress bars; ``None``: where the standard error stream is a terminal.
+        decode: of image files: ``auto`` decodes a JPEG at 1/2, 1/4 or 1/8 of its size where that
+            leaves at least twice the pixels per side that a view needs; ``full`` decodes all
+            pixels, as the authors do.
 
     Returns:
         The adapted classifier, and what it was made from.
@@ -294,6 +311,7 @@ def adapt(
     for name, value, kind in (("config", config, TrainerConfig), ("hooks", hooks, Hooks)):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+    _check_decode(decode)
     if not isinstance(method, str | Method):
         raise TypeError(
             f"method must be a name or a Method, got {type(method).__name__}: 'ueo', UEO(eps=1e-5)"
@@ -306,7 +324,14 @@ def adapt(
     )
     if classifier.was_adapted:
         warnings.warn(_ADAPTED_BEFORE, UserWarning, stacklevel=2)
-    views = _views(images, classifier, augmented, labels, needs_labels=chosen.reads_labels)
+    views = _views(
+        images,
+        classifier,
+        augmented,
+        labels,
+        needs_labels=chosen.reads_labels,
+        decode=decode,
+    )
     if chosen.reads_labels:
         check_labels(views.labels)
     start = zero_shot(
@@ -329,7 +354,9 @@ def adapt(
             classifier, start.target, config=config, hooks=combine(bar_hooks(bar), told)
         )
     kept = tuple(views.names[position] for position in start.positions.tolist())
-    return Adaptation(classifier, start.target, history, chosen, kept, start.unreadable, before)
+    return Adaptation(
+        classifier, start.target, history, chosen, kept, start.unreadable, before, decode
+    )
 
 
 _ADAPTED_BEFORE = (
@@ -387,12 +414,12 @@ class Views(NamedTuple):
     names: tuple[str, ...]
 
 
-def views_of(images: ImageList, model: nn.Module, labels: Tensor | None) -> Views:
+def views_of(images: ImageList, model: nn.Module, labels: Tensor | None, decode: Decoding) -> Views:
     """Image files with the model's own preprocessing and the authors' augmentation."""
     preprocess = preprocessing(model)
     return Views(
-        ImageDataset(images, test_transform(preprocess)),
-        ImageDataset(images, training_transform(preprocess)),
+        ImageDataset(images, test_transform(preprocess), decode),
+        ImageDataset(images, training_transform(preprocess), decode),
         labels,
         images.names,
     )
@@ -487,6 +514,7 @@ def _views(
     labels: Tensor | None = None,
     *,
     needs_labels: bool = False,
+    decode: Decoding = "auto",
 ) -> Views:
     images = _one_of_each(images)
     if labels is not None:
@@ -511,7 +539,12 @@ def _views(
         )
     elif len(labels) != len(images):
         raise ValueError(f"labels has {len(labels)} entries, but there are {len(images)} images")
-    return views_of(images, classifier.model, labels)
+    return views_of(images, classifier.model, labels, decode)
+
+
+def _check_decode(decode: object) -> None:
+    if decode not in get_args(Decoding):
+        raise ValueError(f"decode must be 'auto' or 'full', got {decode!r}")
 
 
 def _check_given_labels(labels: object, classes: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import dataclass
+from typing import NamedTuple, get_args
 
 from ueo_fast.finetune.clip.base_model import named_as_flags
 from ueo_fast.finetune.clip.delta import load_delta, read_delta
@@ -12,6 +13,7 @@ from ueo_fast.finetune.clip.load import LoadedClip, load_base
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.device import chosen_device
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
+from ueo_fast.finetune.data.decode import Decoding
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.ranges import check_number
 
@@ -76,10 +78,24 @@ def open_run(
     return AdaptedRun(folder, config, clip)
 
 
+class Adapted(NamedTuple):
+    """An adapted classifier, and how its run looked at images and scored them.
+
+    Attributes:
+        classifier: the classifier.
+        mcm_scale: multiplies the cosines in the MCM score.
+        decode: how image files are decoded.
+    """
+
+    classifier: ClipClassifier
+    mcm_scale: float
+    decode: Decoding
+
+
 def open_adapted(
     path: str, device: str | None, model: str | None = None, pretrained: str | None = None
-) -> tuple[ClipClassifier, float]:
-    """An adapted classifier, and the scale of its MCM scores, from a run folder or a delta file.
+) -> Adapted:
+    """What a run folder or a delta file has.
 
     Args:
         path: of either.
@@ -89,15 +105,18 @@ def open_adapted(
     """
     if not os.path.isfile(path):
         run = open_run(path, device, model, pretrained)
-        return run.classifier(), run.config.mcm_scale
+        return Adapted(run.classifier(), run.config.mcm_scale, run.config.decode)
     delta = read_delta(path)
-    scale = delta.extra.get("mcm_scale", 1.0)
+    scale, decode = delta.extra.get("mcm_scale", 1.0), delta.extra.get("decode", "auto")
     try:
         check_number("mcm_scale", scale, sign="positive")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}; give --mcm-scale") from error
+    if decode not in get_args(Decoding):
+        raise ValueError(f"{path}: decode is {decode!r:.50}, expected auto or full")
     with named_as_flags():
         clip = load_base(
             delta.base, model=model, pretrained=pretrained, device=chosen_device(device)
         )
-    return load_delta(clip.model, path, tokenizer=clip.tokenizer, base=clip.base), scale
+    classifier = load_delta(clip.model, path, tokenizer=clip.tokenizer, base=clip.base)
+    return Adapted(classifier, scale, decode)

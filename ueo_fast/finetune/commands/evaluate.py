@@ -21,6 +21,7 @@ from ueo_fast.finetune.commands.evaluation import (
 )
 from ueo_fast.finetune.commands.options import EvaluateConfig
 from ueo_fast.finetune.commands.problem import Labelled, reread_problem
+from ueo_fast.finetune.data.decode import Decoding
 from ueo_fast.finetune.data.image_list import check_root, read_images
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
@@ -55,9 +56,10 @@ def run(config: EvaluateConfig) -> None:
         patch=False,
         logit_scale=adapted.config.logit_scale,
     )
-    before = _predict(config, zero_shot, images, "zero-shot")
+    decode = config.decode or adapted.config.decode
+    before = _predict(config, zero_shot, images, decode, "zero-shot")
     images = _readable(config, images, before)
-    after = _predict(config, adapted.classifier(), images, "adapted")
+    after = _predict(config, adapted.classifier(), images, decode, "adapted")
     scale = config.mcm_scale or adapted.config.mcm_scale
     rows = [_row("zeroshot", before.cosines, images.labels, scale)]
     if adapted.config.method != "zeroshot":
@@ -95,11 +97,15 @@ def _row(name: str, cosines: Tensor, labels: Tensor | None, scale: float) -> dic
 
 
 def _predict(
-    config: EvaluateConfig, classifier: ClipClassifier, images: Labelled, title: str
+    config: EvaluateConfig,
+    classifier: ClipClassifier,
+    images: Labelled,
+    decode: Decoding,
+    title: str,
 ) -> Readable:
     batches = predict_batches(
         classifier,
-        views_of(images.images, classifier.model, None).plain,
+        views_of(images.images, classifier.model, None, decode).plain,
         batch_size=config.batch_size,
         num_workers=config.workers,
         precision=config.precision,

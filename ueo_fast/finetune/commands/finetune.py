@@ -272,7 +272,7 @@ def _save(
         clip.base,
         method=config.method,
         seed=config.seed,
-        extra={"mcm_scale": config.mcm_scale},
+        extra={"mcm_scale": config.mcm_scale, "decode": config.decode},
     )
 
 

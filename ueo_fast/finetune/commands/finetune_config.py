@@ -94,6 +94,14 @@ class FinetuneConfig:
             "follow links that lead out of a folder of images; no file is read twice in any case"
         ),
     )
+    decode: Literal["auto", "full"] = field(
+        default="auto",
+        metadata=_help(
+            "auto: decode a JPEG at 1/2, 1/4 or 1/8 of its size where that leaves at least twice "
+            "the pixels per side that the model's view of it needs, several times faster for "
+            "photographs of a camera or phone; full: decode all pixels, as the authors do"
+        ),
+    )
     test_data: str | None = field(
         default=None,
         metadata=_help(
@@ -307,7 +315,12 @@ class FinetuneConfig:
     def preset(name: Literal["authors"], options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a preset, given the user's own."""
         assert name == "authors"
-        values: dict[str, Any] = {"affine_scope": "authors", "logit_scale": 100.0, "seed": 2023}
+        values: dict[str, Any] = {
+            "decode": "full",
+            "affine_scope": "authors",
+            "logit_scale": 100.0,
+            "seed": 2023,
+        }
         if options.get("method", "ueo") in _EPS_USERS:
             values["eps"] = 1e-5
         if options.get("dataset") == "domainnet":

@@ -18,6 +18,9 @@ MODEL_HELP = (
     "or a folder that moved. It must have the weights that the run began with. Default: the model "
     "that the run names, if it was loaded on this machine before"
 )
+DECODE_HELP = (
+    "auto: JPEG at a reduced size where a view needs no more; full: all pixels; default: as the run"
+)
 PRETRAINED_HELP = "weights of --model, where that is a name; default: the run's tag"
 
 
@@ -51,6 +54,7 @@ class EvaluateConfig:
             "any case"
         },
     )
+    decode: Literal["auto", "full"] | None = field(default=None, metadata={"help": DECODE_HELP})
     mcm_scale: float | None = field(
         default=None,
         metadata={"help": "multiplies the cosines in the MCM score; default: the run's"},
@@ -136,6 +140,7 @@ class ScoreConfig:
             "any case"
         },
     )
+    decode: Literal["auto", "full"] | None = field(default=None, metadata={"help": DECODE_HELP})
     top_k: int = field(
         default=5,
         metadata={

@@ -110,7 +110,7 @@ class Recorder:
         part = start.tested if split == "test" else start.train
         batches = predict_batches(
             start.classifier,
-            views_of(part.images, start.classifier.model, None).plain,
+            views_of(part.images, start.classifier.model, None, config.decode).plain,
             batch_size=config.eval_batch_size,
             num_workers=config.workers,
             precision=config.precision,

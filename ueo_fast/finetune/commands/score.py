@@ -11,6 +11,7 @@ from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.adapted import open_adapted
 from ueo_fast.finetune.commands.options import ScoreConfig
 from ueo_fast.finetune.commands.problem import Labelled
+from ueo_fast.finetune.data.decode import Decoding
 from ueo_fast.finetune.data.image_list import ImageList, check_root, read_images
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural
@@ -26,21 +27,22 @@ def run(config: ScoreConfig) -> None:
     check_root(config.data_root, config.data, config.validation)
     images = _read(config, config.data)
     validation = None if config.validation is None else _read(config, config.validation)
-    classifier, run_scale = open_adapted(config.run, config.device, config.model, config.pretrained)
+    adapted = open_adapted(config.run, config.device, config.model, config.pretrained)
+    classifier, decode = adapted.classifier, config.decode or adapted.decode
     labelled = Labelled.of(images, classifier.prompt.class_names)
-    scale = config.mcm_scale or run_scale
+    scale = config.mcm_scale or adapted.mcm_scale
     if labelled.labels is None and not config.choice.needs_labels:
         labelled = Labelled(images, None)  # without a note on what nobody asked for
     for remark in labelled.remarks():
         print(f"note: {remark}")
     threshold = config.choice
     if validation is not None:
-        threshold = _threshold(config, classifier, validation, scale)
+        threshold = _threshold(config, classifier, validation, scale, decode)
     with tqdm(total=len(images), desc="score", unit="image", leave=False) as bar:
         summary = score_images(
             classifier,
             images,
-            views_of(images, classifier.model, None).plain,
+            views_of(images, classifier.model, None, decode).plain,
             out=config.out,
             top_k=config.top_k,
             threshold=threshold,
@@ -61,7 +63,11 @@ def _read(config: ScoreConfig, source: str) -> ImageList:
 
 
 def _threshold(
-    config: ScoreConfig, classifier: ClipClassifier, images: ImageList, mcm_scale: float
+    config: ScoreConfig,
+    classifier: ClipClassifier,
+    images: ImageList,
+    mcm_scale: float,
+    decode: Decoding,
 ) -> Threshold:
     """tpr95 of the validation images; says what makes it doubtful."""
     labelled = Labelled.of(images, classifier.prompt.class_names)
@@ -78,7 +84,7 @@ def _threshold(
         threshold, warnings = validation_threshold(
             classifier,
             images,
-            views_of(images, classifier.model, None).plain,
+            views_of(images, classifier.model, None, decode).plain,
             labelled.labels,
             folder=folder,
             mcm_scale=mcm_scale,

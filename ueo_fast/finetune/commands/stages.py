@@ -113,7 +113,7 @@ def continued(folder: RunFolder, clip: LoadedClip, config: FinetuneConfig) -> St
     problem = reread_problem(folder)
     tensors = _kept_cosines(folder, problem)
     classifier = _classifier(config, clip, problem.known)
-    views = views_of(problem.train.images, classifier.model, problem.train.labels)
+    views = views_of(problem.train.images, classifier.model, problem.train.labels, config.decode)
     _check_model(config, classifier, problem.train, views, tensors["train"])
     target = Target(views.plain, views.augmented, tensors["train"], views.labels)
     cosines = tensors["train" if problem.test is None else "test"]
@@ -180,7 +180,7 @@ def _classifier(config: FinetuneConfig, clip: LoadedClip, known: tuple[str, ...]
 def _zero_shot(
     config: FinetuneConfig, classifier: ClipClassifier, part: Labelled, title: str
 ) -> tuple[Labelled, Target, tuple[tuple[str, str], ...]]:
-    views = views_of(part.images, classifier.model, part.labels)
+    views = views_of(part.images, classifier.model, part.labels, config.decode)
     seen = zero_shot(
         classifier,
         views,

@@ -8,8 +8,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ueo_fast.finetune.data.decode import UnreadableImageError, as_rgb, open_rgb
+from ueo_fast.finetune.data.decode import (
+    Decoding,
+    UnreadableImageError,
+    as_rgb,
+    open_rgb,
+    opened,
+)
 from ueo_fast.finetune.data.image_list import ImageList
+from ueo_fast.finetune.data.transforms import Transform
 
 
 class ImageDataset(Dataset[Tensor]):
@@ -20,26 +27,39 @@ class ImageDataset(Dataset[Tensor]):
     Args:
         images: what to read.
         transform: from RGB to a tensor (3, H, W); see :mod:`ueo_fast.finetune.data.transforms`.
+        decode: ``auto`` decodes JPEG at a reduced size where a ``Transform`` needs no more;
+            ``full`` decodes all pixels of every image, as any other callable gets them anyway.
 
     Raises:
         UnreadableImageError: by ``dataset[i]``, where the file cannot be decoded.
     """
 
-    def __init__(self, images: ImageList, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(
+        self,
+        images: ImageList,
+        transform: Callable[[Image.Image], Tensor],
+        decode: Decoding = "auto",
+    ) -> None:
         self.images = images
         self.transform = transform
+        self.decode = decode
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(open_rgb(self.images.paths[index]))
+        path = self.images.paths[index]
+        if self.decode == "full" or not isinstance(self.transform, Transform):
+            return self.transform(open_rgb(path))
+        with opened(path) as encoded:
+            view = self.transform.view(encoded.size)
+            return view.of(encoded.decode(view.reduction))
 
 
 class PictureDataset(Dataset[Tensor]):
     """Transforms images that PIL has opened, ``dataset[i] -> (3, H, W)``.
 
-    They are decoded at once: an open file cannot be shared with the processes of a loader.
+    They are decoded at once, in full: an open file cannot be shared with the processes of a loader.
 
     Args:
         pictures: of any mode.

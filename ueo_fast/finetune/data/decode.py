@@ -7,9 +7,9 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ueo_fast.finetune.data.names import printable, shown
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:  # lists of images need this module, but no numpy
 
     Levels = npt.NDArray[np.float64]
 
+Decoding = Literal["auto", "full"]
+"""``auto``: JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least twice the
+pixels per side that a view needs; ``full``: never."""
+
 # The only formats that are ever opened: those that Pillow decodes itself, and HEIF with
 # pillow-heif. Not EPS and WMF, which start other programs, nor formats that contain another file
 # of any size (ICO, ICNS, FITS). TGA comes last, because it has no signature.
@@ -27,7 +31,10 @@ _FORMATS = (
     *("PPM", "PSD", "PCX", "SGI", "SUN", "DDS", "QOI", "XBM", "TGA"),
 )
 _HEIF = "HEIC needs pillow-heif: pip install pillow-heif (the extra [recipe] brings it)"
-_AVIF = "AVIF needs a Pillow that was built with it: pip install --upgrade pillow"
+_AVIF = (
+    "AVIF needs Pillow 11.3 or newer, built with it: pip install --upgrade pillow (the extra "
+    "[recipe] brings it)"
+)
 _RAW = (
     *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".eip", ".erf", ".fff"),
     *(".gpr", ".iiq", ".k25", ".kdc", ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef"),
@@ -53,6 +60,8 @@ _MAX_ASPECT = 1000
 """Resizing enlarges the short side to the model's size, and the long side with it."""
 _BAND = 2**20
 """Pixels that are converted at a time."""
+_REDUCIBLE = ("JPEG", "MPO")
+"""Formats with a reduced-size decoder: libjpeg computes fewer pixels from the same data."""
 
 # Bytes per pixel that Pillow stores; 4 in all other modes. Measured, like those below.
 _KEPT = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
@@ -97,8 +106,100 @@ def readable_extensions() -> frozenset[str]:
     )
 
 
+class Decoded(NamedTuple):
+    """An image as RGB, or a smaller version of it.
+
+    Attributes:
+        image: 8-bit RGB, with the camera's orientation applied.
+        reduction: pixels of the whole image per pixel of ``image`` and side: 1, 2, 4 or 8.
+        left: column of ``image`` where the left edge of the whole image lies. Sides are rounded
+            up, so the edge that was the right one before the orientation was applied lies within a
+            pixel.
+        top: the same of rows.
+    """
+
+    image: Image.Image
+    reduction: int = 1
+    left: float = 0.0
+    top: float = 0.0
+
+
+class EncodedImage:
+    """An image file whose pixels are decoded when they are asked for, once.
+
+    Args:
+        path: of the file.
+        image: as Pillow opened it.
+
+    Attributes:
+        size: (width, height) of the whole image, with the camera's orientation applied.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], image: Image.Image) -> None:
+        self._path = path
+        self._image = image
+        self._orientation: object = 1
+        if image.format not in _REDUCIBLE:
+            self._image = _upright(image)
+            self.size = self._image.size
+            return
+        with contextlib.suppress(Exception):  # its EXIF may be broken where its pixels are not
+            self._orientation = image.getexif().get(ExifTags.Base.Orientation)
+        sideways = self._orientation in (5, 6, 7, 8)
+        self.size = (image.height, image.width) if sideways else image.size
+
+    def decode(self, most: float = 1) -> Decoded:
+        """The pixels, at one ``most``-th of the size or more; all of them where the format has no
+        reduced-size decoder.
+
+        Raises:
+            UnreadableImageError: the file is truncated or corrupt, or has grey levels that are not
+                numbers.
+        """
+        with _errors_of(self._path):
+            if self._image.format not in _REDUCIBLE:
+                return Decoded(_rgb(self._image))
+            reduction = self._reduce(most)
+            image = _rgb(_upright(self._image))
+        left, top = (-side % reduction / reduction for side in self.size)
+        return Decoded(
+            image,
+            reduction,
+            left if self._orientation in (2, 3, 6, 7) else 0.0,
+            top if self._orientation in (3, 4, 7, 8) else 0.0,
+        )
+
+    def _reduce(self, most: float) -> int:
+        wanted = next((reduction for reduction in (8, 4, 2) if reduction <= most), 1)
+        width, height = self._image.size
+        least = max(1, width // wanted), max(1, height // wanted)
+        drafted = self._image.draft(None, least) if wanted > 1 else None
+        return 1 if drafted is None else round(width / drafted[1][2])
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[EncodedImage]:
+    """Open an image file, to decode as much of it as is needed; for the rest see :func:`open_rgb`.
+
+    Raises:
+        UnreadableImageError: see :func:`open_rgb`.
+    """
+    with contextlib.ExitStack() as stack:
+        with _errors_of(path):
+            mode = os.stat(path).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading one may wait for ever
+                raise ValueError("a pipe, a socket or a device, and no file")
+            if _extension(path) in _RAW:
+                raise ValueError(UNREADABLE[_extension(path)])
+            image = stack.enter_context(Image.open(path, formats=formats()))
+            _check_sides(image)
+            _check_memory(image)  # of the whole image, so that a file is refused or not at any size
+            encoded = EncodedImage(path, image)
+        yield encoded
+
+
 def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode an image file as 8-bit RGB.
+    """Decode an image file as 8-bit RGB, all of its pixels.
 
     The format is detected from the content; only camera raw files are recognised by their
     extension, and refused. The camera's orientation (EXIF) is applied. Grey, palette and CMYK are
@@ -113,25 +214,8 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
             :func:`formats`; it has more than ``2 * PIL.Image.MAX_IMAGE_PIXELS`` pixels, sides of
             more than 1000 to 1, or takes more than :data:`MOST_BYTES` to decode.
     """
-    try:
-        mode = os.stat(path).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading one may wait for ever
-            raise ValueError("a pipe, a socket or a device, and no file")
-        if _extension(path) in _RAW:
-            raise ValueError(UNREADABLE[_extension(path)])
-        with Image.open(path, formats=formats()) as image:
-            _check_sides(image)
-            _check_memory(image)
-            image.load()
-            # Its EXIF may be broken where its pixels are not.
-            with contextlib.suppress(Exception):
-                ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image)
-    except MemoryError:  # says nothing about the file
-        raise
-    # On broken bytes Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ...
-    except Exception as error:
-        raise UnreadableImageError(printable(path), _reason(path, error)) from error
+    with opened(path) as encoded:
+        return encoded.decode().image
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -140,7 +224,7 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
     Raises:
         UnreadableImageError: of ``name``; the image cannot be decoded.
     """
-    try:
+    with _errors_of(name):
         _check_sides(image)
         if isinstance(image, ImageFile.ImageFile):  # else it is decoded already
             _check_memory(image)
@@ -148,10 +232,25 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
         with contextlib.suppress(Exception):
             image = ImageOps.exif_transpose(image)
         return _rgb(image)
-    except MemoryError:
+
+
+@contextlib.contextmanager
+def _errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:  # says nothing about the file
         raise
+    # On broken bytes Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
-        raise UnreadableImageError(name, _reason(name, error)) from error
+        raise UnreadableImageError(printable(path), _reason(path, error)) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image itself, decoded, and turned as the camera was held."""
+    image.load()
+    with contextlib.suppress(Exception):  # its EXIF may be broken where its pixels are not
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _check_sides(image: Image.Image) -> None:

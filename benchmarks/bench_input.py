@@ -1,0 +1,138 @@
+"""Time from a JPEG to what the model takes, on one core: decoding, and resizing or augmenting.
+
+The files are the two photographs that scikit-learn brings, continued by mirrored copies to 12, 2
+and 0.2 megapixels: as many details per pixel as the originals have. As in bench_ueo_loss.py
+contenders take turns. `python -m benchmarks input` runs this file and condenses it into a CSV.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import turns
+
+SIZES = {"12": (4000, 3000), "2": (1632, 1224), "0.2": (512, 384)}
+"""By megapixels."""
+if os.environ.get("UEO_FAST_BENCH_CASES") == "tiny":
+    SIZES = {"0.8": (1024, 768)}
+VIEWS = ("test", "training")
+CONTENDERS = ("ueo_fast", "authors", "tensors")
+CONFIG = {
+    "size": 224,
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}
+Load = Callable[[str], torch.Tensor]
+_FOLDER = tempfile.TemporaryDirectory()  # until the process ends
+
+
+@functools.cache
+def photographs(megapixels: str) -> tuple[str, ...]:
+    """Paths of two JPEGs."""
+    from sklearn.datasets import load_sample_images
+
+    width, height = SIZES[megapixels]
+    paths = []
+    for number, pixels in enumerate(load_sample_images().images):
+        rows, columns = pixels.shape[:2]
+        margins = ((0, max(0, height - rows)), (0, max(0, width - columns)), (0, 0))
+        image = Image.fromarray(np.pad(pixels, margins, "symmetric")[:height, :width])
+        paths.append(f"{_FOLDER.name}/{number} {width}.jpg")
+        image.save(paths[-1], quality=90)
+    return tuple(paths)
+
+
+def ours(view: str) -> Load:
+    from ueo_fast.finetune.data import transforms
+    from ueo_fast.finetune.data.dataset import ImageDataset
+    from ueo_fast.finetune.data.image_list import ImageList
+
+    make = transforms.test_transform if view == "test" else transforms.training_transform
+    transform = make(CONFIG)
+    return lambda path: ImageDataset(ImageList((path,), (path,)), transform)[0]
+
+
+def authors(view: str) -> Load:
+    """What their `demo.py` does."""
+    from torchvision import transforms as tv
+
+    bicubic = tv.InterpolationMode.BICUBIC
+    seen = {
+        "test": [tv.Resize(224, interpolation=bicubic), tv.CenterCrop(224)],
+        "training": [
+            tv.RandomResizedCrop(224, scale=(0.5, 1), interpolation=bicubic),
+            tv.RandomHorizontalFlip(),
+        ],
+    }[view]
+    rest = [tv.ToTensor(), tv.Normalize(CONFIG["mean"], CONFIG["std"])]
+    transform = tv.Compose([*seen, *rest])
+    return lambda path: transform(Image.open(path).convert("RGB"))
+
+
+def tensors(view: str) -> Load:
+    """The same with torchvision's decoder, which 0.29 deprecates in favour of TorchCodec, and
+    transforms of uint8 tensors."""
+    from torchvision import io
+    from torchvision.transforms import v2
+
+    bicubic = v2.InterpolationMode.BICUBIC
+    seen = {
+        "test": [v2.Resize(224, interpolation=bicubic), v2.CenterCrop(224)],
+        "training": [
+            v2.RandomResizedCrop(224, scale=(0.5, 1), interpolation=bicubic),
+            v2.RandomHorizontalFlip(),
+        ],
+    }[view]
+    rest = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(CONFIG["mean"], CONFIG["std"])]
+    transform = v2.Compose([*seen, *rest])
+    return lambda path: transform(io.decode_jpeg(io.read_file(path), io.ImageReadMode.RGB))
+
+
+MAKERS = {"ueo_fast": ours, "authors": authors, "tensors": tensors}
+
+
+def contender(name: str, case: tuple[str, str]) -> turns.Run:
+    """Loads both photographs, with the same random numbers at every call."""
+    from ueo_fast.finetune.data.seeded import seeded_torch
+
+    megapixels, view = case
+    paths, load = photographs(megapixels), MAKERS[name](view)
+
+    def run(load: Load = load) -> list[torch.Tensor]:
+        with seeded_torch(0):
+            return [load(path) for path in paths]
+
+    for found, wanted in zip(run(), run(authors(view)), strict=True):
+        assert found.shape == wanted.shape
+        assert float((found - wanted).abs().mean()) < 0.02  # of what has a deviation of about 1
+    return run
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    return turns.Prepared(contender)
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
+@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("repeat", range(turns.REPEATS))
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("megapixels", SIZES)
+def test_load(benchmark, prepared, megapixels, view, repeat, name):
+    run, seconds = prepared.get((megapixels, view), name)
+    benchmark.group = f"{megapixels} {view}"
+    images = len(photographs(megapixels))
+    size = round(sum(Path(path).stat().st_size for path in photographs(megapixels)) / 1000 / images)
+    benchmark.extra_info.update(
+        megapixels=megapixels, view=view, images=images, kb=size, contender=name, repeat=repeat
+    )
+    benchmark.pedantic(run, rounds=turns.calls(seconds))

@@ -1,0 +1,74 @@
+"""The benchmark of loading images: it runs, compares what it loads, and its table is its CSV's."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import (  # noqa: E402
+    __main__,
+    bench_input,
+    input_report,
+    render,
+    results_file,
+)
+
+
+def test_a_run_goes_from_measuring_to_the_docs(tmp_path, monkeypatch):
+    """As `python -m benchmarks input` does it, but of one size."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # no times are kept in one
+    monkeypatch.setattr(results_file, "FOLDER", tmp_path)
+    monkeypatch.setenv("UEO_FAST_BENCH_CASES", "tiny")
+    __main__.measure_input({"command": "a test", "threads": "2"}, 2, 1)
+    header, rows = results_file.read(input_report.CSV)
+    assert header["threads"] == "1"
+    assert [(row["view"], row["contender"]) for row in rows] == [
+        (view, name) for view in bench_input.VIEWS for name in bench_input.CONTENDERS
+    ]
+    assert {row["megapixels"] for row in rows} == {"0.8"}
+    assert all(float(row["lowest_us"]) > 0 for row in rows)
+    for marker in input_report.TABLES:
+        drawn = render.rendered(f"before\n<!-- table: {marker} -->\n<!-- end -->\nafter")
+        assert "Not measured yet" not in drawn
+        assert render.rendered(drawn) == drawn
+
+
+def test_the_sizes_are_the_issues():
+    for megapixels, (width, height) in bench_input.SIZES.items():
+        assert width * height / 1e6 == pytest.approx(float(megapixels), rel=0.02)
+
+
+def test_another_image_is_noticed(monkeypatch):
+    monkeypatch.setitem(bench_input.SIZES, "0.1", (400, 300))
+    monkeypatch.setitem(bench_input.MAKERS, "ueo_fast", lambda view: bench_input.ours("training"))
+    bench_input.contender("ueo_fast", ("0.1", "training"))
+    with pytest.raises(AssertionError):
+        bench_input.contender("ueo_fast", ("0.1", "test"))
+
+
+def test_the_table_is_that_of_the_csv(tmp_path):
+    rows = [
+        {
+            **dict(zip(input_report.KEYS, ("12", view, 2, 3000), strict=True)),
+            "contender": name,
+            "median_us": f"{median:.1f}",
+        }
+        for view in ("test", "training")
+        for name, median in (("ueo_fast", 1e5), ("authors", 6e5), ("tensors", 4e5))
+    ]
+    results_file.write(input_report.CSV, {"command": "a test"}, rows, tmp_path)
+    assert input_report.table(tmp_path)[2:] == [
+        "| 12 | 3000 | test | 20.0 | 3.3 | 5.0 | **6.0** (target 5) | 4.0 |",
+        "| 12 | 3000 | training | 20.0 | 3.3 | 5.0 | 6.0 | 4.0 |",
+    ]
+
+
+def test_without_a_csv_the_tables_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_file, "FOLDER", tmp_path)
+    for table in input_report.TABLES.values():
+        assert table() == input_report.NOT_MEASURED
