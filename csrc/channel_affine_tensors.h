@@ -70,7 +70,7 @@ inline Tensor channel_gradient(const Tensor& x, const ChannelLayout& layout,
                                const std::optional<Tensor>& values, bool needed,
                                const char* name) {
   if (!needed) return empty<1>(x, {0}, x.scalar_type());
-  STD_TORCH_CHECK(values, "ueo_fast: there is no gradient by ", name, ", which is null");
+  STD_TORCH_CHECK(values, "ueo_fast: ", name, " is None, so it has no gradient");
   return empty<1>(x, {layout.channels}, values->scalar_type());
 }
 

@@ -19,10 +19,11 @@ from torch.utils.data import Dataset
 
 from ueo_fast import mcm_score
 from ueo_fast.finetune import adapt
-from ueo_fast.finetune.adaptation import views_of
 from ueo_fast.finetune.clip.base_model import describe_base
 from ueo_fast.finetune.clip.delta import load_delta, read_delta
-from ueo_fast.finetune.data.image_list import match_labels, read_images
+from ueo_fast.finetune.data.image_list import read_images
+from ueo_fast.finetune.data.labels import match_labels
+from ueo_fast.finetune.data.views import views_of
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.trainer import TrainerConfig

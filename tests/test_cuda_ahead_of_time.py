@@ -1,8 +1,8 @@
 """What nvcc made of the CUDA kernels, read from ``_cuda.so`` for every architecture; needs no GPU.
 
-Registers, stack, shared memory and the instructions of the loss's loops are held to the budgets of
-csrc/cuda/launch.h, and loads and stores of rows to 16 bytes. The tools that read machine code come
-with Triton.
+Registers, stack, shared memory and the length of the loss's loops must stay within the budgets of
+csrc/cuda/launch.h, and rows must be loaded and stored 16 bytes at a time. The disassemblers come with
+Triton.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ def test_loops_over_rows_keep_to_their_budgets(instructions, cuda_on_host, toolk
         counted = loop_per_row(cuda_on_host, instructions, name, storage, columns)
         told = f"{name}<{storage}>, {columns} columns: {counted:.0f} per row, budget {most}"
         over += [told] if counted > most else []
-        # A budget that a tenth more of instructions would keep to is no budget.
+        # A budget with room for 10% more instructions would not catch a regression.
         loose += [told] if 1.1 * counted <= most else []
     assert not over, "\n".join(over)
     if toolkit["cuda"] == COUNTED_WITH:

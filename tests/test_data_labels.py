@@ -14,12 +14,8 @@ from hypothesis import strategies as st
 
 from ueo_fast.finetune.commands.problem import Labelled
 from ueo_fast.finetune.data import text_files
-from ueo_fast.finetune.data.image_list import (
-    ImageList,
-    match_labels,
-    read_class_names,
-    read_images,
-)
+from ueo_fast.finetune.data.image_list import ImageList, read_class_names, read_images
+from ueo_fast.finetune.data.labels import match_labels
 
 
 def labelled(*labels: str | int | None) -> ImageList:

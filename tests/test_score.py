@@ -19,7 +19,8 @@ from score_photos import (
 )
 
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.data.image_list import ImageList, match_labels, read_images
+from ueo_fast.finetune.data.image_list import ImageList, read_images
+from ueo_fast.finetune.data.labels import match_labels
 from ueo_fast.finetune.demo.tiny_clip import tiny_tokenizer
 from ueo_fast.finetune.evaluation.metrics import detection_metrics
 from ueo_fast.finetune.scoring import score_pass

@@ -26,8 +26,8 @@ from photo_folder import KNOWN, photo_folder  # noqa: E402
 from tiny_model_folder import save_tiny_clip, tiny_model_cfg  # noqa: E402
 
 from ueo_fast.cli import main  # noqa: E402
+from ueo_fast.finetune.clip import hub, trust  # noqa: E402
 from ueo_fast.finetune.clip import load as load_module  # noqa: E402
-from ueo_fast.finetune.clip import trust  # noqa: E402
 from ueo_fast.finetune.clip import weights as weights_module  # noqa: E402
 from ueo_fast.finetune.clip.base_model import BaseModel, describe_base  # noqa: E402
 from ueo_fast.finetune.clip.delta import (  # noqa: E402
@@ -96,7 +96,7 @@ def forbid_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(*arguments: Any, **_: Any) -> str:
         raise AssertionError(f"the network was asked: {arguments}")
 
-    monkeypatch.setattr(weights_module, "_unreachable", asked)
+    monkeypatch.setattr(hub, "unreachable", asked)
     monkeypatch.setattr(weights_module, "download_pretrained_from_hf", asked)
     monkeypatch.setattr(open_clip, "download_pretrained", asked)
 
@@ -195,7 +195,7 @@ def test_a_shared_run_that_names_the_hub_asks_no_network(
     place, tmp_path, command, monkeypatch, capsys
 ):
     forbid_network(monkeypatch)
-    monkeypatch.setattr(weights_module, "_cached", lambda *_: None)
+    monkeypatch.setattr(hub, "cached", lambda *_: None)
     shared = renamed(place / "run", tmp_path / "run", "hf-hub:evil/model")
     assert use(command, place, shared) != 0
     assert "name it: --model hf-hub:evil/model" in capsys.readouterr().err

@@ -19,8 +19,7 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
     max_softmax(MaxSoftmaxArguments<T> args) {
   using A = ComputeType<T>;
   const RowLoop& loop = args.loop;
-  BlockTeam block{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
-                  reinterpret_cast<double*>(shared_memory())};
+  BlockTeam block = this_block();
   LaneTeam lanes{block.rank % loop.lanes, loop.lanes};
   auto& team = team_of<kBlock>(block, lanes);
   const int team_index = block.rank / loop.lanes;

@@ -100,6 +100,12 @@ struct Lanes {
   }
 };
 
+// All threads of the block, with the first bytes of its shared memory as scratch.
+__device__ __forceinline__ BlockTeam this_block() {
+  return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
+          reinterpret_cast<double*>(shared_memory())};
+}
+
 // The team of a kernel's row: the block, or the thread's lanes.
 template <bool kBlock>
 __device__ __forceinline__ auto& team_of(BlockTeam& block, LaneTeam& lanes) {

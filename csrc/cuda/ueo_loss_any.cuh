@@ -119,8 +119,7 @@ __device__ __forceinline__ WeightRange given_range(BlockTeam& block,
 template <class A>
 UEO_FAST_KERNEL __launch_bounds__(tuning::kScanThreads)
     ueo_weight_range(Weights<A> weights, int64_t rows, WeightRange* parts) {
-  BlockTeam block{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
-                  reinterpret_cast<double*>(shared_memory())};
+  BlockTeam block = this_block();
   const WeightRange found = scan_weights(block, weights, int64_t{blockIdx.x} * blockDim.x, rows,
                                          int64_t{gridDim.x} * blockDim.x);
   if (threadIdx.x == 0) parts[blockIdx.x] = found;
@@ -132,8 +131,7 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
     ueo_statistics_any(StatisticsArguments<T> args) {
   using A = ComputeType<T>;
   const RowLoop& loop = args.loop;
-  BlockTeam block{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
-                  reinterpret_cast<double*>(shared_memory())};
+  BlockTeam block = this_block();
   LaneTeam lanes{block.rank % loop.lanes, loop.lanes};
   auto& team = team_of<kBlock>(block, lanes);
   const int team_index = block.rank / loop.lanes;
@@ -243,8 +241,7 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
     ueo_gradient_any(GradientArguments<T> args) {
   using A = ComputeType<T>;
   const RowLoop& loop = args.loop;
-  BlockTeam block{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
-                  reinterpret_cast<double*>(shared_memory())};
+  BlockTeam block = this_block();
   LaneTeam lanes{block.rank % loop.lanes, loop.lanes};
   auto& team = team_of<kBlock>(block, lanes);
   const int team_index = block.rank / loop.lanes;

@@ -100,8 +100,7 @@ struct ArrivingRows {
 template <class T, int kSlots>
 UEO_FAST_KERNEL __launch_bounds__(tuning::kSharedRowThreads, 1)
     ueo_statistics_block(StatisticsArguments<T> args) {
-  BlockTeam block{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
-                  reinterpret_cast<double*>(shared_memory())};
+  BlockTeam block = this_block();
   const Frame<T> frame = block_frame(args.logits);
   const ColumnSlots<T> columns(args.loop.slots);
   // Of w, v, w H: in shared memory, as only one thread adds to them.
@@ -169,8 +168,7 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kSharedRowThreads, 1)
 template <class T, int kSlots>
 UEO_FAST_KERNEL __launch_bounds__(tuning::kSharedRowThreads, 1)
     ueo_gradient_block(GradientArguments<T> args) {
-  BlockTeam block{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
-                  reinterpret_cast<double*>(shared_memory())};
+  BlockTeam block = this_block();
   const Frame<T> frame = block_frame(args.logits);
   const ColumnSlots<T> columns(args.loop.slots);
   float* shared = reinterpret_cast<float*>(shared_memory() + kScratchBytes);

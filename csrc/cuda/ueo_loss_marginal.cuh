@@ -31,7 +31,7 @@ struct alignas(16) Piece {
   A x[tuning::kPieceColumns];
 };
 
-// A tile of columns for each block; whoever comes last writes the loss.
+// One tile of columns per block; the last block to finish writes the loss.
 template <class A>
 UEO_FAST_KERNEL __launch_bounds__(tuning::kMarginalThreads)
     ueo_marginal(MarginalArguments<A> args) {

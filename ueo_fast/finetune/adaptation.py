@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
@@ -20,11 +19,9 @@ from ueo_fast.finetune.clip.delta import save_delta
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.clip.template import split_template
-from ueo_fast.finetune.data.dataset import ImageDataset, PictureDataset
 from ueo_fast.finetune.data.decode import Decoding
-from ueo_fast.finetune.data.image_list import ImageList, match_labels, read_images
-from ueo_fast.finetune.data.names import counted, plural, printable, shown
-from ueo_fast.finetune.data.transforms import preprocessing, test_transform, training_transform
+from ueo_fast.finetune.data.names import plural, shown
+from ueo_fast.finetune.data.views import Images, Views, check_decode, make_views
 from ueo_fast.finetune.engine.hooks import Hooks, bar_hooks, combine, training_bar
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig
 from ueo_fast.finetune.evaluation.predict import (
@@ -49,18 +46,6 @@ from ueo_fast.finetune.scoring.thresholds import (
 )
 from ueo_fast.finetune.target import Target
 from ueo_fast.ranges import check_number
-
-Images = (
-    str
-    | os.PathLike[str]
-    | Image.Image
-    | ImageList
-    | Iterable[str | os.PathLike[str] | Image.Image]
-    | Dataset[Any]
-    | Tensor
-)
-"""A folder, list file, CSV or image file; paths of image files; images that PIL has opened; or
-images that are tensors already."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,15 +151,16 @@ class Adaptation:
                 scores allow no threshold of the kind that was asked for.
         """
         if decode is not None:
-            _check_decode(decode)
+            check_decode(decode)
         choice = parse_threshold("otsu" if threshold is None else threshold)
         check_number("mcm_scale", mcm_scale, sign="positive")
         if images is None:
             views = Views(self.target.images, None, self.target.labels, self.names)
         else:
-            views = _views(
+            views = make_views(
                 images,
-                self.classifier,
+                self.classifier.model,
+                self.classifier.prompt.class_names,
                 needs_labels=choice.needs_labels,
                 decode=self.decode if decode is None else decode,
             )
@@ -311,7 +297,7 @@ def adapt(
     for name, value, kind in (("config", config, TrainerConfig), ("hooks", hooks, Hooks)):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
-    _check_decode(decode)
+    check_decode(decode)
     if not isinstance(method, str | Method):
         raise TypeError(
             f"method must be a name or a Method, got {type(method).__name__}: 'ueo', UEO(eps=1e-5)"
@@ -324,9 +310,10 @@ def adapt(
     )
     if classifier.was_adapted:
         warnings.warn(_ADAPTED_BEFORE, UserWarning, stacklevel=2)
-    views = _views(
+    views = make_views(
         images,
-        classifier,
+        classifier.model,
+        classifier.prompt.class_names,
         augmented,
         labels,
         needs_labels=chosen.reads_labels,
@@ -396,33 +383,6 @@ class ZeroShotPass(NamedTuple):
     target: Target
     positions: Tensor
     unreadable: tuple[tuple[str, str], ...]
-
-
-class Views(NamedTuple):
-    """The same N images, as evaluation and as training see them.
-
-    Attributes:
-        plain: un-augmented.
-        augmented: drawn anew each time, or ``None`` where there is no augmentation.
-        labels: (N,) int64, or ``None``.
-        names: N of them: the files' where there are files, else positions.
-    """
-
-    plain: Dataset[Any] | Tensor
-    augmented: Dataset[Any] | None
-    labels: Tensor | None
-    names: tuple[str, ...]
-
-
-def views_of(images: ImageList, model: nn.Module, labels: Tensor | None, decode: Decoding) -> Views:
-    """Image files with the model's own preprocessing and the authors' augmentation."""
-    preprocess = preprocessing(model)
-    return Views(
-        ImageDataset(images, test_transform(preprocess), decode),
-        ImageDataset(images, training_transform(preprocess), decode),
-        labels,
-        images.names,
-    )
 
 
 def zero_shot(
@@ -505,137 +465,3 @@ def _warn(text: str) -> None:
 def _warn_of(*, classes: Sequence[str], predicted: Sequence[int], images: int) -> None:
     for text in doubts(classes=classes, predicted=predicted, images=images):
         warnings.warn(text, UserWarning, stacklevel=3)
-
-
-def _views(
-    images: Images,
-    classifier: ClipClassifier,
-    augmented: Dataset[Any] | None = None,
-    labels: Tensor | None = None,
-    *,
-    needs_labels: bool = False,
-    decode: Decoding = "auto",
-) -> Views:
-    images = _one_of_each(images)
-    if labels is not None:
-        _check_given_labels(labels, len(classifier.prompt.class_names))
-    if augmented is not None and isinstance(images, ImageList | tuple):
-        raise ValueError(
-            "augmented goes with a dataset or tensor of images; image files are augmented anyway"
-        )
-    if isinstance(images, tuple):
-        preprocess = preprocessing(classifier.model)
-        plain = PictureDataset(images, test_transform(preprocess))
-        seen = PictureDataset(images, training_transform(preprocess))
-        return Views(plain, seen, labels, tuple(map(str, range(len(images)))))
-    if not isinstance(images, ImageList):
-        return Views(images, augmented, labels, tuple(map(str, range(len(cast(Sized, images))))))
-    if labels is None:
-        labels = _labels(images, classifier.prompt.class_names, needs_labels=needs_labels)
-    elif images.labels is not None:
-        raise ValueError(
-            "labels goes with images that have none; those of a folder, list file or CSV with "
-            "labels bring their own"
-        )
-    elif len(labels) != len(images):
-        raise ValueError(f"labels has {len(labels)} entries, but there are {len(images)} images")
-    return views_of(images, classifier.model, labels, decode)
-
-
-def _check_decode(decode: object) -> None:
-    if decode not in get_args(Decoding):
-        raise ValueError(f"decode must be 'auto' or 'full', got {decode!r}")
-
-
-def _check_given_labels(labels: object, classes: int) -> None:
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
-        raise TypeError(
-            f"labels must be a tensor (N,) of integers, got {type(labels).__name__}: "
-            "torch.tensor([0, 1, -1]), for example"
-        )
-    odd = labels[(labels < -1) | (labels >= classes)]
-    if len(odd):
-        raise ValueError(
-            f"labels has {int(odd[0])}, but must be positions in class_names, from 0 to "
-            f"{classes - 1}, or -1 for an image of none of them"
-        )
-
-
-def _labels(images: ImageList, known: Sequence[str], *, needs_labels: bool) -> Tensor | None:
-    """Of a folder or list. Nothing but metrics and the oracle needs them, so that images can do
-    without where they cannot be used: a photograph outside the class folders."""
-    try:
-        return match_labels(images, known, on_note=_warn if needs_labels else None)
-    except ValueError:
-        if needs_labels:
-            raise
-        return None
-
-
-def _one_of_each(images: Any) -> ImageList | tuple[Image.Image, ...] | Dataset[Any] | Tensor:
-    """Whatever a user gives, as one of four: files, pictures in memory, a dataset, a tensor."""
-    if isinstance(images, str | os.PathLike):
-        found = read_images(images)
-        for text in found.remarks():
-            warnings.warn(f"{printable(images)}: {text}", UserWarning, stacklevel=4)
-        return found
-    if isinstance(images, Image.Image):
-        return (images,)
-    if isinstance(images, Iterator) or _is_collection(images):
-        images = list(images)
-    if isinstance(images, list | tuple) and not isinstance(images, Tensor):
-        if not images:
-            raise ValueError("images is empty: give at least one image")
-        for kinds, make in (((str, os.PathLike), _files), ((Image.Image,), tuple)):
-            if isinstance(images[0], kinds):
-                for place, item in enumerate(images):
-                    if not isinstance(item, kinds):
-                        raise TypeError(
-                            f"images[{place}] is of type {type(item).__name__}, but images[0] of "
-                            f"type {type(images[0]).__name__}: give paths or PIL images, not both"
-                        )
-                return make(images)
-        if not isinstance(images[0], Tensor | list | tuple):
-            raise TypeError(
-                f"images[0] is of type {type(images[0]).__name__}, but must be a path, a PIL image "
-                "(PIL.Image.fromarray makes one of an array), or a preprocessed tensor (3, H, W)"
-            )
-    if isinstance(images, ImageList):
-        return images
-    if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3):
-        raise ValueError(
-            f"images has shape {tuple(images.shape)}, but a tensor of images is (N, 3, H, W), "
-            "preprocessed for the model"
-        )
-    if isinstance(images, Tensor) and not images.is_floating_point():
-        raise TypeError(
-            f"images has dtype {images.dtype}, but a tensor of images is floating point, "
-            "preprocessed for the model"
-        )
-    indexed = hasattr(images, "__len__") and hasattr(images, "__getitem__")
-    if not indexed or isinstance(images, Mapping):
-        raise TypeError(
-            f"images is of type {type(images).__name__}, but must be a folder, list file or CSV, "
-            "an ImageList, paths of image files, PIL images, a tensor (N, 3, H, W), or a dataset "
-            "with a length"
-        )
-    return cast("Dataset[Any] | Tensor", images)
-
-
-def _is_collection(images: object) -> bool:
-    """Whether they are paths or PIL images in an array, a deque, a column of a table, ..."""
-    if not isinstance(images, Collection) or isinstance(images, Tensor | Mapping):
-        return False
-    return isinstance(next(iter(images), None), str | os.PathLike | Image.Image)
-
-
-def _files(paths: Sequence[str | os.PathLike[str]]) -> ImageList:
-    files = tuple(os.fspath(path) for path in paths)
-    missing = [printable(path) for path in files if not os.path.isfile(path)]
-    if missing:
-        raise FileNotFoundError(
-            f"images: {counted(missing)} of {len(files)} paths are not a file; relative paths "
-            f"start at the current folder, {printable(os.getcwd())}, and a folder is given by "
-            "itself, not in a list"
-        )
-    return ImageList(files, tuple(map(printable, files)))

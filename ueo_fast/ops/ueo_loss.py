@@ -26,7 +26,7 @@ def saved_size(rows: int, columns: int) -> int:
 def statistics(saved: Tensor, columns: int) -> Tensor:
     """The marginal (C,), then the summary (5,): a copy.
 
-    Writing to it must not touch what backward needs, and whoever keeps a statistic, to log it,
+    Writing to it must not touch what backward needs, and keeping a statistic for a log
     should not keep those of all rows.
     """
     count = columns + SUMMARY

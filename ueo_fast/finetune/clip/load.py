@@ -19,14 +19,13 @@ from ueo_fast.finetune.clip.base_model import (
     naming,
     option,
 )
+from ueo_fast.finetune.clip.hub import from_hub, offline
 from ueo_fast.finetune.clip.trust import is_builtin, is_known, remember
 from ueo_fast.finetune.clip.weights import (
     NONE,
     Source,
     find_source,
-    from_hub,
     identify,
-    offline,
     plain_checkpoint,
     text_config,
     weights_error,

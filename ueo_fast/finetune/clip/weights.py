@@ -8,22 +8,22 @@ import hashlib
 import os
 import shutil
 import tempfile
-import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import open_clip
 import safetensors.torch
 import torch
-from huggingface_hub import constants, get_session, try_to_load_from_cache
+from huggingface_hub import constants
 from open_clip.pretrained import download_pretrained_from_hf
 from torch import Tensor
 
+from ueo_fast.finetune.clip import hub
 from ueo_fast.finetune.clip.base_model import option
 from ueo_fast.finetune.clip.trust import CONFIG, read_model_config
 
@@ -42,9 +42,6 @@ _PREFERRED = (
 )
 """Of several files with weights in a folder open_clip takes the first of these."""
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
-_PATIENCE = 8.0
-"""Seconds in which the hub must answer before anything is downloaded."""
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -221,7 +218,7 @@ def _tag_file(name: str, tag: str, cfg: dict[str, Any], network: bool) -> str:
     """The weights of a tag: from the cache without asking the network, else downloaded."""
     repository, files = _hub_files(cfg)
     url = cfg.get("url", "")
-    if found := _cached(repository, files):
+    if found := hub.cached(repository, files):
         return found
     places = [f"https://huggingface.co/{repository} ({' or '.join(files)})"] * bool(repository)
     places += [url] * bool(url)
@@ -231,12 +228,12 @@ def _tag_file(name: str, tag: str, cfg: dict[str, Any], network: bool) -> str:
         f"{option('pretrained', f'{tag}=/path/of/the/file')}"
     )
     place = constants.ENDPOINT if repository else url
-    if repository or not _in_old_cache(url):
-        _check_access(what, place, way_out, option("model", name), network)
+    if repository or not hub.in_old_cache(url):
+        hub.check_access(what, place, way_out, option("model", name), network)
     try:
         return str(open_clip.download_pretrained(cfg))
     except Exception as error:  # whatever the hub's client and urllib raise
-        raise _not_downloaded(what, str(error), way_out) from error
+        raise hub.not_downloaded(what, str(error), way_out) from error
 
 
 def text_config(name: str, *, network: bool = True) -> dict[str, Any]:
@@ -273,100 +270,18 @@ def _own_weights(name: str, *, network: bool) -> str:
 def _hub_file(name: str, files: list[str], network: bool) -> str:
     """A file of ``hf-hub:owner/repository``, under the first of its names that there is."""
     repository = name.removeprefix(_HUB)
-    if found := _cached(repository, files):
+    if found := hub.cached(repository, files):
         return found
     way_out = (
         f"download {CONFIG} and the weights of https://huggingface.co/{repository} elsewhere into "
         f"one folder, and give {option('model', '/path/of/the/folder')}"
     )
     what = f"{files[0]} of {name}"
-    _check_access(what, constants.ENDPOINT, way_out, option("model", name), network)
+    hub.check_access(what, constants.ENDPOINT, way_out, option("model", name), network)
     try:  # open_clip tries the other name of weights first
         return str(download_pretrained_from_hf(repository, filename=files[-1]))
     except Exception as error:  # whatever the hub's client raises
-        raise _not_downloaded(what, str(error), way_out) from error
-
-
-def _cached(repository: str, files: list[str]) -> str | None:
-    if not repository:
-        return None
-    found = (try_to_load_from_cache(repository, file) for file in files)
-    return next((path for path in found if isinstance(path, str)), None)
-
-
-def _in_old_cache(url: str) -> bool:
-    return (Path("~/.cache/clip").expanduser() / url.rpartition("/")[2]).is_file()
-
-
-def _check_access(what: str, url: str, way_out: str, named: str, network: bool) -> None:
-    """Stop at once where ``what`` cannot or must not be downloaded.
-
-    Raises:
-        OSError: nobody who is trusted asked for it, or ``url`` does not answer.
-    """
-    if not network:
-        raise OSError(
-            f"{what}: not found in {constants.HF_HUB_CACHE}, and nothing that a run or a delta "
-            f"names is downloaded by itself. If you trust it, name it: {named}"
-        )
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(url)
-    if reason:
-        raise _not_downloaded(what, reason, way_out)
-
-
-def _not_downloaded(what: str, reason: str, way_out: str) -> OSError:
-    return OSError(
-        f"{what}: not found in {constants.HF_HUB_CACHE}, and could not be downloaded ({reason}). "
-        f"Without a network: {way_out}"
-    )
-
-
-def _unreachable(url: str) -> str:
-    """Why ``url`` does not answer, empty if it does: one request, because the hub's client repeats
-    its own for minutes."""
-    reason = f"no answer from {url} within {_PATIENCE:g} s"
-
-    def ask() -> None:
-        nonlocal reason
-        try:
-            get_session().head(url, timeout=_PATIENCE)
-            reason = ""
-        except Exception as error:  # of the client that the hub uses in this version
-            reason = f"{url}: {str(error).strip() or type(error).__name__}"
-
-    thread = threading.Thread(target=ask, daemon=True)  # no time-out bounds the look-up of names
-    thread.start()
-    thread.join(_PATIENCE)
-    return reason
-
-
-@contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """Inside, the hub's client serves what is in its cache and asks no network."""
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def from_hub(load: Callable[[], _T], *, network: bool) -> _T:
-    """What ``load`` returns from the hub's cache, else, with ``network``, from the hub itself.
-
-    Raises:
-        Exception: whatever ``load`` raises.
-    """
-    with offline():
-        try:
-            return load()
-        except Exception as error:
-            missing = error
-    if not network or constants.HF_HUB_OFFLINE:
-        raise missing
-    if reason := _unreachable(constants.ENDPOINT):
-        raise OSError(f"{missing}; {reason}") from missing
-    return load()
+        raise hub.not_downloaded(what, str(error), way_out) from error
 
 
 def _existing(path: str) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ueo_fast.finetune.adaptation import make_classifier, views_of
+from ueo_fast.finetune.adaptation import make_classifier
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.adapted import open_run
 from ueo_fast.finetune.commands.evaluation import (
@@ -25,6 +25,7 @@ from ueo_fast.finetune.data.decode import Decoding
 from ueo_fast.finetune.data.image_list import check_root, read_images
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
+from ueo_fast.finetune.data.views import views_of
 from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches, watched
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.methods.registry import METHODS

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ueo_fast.finetune.adaptation import views_of
 from ueo_fast.finetune.commands.evaluation import measure
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.stages import Start
 from ueo_fast.finetune.data.names import printable, shown
+from ueo_fast.finetune.data.views import views_of
 from ueo_fast.finetune.engine.trainer import History
 from ueo_fast.finetune.evaluation.finished_run import checked_metrics
 from ueo_fast.finetune.evaluation.predict import collect, predict_batches, watched

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ueo_fast.finetune.adaptation import views_of
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.adapted import open_adapted
 from ueo_fast.finetune.commands.options import ScoreConfig
@@ -15,6 +14,7 @@ from ueo_fast.finetune.data.decode import Decoding
 from ueo_fast.finetune.data.image_list import ImageList, check_root, read_images
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural
+from ueo_fast.finetune.data.views import views_of
 from ueo_fast.finetune.scoring.score import score_images, validation_threshold
 from ueo_fast.finetune.scoring.score_writer import check_output
 from ueo_fast.finetune.scoring.thresholds import Threshold

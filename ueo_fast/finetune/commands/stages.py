@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ueo_fast.finetune.adaptation import Views, make_classifier, views_of, zero_shot
+from ueo_fast.finetune.adaptation import make_classifier, zero_shot
 from ueo_fast.finetune.clip.load import LoadedClip
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
@@ -20,6 +20,7 @@ from ueo_fast.finetune.commands.problem import (
 )
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
+from ueo_fast.finetune.data.views import Views, views_of
 from ueo_fast.finetune.evaluation.predict import predict_readable, watched
 from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.files.records import BrokenFileError

@@ -1,10 +1,10 @@
-"""Which images there are, how the user calls them, and what label each has, if any."""
+"""Lists of images: their files, their names, and the label of each, if any."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,11 +14,10 @@ from ueo_fast.finetune.data.decode import UNREADABLE, readable_extensions
 from ueo_fast.finetune.data.names import (
     clean_name,
     counted,
-    loose_name,
+    listed,
     plural,
     printable,
     shown,
-    whole_number,
 )
 from ueo_fast.finetune.data.text_files import Label, Rows, csv_rows, lines, list_rows, read_text
 
@@ -86,7 +85,7 @@ class ImageList:
         """What was left out of the folder, and which links were followed, a sentence each."""
         kinds = [f"{count} x {kind}" for kind, count in self.left_out]
         return [
-            f"{title}: {_some(found, 8)}"
+            f"{title}: {listed(found, 8)}"
             for title, found in (
                 ("files in the folder that are not read", kinds),
                 ("links that were followed", self.followed),
@@ -202,190 +201,6 @@ def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
     if not names:
         raise ValueError(f"{path} names no class; write one class name per line")
     return tuple(names)
-
-
-def match_labels(
-    images: ImageList,
-    class_names: Sequence[str],
-    *,
-    on_note: Callable[[str], object] | None = None,
-) -> Tensor | None:
-    """The images' labels as positions in ``class_names``: the same rule wherever they come from.
-
-    1. A label that is a class name is that class; case, underscores and repeated spaces do not
-       matter, as they do not to a prompt.
-    2. Else one that agrees with a class name but for hyphens and spaces (``T-shirt``, ``tshirt``)
-       or in the way that its number is written (``1.0``, ``01``) is that class.
-    3. Where no label is a class name, whole numbers (also ``1.0``) are places in ``class_names``,
-       counted from 0; other labels next to them (``unknown``) and other numbers are unknown.
-
-    Every other label is unknown.
-
-    Args:
-        images: with or without labels.
-        class_names: C of them.
-        on_note: called with a sentence for what the user should check: numbers that were taken as
-            places, and labels that are unknown, with their counts.
-
-    Returns:
-        (N,) int64 on the CPU, -1 where the label is not among the classes; ``None`` where no image
-        has a label that is: then the folders are not classes, and there is nothing to measure by.
-
-    Raises:
-        ValueError: two ``class_names`` are the same, a label can be read in two ways, or some
-            images have a label that is a class and others have no label at all.
-    """
-    import torch
-
-    names = _ClassNames(class_names)
-    if images.labels is None:
-        return None
-    # A number that was given as an int is read like one that was written.
-    labels = [None if label is None else str(label) for label in images.labels]
-    counts = Counter(label for label in labels if label is not None)
-    places = {label: place for label in counts if (place := names.find(label)) is not None}
-    numbers = {label: n for label in counts if (n := whole_number(label)) is not None}
-    note = ""
-    if places:
-        _refuse_two_readings(class_names, places, numbers)
-    else:
-        places = {label: n for label, n in numbers.items() if 0 <= n < len(class_names)}
-        if not places:
-            return None
-        note = _note_on_places(class_names, places, numbers)
-        note += _note_on_folders(images.names, labels, class_names, places)
-    missing = [name for name, label in zip(images.names, labels, strict=True) if label is None]
-    if missing:
-        raise ValueError(
-            f"{counted(missing)} of {len(images)} images {'has' if len(missing) == 1 else 'have'} "
-            "no label, while others have labels that are classes; give every image a label, or "
-            "none. In a folder, move the images outside the class folders into one; if its name is "
-            "not a class, they are unknown"
-        )
-    unknown = Counter({label: n for label, n in counts.items() if label not in places})
-    notes = [note, _note_on_unknown(unknown)]
-    for text in notes:
-        if text and on_note is not None:
-            on_note(text)
-    return torch.tensor(
-        [-1 if label is None else places.get(label, -1) for label in labels],
-        dtype=torch.int64,
-        device="cpu",
-    )
-
-
-class _ClassNames:
-    """Finds the class that a label names."""
-
-    def __init__(self, class_names: Sequence[str]) -> None:
-        self._names = class_names
-        self._exact: dict[str, int] = {}
-        self._loose: dict[str, list[int]] = {}
-        for index, name in enumerate(class_names):
-            first = self._exact.setdefault(clean_name(name), index)
-            if first != index:
-                raise ValueError(
-                    f"class_names has both {class_names[first]!r} and {name!r}; list each class "
-                    "once"
-                )
-            self._loose.setdefault(loose_name(name), []).append(index)
-
-    def find(self, label: str) -> int | None:
-        """The class's position; ``None`` where there is none of that name."""
-        exact = self._exact.get(clean_name(label))
-        if exact is not None:
-            return exact
-        found = self._loose.get(loose_name(label), [])
-        if len(found) > 1:
-            readings = " or ".join(repr(self._names[index]) for index in found)
-            raise ValueError(
-                f"the label {label!r} can be read as {readings}; write the name of the class as it "
-                "is in your list"
-            )
-        return found[0] if found else None
-
-
-def _refuse_two_readings(
-    class_names: Sequence[str], places: dict[str, int], numbers: dict[str, int]
-) -> None:
-    """Refuse numbers of which only some are names of classes, but all could be places."""
-    others = sorted(numbers.keys() - places.keys(), key=numbers.__getitem__)
-    could_be_places = all(0 <= number < len(class_names) for number in numbers.values())
-    if not others or not could_be_places or not places.keys() <= numbers.keys():
-        return
-    some = sorted(places, key=numbers.__getitem__)
-    first = some[0]
-    raise ValueError(
-        f"the labels {_some(sorted(numbers, key=numbers.__getitem__))} can be read in two ways: as "
-        f"names of classes ({first} is the class {class_names[places[first]]!r}, and "
-        f"{_some(others)} are of no class on your list) or as places in your list, counted from 0 "
-        f"({first} is {class_names[numbers[first]]!r}, {others[0]} is "
-        f"{class_names[numbers[others[0]]]!r}). If they are names, write a word for those that are "
-        "on no list (unknown); if they are places, write the names of the classes instead"
-    )
-
-
-def _note_on_places(
-    class_names: Sequence[str], places: dict[str, int], numbers: dict[str, int]
-) -> str:
-    some = sorted(places, key=places.__getitem__)[:2]
-    examples = ", ".join(f"{shown(label)} is {class_names[places[label]]!r}" for label in some)
-    note = f"numbers in the labels are taken as places in your list, counted from 0: {examples}"
-    if 0 in numbers.values():
-        return note
-    largest = max(numbers.values())
-    last = f" and the largest is {largest}, the number of your classes" * (
-        largest == len(class_names)
-    )
-    return (
-        f"{note} (no label is 0{last}: if they count from 1, every image is taken for one of the "
-        "next class; then subtract 1, or write the names)"
-    )
-
-
-def _note_on_folders(
-    names: Sequence[str],
-    labels: Sequence[str | None],
-    class_names: Sequence[str],
-    places: dict[str, int],
-) -> str:
-    """Numbers in another order than the list's classes tell nobody, but folders may."""
-    folders = {clean_name(name): place for place, name in enumerate(class_names)}
-    pairs = Counter(
-        (os.path.basename(os.path.dirname(name)), label)
-        for name, label in zip(names, labels, strict=True)
-    )
-    wrong = [
-        (folder, label)
-        for folder, label in pairs
-        if label in places and folders.get(clean_name(folder), places[label]) != places[label]
-    ]
-    if not wrong:
-        return ""
-    count = sum(pairs[pair] for pair in wrong)
-    folder, label = wrong[0]
-    return (
-        f"; but {plural(count, 'image')} {'lies' if count == 1 else 'lie'} in the folder of "
-        f"another class: {shown(folder)} has the label {label}, {class_names[places[label]]!r} (is "
-        "your list of classes in the order of the labels?)"
-    )
-
-
-def _note_on_unknown(unknown: Counter[str]) -> str:
-    if not unknown:
-        return ""
-    total = sum(unknown.values())
-    most = sorted(unknown, key=lambda label: (-unknown[label], label))
-    listed = _some([f"{label} ({unknown[label]})" for label in most], 8)
-    return (
-        f"{plural(total, 'image')} with a label that is not on your list "
-        f"{'counts' if total == 1 else 'count'} as unknown: {listed}"
-    )
-
-
-def _some(names: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(map(shown, names[:most]))}{more}"
 
 
 def _is_list(path: Path) -> bool:

@@ -55,3 +55,9 @@ def counted(names: Sequence[str]) -> str:
     """How many, and the first three."""
     dots = ", ..." if len(names) > 3 else ""
     return f"{len(names)} ({', '.join(map(shown, names[:3]))}{dots})"
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(map(shown, names[:most]))}{more}"
