@@ -5,6 +5,7 @@ As long as there is no CSV the docs say so, and how to get one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,35 +232,24 @@ def kinds_table(model: str, folder: Path | None = None) -> list[str]:
     return markdown.table(["kept by", "patched", "unpatched"], lines, words=1)
 
 
-def provenance(name: str) -> list[str]:
-    return markdown.provenance(results_file.read(name)[0])
-
-
-def if_measured(
-    name: str, make: Callable[[], list[str]], otherwise: list[str] = NOT_MEASURED
-) -> Callable[[], list[str]]:
-    def table() -> list[str]:
-        return make() if (results_file.FOLDER / name).exists() else otherwise
-
-    return table
-
+_if_measured = functools.partial(markdown.if_measured, otherwise=NOT_MEASURED)
 
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "affine tuned": if_measured(TUNED, lambda: affine_table(TUNED)),
-    "affine no gain": if_measured(
+    "affine tuned": _if_measured(TUNED, lambda: affine_table(TUNED)),
+    "affine no gain": _if_measured(
         TUNED, lambda: no_gain(_affine(TUNED, None), "ueo_fast", layer_cells)
     ),
-    "affine beyond the floor": if_measured(TUNED, lambda: beyond_the_floor(_affine(TUNED, None))),
-    "affine provenance": if_measured(TUNED, lambda: provenance(TUNED)),
-    "affine default": if_measured(DEFAULT, lambda: affine_table(DEFAULT)),
-    "patch speed": if_measured(STEP, step_table),
-    "patch no gain": if_measured(STEP, lambda: no_gain(_steps(None), "patched", tower_cells)),
-    "patch speed provenance": if_measured(STEP, lambda: provenance(STEP)),
-    "patch memory": if_measured(MEMORY, memory_table),
-    "patch memory heap": if_measured(MEMORY, heap_table),
-    "patch memory provenance": if_measured(MEMORY, lambda: provenance(MEMORY)),
-    "patch kinds resnet": if_measured(MEMORY, lambda: kinds_table("RN50")),
-    "patch kinds transformer": if_measured(MEMORY, lambda: kinds_table("ViT-B-16")),
+    "affine beyond the floor": _if_measured(TUNED, lambda: beyond_the_floor(_affine(TUNED, None))),
+    "affine provenance": _if_measured(TUNED, lambda: markdown.provenance(TUNED)),
+    "affine default": _if_measured(DEFAULT, lambda: affine_table(DEFAULT)),
+    "patch speed": _if_measured(STEP, step_table),
+    "patch no gain": _if_measured(STEP, lambda: no_gain(_steps(None), "patched", tower_cells)),
+    "patch speed provenance": _if_measured(STEP, lambda: markdown.provenance(STEP)),
+    "patch memory": _if_measured(MEMORY, memory_table),
+    "patch memory heap": _if_measured(MEMORY, heap_table),
+    "patch memory provenance": _if_measured(MEMORY, lambda: markdown.provenance(MEMORY)),
+    "patch kinds resnet": _if_measured(MEMORY, lambda: kinds_table("RN50")),
+    "patch kinds transformer": _if_measured(MEMORY, lambda: kinds_table("ViT-B-16")),
 }
 TABLES["patch memory by holder"] = TABLES["patch kinds transformer"]
 TABLES["patch time"] = lambda: [*TABLES["patch speed"](), "", *TABLES["patch no gain"]()]

@@ -1,4 +1,4 @@
-"""Tables of the GPU's CSVs: for docs/performance.md, and short ones for a terminal.
+"""Draw tables of the GPU's CSVs: for docs/performance.md, and short ones for a terminal.
 
     python -m benchmarks.gpu_report [DIR]
 
@@ -7,13 +7,14 @@ As long as there is no CSV the docs say so, and how to get one.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import markdown, results_file
 from benchmarks.affine_cases import AffineCase
-from benchmarks.affine_report import if_measured, layer_cells, tower_cells
+from benchmarks.affine_report import layer_cells, tower_cells
 from benchmarks.cases import DTYPES, Case
 from benchmarks.gpu_cases import CASES, COPY, LABELS
 
@@ -23,7 +24,7 @@ TIME, MEMORY, LAUNCHES = LOSS_CSVS
 LAYERS, TOWERS = AFFINE_CSVS
 KERNELS = "gpu_kernels.csv"
 CSVS = (*LOSS_CSVS, *AFFINE_CSVS, KERNELS)
-PREDICTIONS = "gpu_predictions.csv"  # beside this file: nobody measured them
+PREDICTIONS = "gpu_predictions.csv"  # next to this file: nobody measured them
 BEFORE = "gpu_before"
 """Folder in benchmarks/results: the first run, with the kernels that "before" is about."""
 
@@ -32,9 +33,9 @@ LAYER_KEYS = ("op", "shape", "layout", "dtype")
 TOWER_KEYS = ("model", "batch", "layout", "dtype")
 NOT_MEASURED = ["Not measured yet: `bash benchmarks/gpu.sh` on a machine with a GPU does it."]
 OURS = ("cuda", "triton", "cpp", "patched")
-"""The first that a CSV holds is what ratios are of; cpp: dry runs."""
+"""Ratios are of the first of these that a CSV holds; cpp: dry runs."""
 AGAIN = "again "
-"""Before the name of one of ours that took turns with a compiler: what that is compared with."""
+"""Prefix of ours in the second round, where it takes turns with the compiler."""
 VS_EAGER, VS_COMPILE, OF_FLOOR = 8.0, 1.5, 0.85
 """Design targets of the loss; the floor's from 16384 x 1000 on."""
 
@@ -46,16 +47,20 @@ Numbers = dict[Key, dict[str, float]]
 # ---- What all tables share ----------------------------------------------------------------------
 
 
+def _who(row: Mapping[str, str]) -> str:
+    """Name a row's contender; in the second round, AGAIN marks all but the compiler."""
+    again = row.get("round", "1") != "1" and row["contender"] != "compile"
+    return AGAIN * again + row["contender"]
+
+
 def _values(
     name: str, keys: Sequence[str], column: str, folder: Path | None, mode: str = ""
 ) -> Values:
-    """One column by case and contender; the copy needs no graph, so it has no second mode."""
+    """Read a column by case and contender; the copy is never replayed, so it has one mode."""
     found: Values = {}
     for row in results_file.read(name, folder)[1]:
         of_case = found.setdefault(tuple(row[key] for key in keys), {})
-        who = row["contender"]
-        if row.get("round", "1") != "1" and who != "compile":
-            who = AGAIN + who
+        who = _who(row)
         if row.get("mode", mode) == mode or who == COPY:
             of_case[who] = row[column]
     return found
@@ -76,7 +81,7 @@ def _times(mode: str, folder: Path | None) -> Numbers:
 
 
 def _with_notes(lines: list[str], name: str, keys: Sequence[str], folder: Path | None) -> list[str]:
-    """And below the table what was left out and why, once per contender and reason."""
+    """Append what was left out and why, once per contender and reason."""
     found: dict[str, list[str]] = {}
     cases = set()
     for row in results_file.read(name, folder)[1]:
@@ -86,8 +91,8 @@ def _with_notes(lines: list[str], name: str, keys: Sequence[str], folder: Path |
             else " ".join(row[key] for key in keys)
         )
         cases.add(case)
-        if row["note"] and row["contender"] != COPY:
-            reason = f"{LABELS[row['contender']]}: {row['note']}"
+        if row["note"] and _who(row) in LABELS:
+            reason = f"{LABELS[_who(row)]}: {row['note']}"
             found.setdefault(reason, []).append(case)
     for reason, where in found.items():
         everywhere = set(where) == cases
@@ -97,7 +102,7 @@ def _with_notes(lines: list[str], name: str, keys: Sequence[str], folder: Path |
 
 
 def _columns(values: Numbers | Values) -> list[str]:
-    """The contenders with a figure anywhere, in a fixed order."""
+    """List the contenders with a figure anywhere, in a fixed order."""
     present = {name for row in values.values() for name, value in row.items() if value != ""}
     return [name for name in LABELS if name in present]
 
@@ -119,17 +124,13 @@ def _cells(row: dict[str, float], names: Sequence[str], digits: int = 1) -> list
 
 
 def _beyond_the_cache(name: str, keys: Sequence[str], folder: Path | None) -> set[Key]:
-    """Cases whose inputs took turns: the others' stay in the cache, no floor applies."""
+    """Find the cases whose inputs took turns; other inputs stay in the cache: no floor applies."""
     rows = results_file.read(name, folder)[1]
     return {tuple(row[key] for key in keys) for row in rows if int(row["inputs"]) > 1}
 
 
 def _copied_bytes(name: str, folder: Path | None) -> int:
     return int(results_file.read(name, folder)[0]["copied bytes"])
-
-
-def _provenance(name: str, folder: Path | None = None) -> list[str]:
-    return markdown.provenance(results_file.read(name, folder)[0])
 
 
 # ---- The loss -----------------------------------------------------------------------------------
@@ -146,11 +147,11 @@ def _bytes(key: Key) -> int:
 
 
 PASSES = 3
-"""How often the logits' memory is read or written by a pass that keeps nothing on the chip."""
+"""Reads and writes of the logits by a pass that keeps nothing on the chip."""
 
 
 def floor_us(key: Key, copy_us: float, copied_bytes: int) -> float:
-    """Time of two reads and one write of the logits at the copy's rate."""
+    """Compute the time of two reads and one write of the logits at the copy's rate."""
     return PASSES * _bytes(key) / (2 * copied_bytes) * copy_us
 
 
@@ -166,7 +167,7 @@ def _fraction(value: float | None, floor: float, key: Key) -> str:
 
 
 def time_table(mode: str, folder: Path | None = None) -> list[str]:
-    """``replayed``: no gaps between launches, and the floors; ``launched``: from Python."""
+    """Draw the times ``replayed``, without gaps and with the floors, or ``launched`` from Python."""
     times = _times(mode, folder)
     names = _columns(times)
     ours = _first_of_ours(names)
@@ -197,13 +198,13 @@ def _plain_table(name: str, column: str, folder: Path | None = None) -> list[str
 
 
 def bandwidth(folder: Path | None = None) -> float:
-    """GB/s of the copy, read and written bytes together: the median over the shapes."""
+    """Return the copy's GB/s, reads and writes together: the median over the shapes."""
     copies = sorted(row[COPY] for row in _times("launched", folder).values() if COPY in row)
     return 2 * _copied_bytes(TIME, folder) / copies[len(copies) // 2] / 1e3
 
 
 def provenance() -> list[str]:
-    (line,) = _provenance(TIME)
+    (line,) = markdown.provenance(TIME)
     return [f"{line[:-1]}. The copy moved {bandwidth():.0f} GB/s."]
 
 
@@ -213,7 +214,7 @@ def _megabytes(size: int) -> str:
 
 
 def floors() -> list[str]:
-    """Bytes only: what a pass must move, whatever the machine."""
+    """Draw the bytes that a pass must move on any machine."""
     head = ["B x C", "dtype", "logits", "two reads, one write"]
     keys = [(str(case.rows), str(case.columns), case.dtype) for case in CASES]
     lines = [
@@ -226,11 +227,11 @@ def floors() -> list[str]:
 
 
 WHAT = ("statistics", "gradient", "time", "of the floor")
-"""Warp instructions per row of forward's kernels and of the gradient's, and what comes of them."""
+"""Warp instructions per row of forward's kernels and of the gradient's, and the resulting time."""
 
 
 def _predicted() -> list[tuple[str, Key, list[str]]]:
-    """Which kernels, the case, and a cell for each of WHAT."""
+    """Read which kernels, the case, and a cell for each of WHAT."""
     header, rows = results_file.read(PREDICTIONS, Path(__file__).parent)
     found = []
     for row in rows:
@@ -243,7 +244,7 @@ def _predicted() -> list[tuple[str, Key, list[str]]]:
 
 
 def _measured(key: Key, folder: Path | None) -> list[str]:
-    """A cell for each of WHAT."""
+    """Format what was measured: a cell for each of WHAT."""
     there = {name for name in (TIME, KERNELS) if ((folder or results_file.FOLDER) / name).exists()}
     cells = dict.fromkeys(WHAT, "not yet")
     case = str(Case(int(key[0]), int(key[1]), key[2]))
@@ -261,28 +262,15 @@ def _measured(key: Key, folder: Path | None) -> list[str]:
     return list(cells.values())
 
 
-def _is_first_run(folder: Path | None) -> bool:
-    """Whether the CSVs are of the kernels that "before" is about."""
-    commits = [
-        results_file.read(TIME, one)[0]["commit"]
-        for one in (folder or results_file.FOLDER, results_file.FOLDER / BEFORE)
-        if (one / TIME).exists()
-    ]
-    return len(commits) == 2 and commits[0] == commits[1]
-
-
 def prediction_table() -> list[str]:
-    """Every prediction beside what was measured of the kernels that it is about."""
+    """Show each prediction next to the measurement of the same kernels."""
     before = results_file.FOLDER / BEFORE
     head = ["kernels", "B x C", "dtype"]
     for what in WHAT:
         head += [f"{what}, predicted", "measured"]
     lines = []
     for kernels, key, predicted in _predicted():
-        if kernels == "before":
-            measured = _measured(key, before)
-        else:
-            measured = ["not yet"] * len(WHAT) if _is_first_run(None) else _measured(key, None)
+        measured = _measured(key, before if kernels == "before" else None)
         pairs = zip(predicted, measured, strict=True)
         lines.append([kernels, *_case(key), *(cell for pair in pairs for cell in pair)])
     return markdown.table(head, lines, words=3)
@@ -321,7 +309,7 @@ def counter_table(folder: Path | None = None) -> list[str]:
 
 
 def _of_the_floor(key: Key, row: dict[str, float], ours: str, folder: Path | None) -> str:
-    """The time of copying as many bytes as must be moved, over ours."""
+    """Divide the time of copying as many bytes as must be moved by ours."""
     op, shape, layout, dtype = key
     case = AffineCase(op, tuple(map(int, shape.split("x"))), layout, dtype)
     floor = case.moves * case.bytes / (2 * _copied_bytes(LAYERS, folder)) * row[COPY]
@@ -387,7 +375,7 @@ def _short_times(name: str, keys: Sequence[str], folder: Path | None) -> list[st
 
 
 def _short_predictions(folder: Path | None) -> list[str]:
-    """What was measured beside both predictions."""
+    """Show each measurement next to both predictions."""
     lines: dict[Key, list[list[str]]] = {}
     for _, key, predicted in _predicted():
         lines.setdefault(key, [_measured(key, folder)]).append(predicted)
@@ -412,7 +400,7 @@ def short_counters(folder: Path | None) -> list[str]:
 
 
 def short_report(folder: Path | None = None) -> list[str]:
-    """What a run prints last: microseconds of graph replays, predictions, counters."""
+    """Format what a run prints last: microseconds of graph replays, predictions, counters."""
     there = [name for name in CSVS if ((folder or results_file.FOLDER) / name).exists()]
     lines: list[str] = []
     if TIME in there:
@@ -427,23 +415,28 @@ def short_report(folder: Path | None = None) -> list[str]:
     return lines
 
 
-def _table(name: str, make: Callable[[], list[str]]) -> Callable[[], list[str]]:
-    return if_measured(name, make, NOT_MEASURED)
+_table = functools.partial(markdown.if_measured, otherwise=NOT_MEASURED)
+
+
+def _provenance(name: str) -> Callable[[], list[str]]:
+    return _table(name, lambda: markdown.provenance(name))
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "gpu floors": floors,
     "gpu predictions": prediction_table,
-    "gpu before provenance": _table(f"{BEFORE}/{TIME}", lambda: _provenance(f"{BEFORE}/{TIME}")),
+    "gpu before provenance": _provenance(f"{BEFORE}/{TIME}"),
+    "gpu before counters provenance": _provenance(f"{BEFORE}/{KERNELS}"),
     "gpu replayed": _table(TIME, lambda: time_table("replayed")),
     "gpu launched": _table(TIME, lambda: time_table("launched")),
     "gpu memory": _table(MEMORY, lambda: _plain_table(MEMORY, "peak_over_logits")),
     "gpu launches": _table(LAUNCHES, lambda: _plain_table(LAUNCHES, "launches")),
     "gpu provenance": _table(TIME, provenance),
     "gpu counters": _table(KERNELS, counter_table),
+    "gpu counters provenance": _provenance(KERNELS),
     "gpu affine replayed": _table(LAYERS, lambda: layer_table("replayed")),
     "gpu affine launched": _table(LAYERS, lambda: layer_table("launched")),
-    "gpu affine provenance": _table(LAYERS, lambda: _provenance(LAYERS)),
+    "gpu affine provenance": _provenance(LAYERS),
     "gpu patch": _table(TOWERS, step_table),
 }
 """By name of the marker in docs/performance.md."""

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
-from benchmarks import affine_report, markdown, results_file
+from benchmarks import markdown
+from benchmarks.affine_report import read_times
 
 CSV = "input_cpu.csv"
 KEYS = ("megapixels", "view", "images", "kb")
 NOT_MEASURED = ["Not measured yet: `python -m benchmarks input` does it."]
 TARGETS = {("12", "test"): 5.0, ("2", "test"): 2.0}
-"""At least this many times as fast as the authors', in the first pass over the images."""
+"""Design targets: times as fast as the authors' loading."""
 
 
 def table(folder: Path | None = None) -> list[str]:
-    seconds: dict[tuple[str, ...], dict[str, float]] = {}
-    for row in results_file.read(CSV, folder)[1]:
-        case = tuple(row[key] for key in KEYS)
-        seconds.setdefault(case, {})[row["contender"]] = float(row["median_us"]) / 1e6
     head = ["megapixels", "kB", "view", "ueo_fast", "the authors'", "torchvision's tensors"]
     lines = []
-    for (megapixels, view, images, kb), by_name in seconds.items():
+    for (megapixels, view, images, kb), by_name in read_times(CSV, KEYS, folder).cases.items():
         names = ("ueo_fast", "authors", "tensors")
-        rates = [f"{int(images) / by_name[name]:.1f}" for name in names]
+        rates = [f"{1e6 * int(images) / by_name[name]:.1f}" for name in names]
         faster = by_name["authors"] / by_name["ueo_fast"]
         ratios = [
             markdown.ratio(faster, TARGETS.get((megapixels, view))),
@@ -32,10 +30,10 @@ def table(folder: Path | None = None) -> list[str]:
     return markdown.table([*head, "vs the authors'", "vs tensors"], lines, words=3)
 
 
+_if_measured = functools.partial(markdown.if_measured, otherwise=NOT_MEASURED)
+
 TABLES = {
-    "input": affine_report.if_measured(CSV, table, NOT_MEASURED),
-    "input provenance": affine_report.if_measured(
-        CSV, lambda: markdown.provenance(results_file.read(CSV)[0]), NOT_MEASURED
-    ),
+    "input": _if_measured(CSV, table),
+    "input provenance": _if_measured(CSV, lambda: markdown.provenance(CSV)),
 }
 """By name of the marker."""

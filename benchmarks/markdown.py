@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import results_file
 
 
 def time(microseconds: float, digits: int = 0) -> str:
@@ -31,7 +34,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> lis
     return [f"| {' | '.join(cells)} |" for cells in (head, aligned, *rows)]
 
 
-def provenance(header: Mapping[str, str]) -> list[str]:
-    """The command that made a CSV, and what its header says of the machine."""
+def provenance(name: str, folder: Path | None = None) -> list[str]:
+    """Show the command that made a CSV, where there is one, and what its header says."""
+    header = results_file.read(name, folder)[0]
     facts = ", ".join(f"{key} {value}" for key, value in header.items() if key != "command")
-    return [f"`{header['command']}`: {facts}."]
+    return [f"`{header['command']}`: {facts}." if "command" in header else f"{facts}."]
+
+
+def if_measured(
+    name: str, make: Callable[[], list[str]], otherwise: list[str]
+) -> Callable[[], list[str]]:
+    """Return ``make``, replaced by ``otherwise`` as long as there is no such CSV."""
+
+    def lines() -> list[str]:
+        return make() if (results_file.FOLDER / name).exists() else otherwise
+
+    return lines

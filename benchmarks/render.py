@@ -108,14 +108,13 @@ def experiments(only: str = "", name: str = "experiments.csv") -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "tuned": lambda: time_table("ueo_loss_cpu_tuned_allocator.csv", targets=True),
-    "tuned provenance": lambda: markdown.provenance(
-        results_file.read("ueo_loss_cpu_tuned_allocator.csv")[0]
-    ),
+    "tuned provenance": lambda: markdown.provenance("ueo_loss_cpu_tuned_allocator.csv"),
     "default": lambda: time_table("ueo_loss_cpu_default_allocator.csv", targets=False),
     "memory": memory_table,
     "experiments": experiments,
     "keep": lambda: experiments("backward reads exp"),
     "gpu experiments": lambda: experiments(name="gpu_experiments.csv"),
+    "gpu experiments provenance": lambda: markdown.provenance("gpu_experiments.csv"),
     **gpu_report.TABLES,
     **affine_report.TABLES,
     **step_report.TABLES,

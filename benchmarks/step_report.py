@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import affine_report, markdown, results_file
+from benchmarks import markdown, results_file
 from benchmarks.step_cases import CASES, CONTENDERS, PARTS
 
 CSV, TEXT = "step_cpu.csv", "step_text_cpu.csv"
@@ -118,16 +119,14 @@ def text_table(folder: Path | None = None) -> list[str]:
     return markdown.table([*head, "vs cut", "vs whole"], lines, words=0)
 
 
-def provenance(name: str = CSV) -> list[str]:
-    return markdown.provenance(results_file.read(name)[0])
-
+_if_measured = functools.partial(markdown.if_measured, otherwise=NOT_MEASURED)
 
 TABLES = {
-    "step speed": affine_report.if_measured(CSV, speed_table, NOT_MEASURED),
-    "step missed": affine_report.if_measured(CSV, missed, NOT_MEASURED),
-    "step parts": affine_report.if_measured(CSV, parts_table, NOT_MEASURED),
-    "step provenance": affine_report.if_measured(CSV, provenance, NOT_MEASURED),
-    "step text": affine_report.if_measured(TEXT, text_table, NOT_MEASURED),
-    "step text provenance": affine_report.if_measured(TEXT, lambda: provenance(TEXT), NOT_MEASURED),
+    "step speed": _if_measured(CSV, speed_table),
+    "step missed": _if_measured(CSV, missed),
+    "step parts": _if_measured(CSV, parts_table),
+    "step provenance": _if_measured(CSV, lambda: markdown.provenance(CSV)),
+    "step text": _if_measured(TEXT, text_table),
+    "step text provenance": _if_measured(TEXT, lambda: markdown.provenance(TEXT)),
 }
 """By name of the marker."""

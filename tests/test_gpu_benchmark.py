@@ -108,7 +108,7 @@ def test_ratios_and_floors_are_those_of_the_times(tmp_path):
     assert "copy: 2000 GB/s" in gpu_report.short_report(tmp_path)
 
 
-def test_a_prediction_stands_beside_what_was_measured_of_those_kernels(tmp_path, monkeypatch):
+def test_each_prediction_is_next_to_the_measurement_of_the_same_kernels(tmp_path, monkeypatch):
     key = ("16384", "1000", "float32")
 
     def line_of(kernels):
@@ -116,9 +116,8 @@ def test_a_prediction_stands_beside_what_was_measured_of_those_kernels(tmp_path,
         (line,) = (row for row in table if row.startswith(f"| {kernels} | 16384 x 1000 | float32"))
         return line
 
-    def write(folder, commit, time, instructions):
+    def write(folder, time, instructions):
         folder.mkdir(exist_ok=True)
-        monkeypatch.setitem(GPU, "commit", commit)
         write_times(folder, [(*key, "cuda", "replayed", time, 4, ""),
                              (*key, "copy", "launched", 1000, 1, "")])  # fmt: skip
         blank = dict.fromkeys(gpu_report.COUNTERS, "")
@@ -130,15 +129,29 @@ def test_a_prediction_stands_beside_what_was_measured_of_those_kernels(tmp_path,
 
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
     first = {"ueo_statistics": 1900, "ueo_marginal": 20, "ueo_gradient": 1600}
-    write(tmp_path / gpu_report.BEFORE, "aaa", 200, first)
-    write(tmp_path, "aaa", 200, first)
+    write(tmp_path / gpu_report.BEFORE, 200, first)
     # Predicted: 196.6 MB at 3 TB/s, 65.5 us, are 66%. Measured at 2 TB/s, as above: 98.3 of 200 us.
     assert line_of("before").endswith("| 1876 | 1920 | 1554 | 1600 | 99 µs | 200 µs | 66% | 49% |")
-    assert line_of("registers").count("not yet") == 4  # the same kernels
-    write(tmp_path, "bbb", 120, {"ueo_statistics": 600, "ueo_gradient": 870})
+    assert line_of("registers").count("not yet") == 4
+    write(tmp_path, 120, {"ueo_statistics": 600, "ueo_gradient": 870})
     assert line_of("registers").endswith("| 613 | 600 | 868 | 870 | 78 µs | 120 µs | 84% | 82% |")
     assert line_of("before").endswith("| 66% | 49% |")
     assert "600 / 1876 / 613" in "\n".join(gpu_report.short_report(tmp_path))
+
+
+def test_only_what_is_missing_from_a_table_is_noted_below_it(tmp_path):
+    names = ("rows", "columns", "dtype", "contender", "mode", "median_us", "inputs", "round", "note")
+    spent = "the time was spent"
+    rows = [
+        ("64", "345", "float32", "cuda", "replayed", 10, 1, 1, ""),
+        ("64", "345", "float32", "copy", "launched", 1000, 1, 1, ""),
+        ("64", "345", "float32", "cuda", "", "", 0, 2, spent),
+        ("64", "345", "float32", "compile", "", "", 0, 2, spent),
+    ]
+    table = [dict(zip(names, row, strict=True)) for row in rows]
+    results_file.write(gpu_report.TIME, GPU, table, tmp_path)
+    notes = [line for line in gpu_report.time_table("replayed", tmp_path) if "Left out" in line]
+    assert notes == [f"Left out: (c) compile: {spent}."]
 
 
 SETTINGS = bench_ueo_loss_gpu.Settings(torch.device("cpu"), 1, 1e3, 1 << 20, 1 << 10)
