@@ -113,7 +113,7 @@ DRY_CASES = (
 
 @dataclass(frozen=True)
 class Constants:
-    """What a pass takes beside its input; parameters are float32, as under autocast."""
+    """What a pass takes besides its input; parameters are float32, as under autocast."""
 
     weight: Tensor
     bias: Tensor

@@ -9,15 +9,20 @@ what it has. `--dry-run` goes the same way on a CPU with tiny shapes; its figure
 from __future__ import annotations
 
 import argparse
-import gc
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import affine_cases, gpu_counters, gpu_report, results_file, visual_cases
+from benchmarks import (
+    affine_cases,
+    gpu_counters,
+    gpu_report,
+    gpu_timing,
+    results_file,
+    visual_cases,
+)
 from benchmarks.affine_cases import AffineCase
 from benchmarks.environment import describe_gpu
 from benchmarks.gpu_cases import COPY, inputs_wanted
@@ -32,7 +37,6 @@ TOWER_ROUNDS = ("patched", "eager"), ("patched", "compile")
 """What takes turns. Compilers take long, a tower's half a minute: they come last."""
 AFFINE_SECONDS, STEP_SECONDS, COMPILE_SECONDS = 3.0, 8.0, 40.0
 """A case of the layers, one of the towers, and a tower's compilation are not begun with less."""
-SPENT = "the time for the benchmark was spent"
 
 
 class Bench:
@@ -71,7 +75,7 @@ class Bench:
 
         if self.left() < AFFINE_SECONDS:
             for name in names:
-                add(name, "", (), 0, SPENT)
+                add(name, "", (), 0, gpu_timing.OUT_OF_TIME)
             return
         inputs = affine_cases.make_inputs(case, inputs_wanted(case, self.cache_bytes), self.device)
         constants = affine_cases.make_constants(case, inputs[0])
@@ -111,7 +115,7 @@ class Bench:
 
         reason = visual_cases.unavailable_reason()
         if self.left() < (COMPILE_SECONDS if "compile" in names else STEP_SECONDS):
-            reason = reason or SPENT
+            reason = reason or gpu_timing.OUT_OF_TIME
         if reason is not None:
             for name in names:
                 add(name, (), "", reason)
@@ -154,11 +158,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
-    if not args.dry_run and not torch.cuda.is_available():
-        print("no GPU is present that torch can use: only --dry-run runs here", file=sys.stderr)
+    if gpu_timing.lacks_gpu(args.dry_run):
         return 2
-    flags = [f"--seconds {args.seconds:g}", *["--dry-run"] * args.dry_run]
-    command = " ".join(["python -m benchmarks.bench_affine_gpu", *flags])  # no path of this machine
+    command = gpu_timing.command("bench_affine_gpu", args.seconds, args.dry_run)
     bench = Bench(args)
     more = {"copied bytes": str(bench.copy_bytes), "command": command}
     header = describe_gpu(bench.device, **more)
@@ -167,14 +169,10 @@ def main(argv: list[str] | None = None) -> int:
     layers = affine_cases.DRY_CASES if args.dry_run else affine_cases.GPU_CASES
     layer_rounds = DRY_LAYER_ROUNDS if args.dry_run else LAYER_ROUNDS
     tower_rounds = TOWER_ROUNDS[:1] if args.dry_run else TOWER_ROUNDS
-    work = []
-    for turn in (1, 2):
-        for measure, cases, rounds in (
-            (bench.measure_affine, layers, layer_rounds),
-            (bench.measure_step, towers, tower_rounds),
-        ):
-            for names in rounds[turn - 1 : turn]:
-                work += [(measure, case, names, turn) for case in cases]
+    work: list[tuple[Callable[..., None], object, Sequence[str], int]] = []
+    for turn, (of_layers, of_towers) in enumerate(zip(layer_rounds, tower_rounds, strict=True), 1):
+        work += [(bench.measure_affine, case, of_layers, turn) for case in layers]
+        work += [(bench.measure_step, case, of_towers, turn) for case in towers]
     for measure, case, names, turn in work:
         start = time.monotonic()
         try:
@@ -184,9 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, rows in zip(gpu_report.AFFINE_CSVS, (bench.affine, bench.steps), strict=True):
             if rows:
                 results_file.write(name, header, rows, args.out)
-        gc.collect()
-        if not args.dry_run:
-            torch.cuda.empty_cache()
+        gpu_timing.clear(bench.device)
         print(f"{case}: {time.monotonic() - start:.1f} s", flush=True)
     print("\n".join(gpu_report.short_report(args.out)))
     return 0

@@ -12,10 +12,12 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
 
 from benchmarks import turns
@@ -26,11 +28,7 @@ if os.environ.get("UEO_FAST_BENCH_CASES") == "tiny":
     SIZES = {"0.8": (1024, 768)}
 VIEWS = ("test", "training")
 CONTENDERS = ("ueo_fast", "authors", "tensors")
-CONFIG = {
-    "size": 224,
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
-}
+CONFIG = {"size": 224, "mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
 Load = Callable[[str], torch.Tensor]
 _FOLDER = tempfile.TemporaryDirectory()  # until the process ends
 
@@ -61,39 +59,34 @@ def ours(view: str) -> Load:
     return lambda path: ImageDataset(ImageList((path,), (path,)), transform)[0]
 
 
-def authors(view: str) -> Load:
-    """What their `demo.py` does."""
-    from torchvision import transforms as tv
-
-    bicubic = tv.InterpolationMode.BICUBIC
+def composed(tv: Any, view: str, to_float: Callable[[Any], torch.Tensor]) -> Any:
+    """Compose the authors' transforms of a view from one of torchvision's modules of transforms."""
+    size, bicubic = CONFIG["size"], tv.InterpolationMode.BICUBIC
     seen = {
-        "test": [tv.Resize(224, interpolation=bicubic), tv.CenterCrop(224)],
+        "test": [tv.Resize(size, interpolation=bicubic), tv.CenterCrop(size)],
         "training": [
-            tv.RandomResizedCrop(224, scale=(0.5, 1), interpolation=bicubic),
+            tv.RandomResizedCrop(size, scale=(0.5, 1), interpolation=bicubic),
             tv.RandomHorizontalFlip(),
         ],
     }[view]
-    rest = [tv.ToTensor(), tv.Normalize(CONFIG["mean"], CONFIG["std"])]
-    transform = tv.Compose([*seen, *rest])
+    return tv.Compose([*seen, to_float, tv.Normalize(CONFIG["mean"], CONFIG["std"])])
+
+
+def authors(view: str) -> Load:
+    """Load as their `demo.py` does."""
+    from torchvision import transforms as tv
+
+    transform = composed(tv, view, tv.ToTensor())
     return lambda path: transform(Image.open(path).convert("RGB"))
 
 
 def tensors(view: str) -> Load:
-    """The same with torchvision's decoder, which 0.29 deprecates in favour of TorchCodec, and
+    """Load the same with torchvision's decoder, which 0.29 deprecates in favour of TorchCodec, and
     transforms of uint8 tensors."""
     from torchvision import io
     from torchvision.transforms import v2
 
-    bicubic = v2.InterpolationMode.BICUBIC
-    seen = {
-        "test": [v2.Resize(224, interpolation=bicubic), v2.CenterCrop(224)],
-        "training": [
-            v2.RandomResizedCrop(224, scale=(0.5, 1), interpolation=bicubic),
-            v2.RandomHorizontalFlip(),
-        ],
-    }[view]
-    rest = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(CONFIG["mean"], CONFIG["std"])]
-    transform = v2.Compose([*seen, *rest])
+    transform = composed(v2, view, v2.ToDtype(torch.float32, scale=True))
     return lambda path: transform(io.decode_jpeg(io.read_file(path), io.ImageReadMode.RGB))
 
 

@@ -11,8 +11,6 @@ shapes; its figures mean nothing and its CSVs belong nowhere near the docs.
 from __future__ import annotations
 
 import argparse
-import gc
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_counters, gpu_report, results_file
+from benchmarks import gpu_counters, gpu_report, gpu_timing, results_file
 from benchmarks.cases import Case
 from benchmarks.environment import describe_gpu
 from benchmarks.gpu_cases import (
@@ -41,7 +39,7 @@ from benchmarks.gpu_cases import (
 from benchmarks.gpu_timing import Copy, in_turns, make_clocks, one_line, spread
 
 CASE_SECONDS, LARGEST_CASE_SECONDS = 4, 10
-"""Not begun with less time left than that."""
+"""Seconds that must be left to begin a case."""
 
 Row = dict[str, object]
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
@@ -132,12 +130,12 @@ class Bench:
         del truth
         order = [one.name for one in contenders if one.name in steps]
         self._times(case, {name: steps[name] for name in order}, inputs, rows, turn)
-        self._clear()
+        gpu_timing.clear(self.settings.device)
         for name in order:
             if not _is_counted(case, name, rows):
                 self._counters(case, name, steps[name], inputs[0], rows)
         del inputs, steps
-        self._clear()
+        gpu_timing.clear(self.settings.device)
 
     def _prepare(
         self, one: Contender, case: Case, logits: Tensor, truth: tuple[Tensor, Tensor] | None
@@ -151,7 +149,7 @@ class Bench:
             result = step(logits)
             note = "" if truth is None else disagreement(result, truth, case)
         except Exception as error:  # a contender that fails must not end the run
-            self._clear()
+            gpu_timing.clear(self.settings.device)
             return None, None, f"failed: {one_line(error)}"
         return (None, None, note) if note else (step, result, "")
 
@@ -206,11 +204,6 @@ class Bench:
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + cached
 
-    def _clear(self) -> None:
-        gc.collect()
-        if self.settings.device.type == "cuda":
-            torch.cuda.empty_cache()
-
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -232,19 +225,14 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _command(args: argparse.Namespace) -> str:
-    flags = [f"--seconds {args.seconds:g}", *["--dry-run"] * args.dry_run]
-    return " ".join(["python -m benchmarks.bench_ueo_loss_gpu", *flags])  # no path of this machine
-
-
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
-    if not args.dry_run and not torch.cuda.is_available():
-        print("no GPU is present that torch can use: only --dry-run runs here", file=sys.stderr)
+    if gpu_timing.lacks_gpu(args.dry_run):
         return 2
     deadline = time.monotonic() + args.seconds
     settings = _settings(args)
-    more = {"copied bytes": str(settings.copy_bytes), "command": _command(args)}
+    command = gpu_timing.command("bench_ueo_loss_gpu", args.seconds, args.dry_run)
+    more = {"copied bytes": str(settings.copy_bytes), "command": command}
     header = describe_gpu(settings.device, **more)
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(settings)
@@ -256,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
             start = time.monotonic()
             if deadline - start < (LARGEST_CASE_SECONDS if case is LARGEST else CASE_SECONDS):
                 for one in contenders:
-                    left_out(case, one.name, "the time for the benchmark was spent", rows, turn)
+                    left_out(case, one.name, gpu_timing.OUT_OF_TIME, rows, turn)
             else:
                 try:
                     bench.measure(case, contenders, rows, turn)

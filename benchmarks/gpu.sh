@@ -21,12 +21,12 @@ STEPS=(build smoke cuda_checks loss affine counters triton_checks stalls)
 declare -A members=([cuda_checks]="cuda_tests memcheck racecheck"
   [triton_checks]="triton_tests initcheck") # of the others themselves
 # Seconds that a step gets at least, and its share of what is left over; with 16 processors and a
-# library that came along built, all but the benchmarks and the checks end earlier.
+# prebuilt library, all but the benchmarks and the checks end earlier.
 declare -A least=([build]=20 [smoke]=45 [cuda_checks]=65 [loss]=40 [affine]=30 [counters]=25
   [triton_checks]=45 [stalls]=0)
 declare -A share=([build]=0 [smoke]=0 [cuda_checks]=30 [loss]=140 [affine]=80 [counters]=5
   [triton_checks]=45 [stalls]=10)
-BUILD_SECONDS=150 # where no library came along
+BUILD_SECONDS=150 # where no library is prebuilt
 TOTAL_SECONDS=${TOTAL_SECONDS:-590}
 
 out=build/gpu results=build/gpu/results steps=()
@@ -55,7 +55,7 @@ fi
 PYTHON=$("${PYTHON:-python3}" -c "import sys; print(sys.executable)") || exit 2
 PATH="$(dirname "$PYTHON"):$PATH" # cmake and ninja may be packages of it
 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # for those that are not installed
-workers=$(($(nproc) > 4 ? $(nproc) - 3 : 1)) # beside them run a controller and three sanitizers
+workers=$(($(nproc) > 4 ? $(nproc) - 3 : 1)) # next to them run a controller and three sanitizers
 export PYTHON PATH PYTHONPATH PYTHONUNBUFFERED=1 results workers
 rm -rf "$results"
 mkdir -p "$results" "$out"
@@ -72,8 +72,8 @@ build() {
     echo "$name: $(command -v $name || echo missing)"
   done
   echo "$(nproc) processors"
-  # In a copied tree, libraries that came along built are taken as they are, if they run here.
-  [[ ! -d build/cmake ]] && ready && { echo "came along built"; return; }
+  # In a copied tree, prebuilt libraries are used as they are if they run here.
+  [[ ! -d build/cmake ]] && ready && { echo "using the prebuilt libraries"; return; }
   "$PYTHON" setup.py build_ext --inplace && ready
 }
 

@@ -120,7 +120,7 @@ def make_inputs(case: Case, count: int, device: torch.device) -> list[Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     options = {"generator": generator, "device": device, "dtype": DTYPES[case.dtype]}
     shape = case.rows, case.columns
-    # In place and in the final dtype: a float32 draw would not fit beside the largest case.
+    # In place and in the final dtype: a float32 draw would not fit next to the largest case.
     return [torch.randn(shape, **options).mul_(3).requires_grad_() for _ in range(count)]
 
 
@@ -140,4 +140,4 @@ def lack_of_memory(one: Contender, case: Case, free_bytes: int) -> str | None:
     needed = one.float32_copies * 4 * case.rows * case.columns
     if needed <= 0.9 * free_bytes:
         return None
-    return f"needs about {needed / 2**30:.0f} GiB beside the logits, {free_bytes / 2**30:.0f} free"
+    return f"needs about {needed / 2**30:.0f} GiB besides the logits, {free_bytes / 2**30:.0f} free"

@@ -1,4 +1,4 @@
-"""What a pass on a GPU costs beside time: peak memory, launches, hardware counters.
+"""What a pass on a GPU costs besides time: peak memory, launches, hardware counters.
 
     python -m benchmarks.gpu_counters [--out DIR]
     python -m benchmarks.gpu_counters --section SECTION ...

@@ -1,11 +1,13 @@
-"""Time of passes on a GPU: events around them, as launched from Python or replayed as a graph.
+"""Time passes on a GPU with events, as launched from Python or replayed as a graph.
 
-On a CPU (`--dry-run`) a wall clock and no graphs.
+On a CPU (`--dry-run`): a wall clock, no graphs. Also holds what the GPU's benchmarks share.
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
@@ -13,15 +15,39 @@ import torch
 from torch import Tensor
 
 GRAPH_US = 2000.0
-"""So many passes are in a graph that it takes at least that long: what a replay costs is then
-small. No more, since graphs hold memory."""
+"""A graph takes at least this long, so that the overhead of a replay is small. No longer, since
+graphs hold memory."""
 
 GRAPH_PASSES = 20
-"""At most, beside what the number of inputs asks for."""
+"""The most passes in a graph, unless there are more inputs."""
+
+OUT_OF_TIME = "the time for the benchmark was spent"
+"""Note of a contender that was not begun."""
+
+
+def lacks_gpu(dry_run: bool) -> bool:
+    """Check whether a GPU is needed and missing, and report that on stderr."""
+    if dry_run or torch.cuda.is_available():
+        return False
+    print("no GPU is present that torch can use: only --dry-run runs here", file=sys.stderr)
+    return True
+
+
+def command(module: str, seconds: float, dry_run: bool) -> str:
+    """Format the command of a benchmark for its CSVs, without any path of this machine."""
+    flags = [f"--seconds {seconds:g}", *["--dry-run"] * dry_run]
+    return " ".join([f"python -m benchmarks.{module}", *flags])
+
+
+def clear(device: torch.device) -> None:
+    """Free unreachable objects and the memory that PyTorch's allocator caches."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def elapsed_us(run: Callable[[], object], device: torch.device) -> float:
-    """Microseconds that the device is at it, from the first launch to the last kernel's end."""
+    """Measure microseconds on the device, from the first launch to the end of the last kernel."""
     if device.type == "cpu":
         begin = time.perf_counter()
         run()
@@ -35,9 +61,9 @@ def elapsed_us(run: Callable[[], object], device: torch.device) -> float:
 
 
 class Rotation:
-    """Calls a pass over several inputs in turns and keeps as many results as there are inputs.
+    """Run a pass over several inputs in turn and keep as many results as there are inputs.
 
-    Otherwise the allocator would hand out the same gradient again and again, out of the cache.
+    Otherwise the allocator would reuse the memory of one gradient, which stays in the cache.
     """
 
     def __init__(self, step: Callable[[Tensor], object], inputs: list[Tensor]) -> None:
@@ -56,11 +82,11 @@ class Rotation:
 
 
 QUEUE_CYCLES = 50_000_000
-"""Some 30 ms in which the device waits, so that a few passes are queued before the first begins."""
+"""The device waits about 30 ms, so that a few passes are queued before the first begins."""
 
 
 class Launched:
-    """Passes one after the other, as a training loop launches them."""
+    """Run passes one after the other, as a training loop launches them."""
 
     mode = "launched"
 
@@ -77,14 +103,14 @@ class Launched:
         self.device_us = estimate_us
 
     def sample_us(self) -> float:
-        """Microseconds of one pass."""
+        """Measure microseconds of one pass."""
         spent = elapsed_us(lambda: self._rotation.run(self._calls), self._device)
         self._rotation.release()
         return spent / self._calls
 
 
 class Replayed:
-    """The same passes in one CUDA graph: no gap between them. On a CPU they are just run."""
+    """Replay the same passes as one CUDA graph, without gaps. On a CPU, just run them."""
 
     mode = "replayed"
 
@@ -122,12 +148,12 @@ class Replayed:
             self._run_once()
 
     def sample_us(self) -> float:
-        """Microseconds of one pass."""
+        """Measure microseconds of one pass."""
         return elapsed_us(self._replay, self._device) / (self._replays * self._passes)
 
 
 class Copy:
-    """A device-to-device copy far beyond the cache: what the floors are counted from."""
+    """Run a device-to-device copy much larger than the cache, for the floors."""
 
     mode = "launched"
 
@@ -142,7 +168,7 @@ class Copy:
             self._target.copy_(self._source)
 
     def sample_us(self) -> float:
-        """Microseconds of one copy, which moves twice its size."""
+        """Measure microseconds of one copy, which moves twice its size."""
         return elapsed_us(self._copy, self._device) / 3
 
 
@@ -152,7 +178,7 @@ Clock = Launched | Replayed | Copy
 def make_clocks(
     step: Callable[[Tensor], object], inputs: list[Tensor], device: torch.device, slice_us: float
 ) -> tuple[list[Clock], str]:
-    """As launched and as replayed, or the reason why not as replayed."""
+    """Make the clocks of a pass, launched and replayed, or say why it is not replayed."""
     launched = Launched(Rotation(step, inputs), device, slice_us)
     try:
         rotation = Rotation(step, inputs)
@@ -164,7 +190,7 @@ def make_clocks(
 def in_turns(
     clocks: Mapping[Hashable, Callable[[], float]], repeats: int
 ) -> dict[Hashable, list[float]]:
-    """Microseconds of each, ``repeats`` times: the first turn, which warms up, does not count."""
+    """Measure microseconds of each ``repeats`` times, after a turn that only warms up."""
     samples: dict[Hashable, list[float]] = {key: [] for key in clocks}
     for turn in range(repeats + 1):
         for key, sample_us in clocks.items():
@@ -175,12 +201,13 @@ def in_turns(
 
 
 def spread(times: Sequence[float]) -> dict[str, object]:
-    """Columns of a CSV; empty where nothing was measured."""
+    """Format the columns of a CSV; empty where nothing was measured."""
     values = (statistics.median(times), min(times), max(times)) if times else ()
     shown = [f"{value:.2f}" for value in values] or [""] * 3
     return dict(zip(("median_us", "lowest_us", "highest_us"), shown, strict=True))
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception, limit: int = 160) -> str:
+    """Format an error as one line, with at most ``limit`` characters of its message."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}"
+    return f"{type(error).__name__}: {text[:limit]}"

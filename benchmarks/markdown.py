@@ -38,7 +38,9 @@ def provenance(name: str, folder: Path | None = None) -> list[str]:
     """Show the command that made a CSV, where there is one, and what its header says."""
     header = results_file.read(name, folder)[0]
     facts = ", ".join(f"{key} {value}" for key, value in header.items() if key != "command")
-    return [f"`{header['command']}`: {facts}." if "command" in header else f"{facts}."]
+    if "command" not in header:
+        return [f"{facts[:1].upper()}{facts[1:]}."]
+    return [f"`{header['command']}`: {facts}."]
 
 
 def if_measured(

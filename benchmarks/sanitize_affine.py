@@ -1,6 +1,6 @@
 """Small calls of the affine layers' CUDA kernels for compute-sanitizer; see sanitize_set.py.
 
-The autograd functions are called directly: they take channels in any dimension beside statistics.
+The autograd functions are called directly: they take channels in any dimension besides statistics.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import sanitize_affine
+from benchmarks.gpu_timing import one_line
 from ueo_fast import ueo_loss, ueo_loss_and_grad
 from ueo_fast.reference import compute_dtype
 
@@ -96,8 +97,7 @@ def _passes(sample: Any, check: Callable[..., None], backend: str, device: str) 
     try:
         check(sample, backend, device)
     except Exception as error:
-        text = " ".join(str(error).split())
-        print(f"failed: {sample.reason}: {type(error).__name__}: {text[:300]}", flush=True)
+        print(f"failed: {sample.reason}: {one_line(error, 300)}", flush=True)
         return False
     print(f"ok: {sample.reason}", flush=True)
     return True

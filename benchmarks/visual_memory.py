@@ -55,7 +55,7 @@ def _saved_by(node: torch.autograd.graph.Node) -> Iterator[Tensor]:
 
 
 def saved(step: Step) -> tuple[int, dict[str, int]]:
-    """Bytes kept for backward beside parameters, buffers and images; the same by what keeps them.
+    """Bytes kept for backward besides parameters, buffers and images; the same by what keeps them.
 
     Memory counts once, however many operations and views keep it; where operations of several
     kinds do, under all their names together.

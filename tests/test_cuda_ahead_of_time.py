@@ -7,7 +7,6 @@ Triton.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import setup_script
+from triton_compilation import nvidia_tool
 
 import ueo_fast
 
@@ -43,7 +43,7 @@ STORE = re.compile(r"\bSTG\.E[.\w]*\.128\b")
 
 # ueo_statistics<float, slots, lanes, plain>, ueo_statistics_block<float, slots>.
 REGISTERS = re.compile(r"\bueo_(?:statistics|gradient)<(\w+), (\d+), (\d+), (true|false)>")
-COUNTED_WITH = "13.0"  # the nvcc of the counts beside kLoopBudgets
+COUNTED_WITH = "13.0"  # the nvcc of the counts next to kLoopBudgets
 
 
 class Kernel(NamedTuple):
@@ -81,17 +81,6 @@ def architectures(toolkit) -> list[str]:
     return toolkit["architectures"].split()
 
 
-def cuobjdump(*arguments: str | Path) -> str:
-    triton = importlib.util.find_spec("triton")
-    assert triton is not None, "Triton's package has the tools that read machine code"
-    assert triton.origin is not None
-    tools = Path(triton.origin).parent / "backends" / "nvidia" / "bin"
-    environment = dict(os.environ, PATH=f"{tools}{os.pathsep}{os.environ.get('PATH', '')}")
-    command = [str(tools / "cuobjdump"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    return done.stdout
-
-
 def demangle(names: list[str]) -> dict[str, Kernel]:
     assert shutil.which("c++filt"), "c++filt comes with the C++ compiler (binutils)"
     done = subprocess.run(
@@ -110,7 +99,7 @@ def resources(library) -> dict[str, dict[Kernel, Resources]]:
     """By architecture and kernel."""
     found: list[tuple[str, str, Resources]] = []
     architecture = ""
-    report = cuobjdump("-res-usage", library)
+    report = nvidia_tool("cuobjdump", "-res-usage", library)
     for match in re.finditer(
         r"^arch = sm_(\w+)$"
         r"|^ *Function (\S+):\n *REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
@@ -140,7 +129,9 @@ def instructions(library, architectures) -> dict[Kernel, str]:
     if "90" not in architectures:
         pytest.skip(f"built for {architectures} only")
     _, *functions = re.split(
-        r"^\s*Function : ", cuobjdump("-sass", "-arch", "sm_90", library), flags=re.MULTILINE
+        r"^\s*Function : ",
+        nvidia_tool("cuobjdump", "-sass", "-arch", "sm_90", library),
+        flags=re.MULTILINE,
     )
     code = dict(function.split("\n", 1) for function in functions)
     return {kernel: code[name] for name, kernel in demangle(list(code)).items()}
@@ -169,7 +160,9 @@ def test_every_architecture_is_there(library, architectures):
         pytest.skip("this build is for other architectures; CUDA=1 make test compiles all")
     assert tuple(architectures) == ARCHITECTURES
     # The last one's PTX serves GPUs that are still to come.
-    assert set(re.findall(r"\.sm_(\w+)\.ptx", cuobjdump("-lptx", library))) == {ARCHITECTURES[-1]}
+    assert set(re.findall(r"\.sm_(\w+)\.ptx", nvidia_tool("cuobjdump", "-lptx", library))) == {
+        ARCHITECTURES[-1]
+    }
 
 
 def test_every_architecture_has_every_kernel(resources, architectures):

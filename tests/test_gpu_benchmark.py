@@ -140,7 +140,17 @@ def test_each_prediction_is_next_to_the_measurement_of_the_same_kernels(tmp_path
 
 
 def test_only_what_is_missing_from_a_table_is_noted_below_it(tmp_path):
-    names = ("rows", "columns", "dtype", "contender", "mode", "median_us", "inputs", "round", "note")
+    names = (
+        "rows",
+        "columns",
+        "dtype",
+        "contender",
+        "mode",
+        "median_us",
+        "inputs",
+        "round",
+        "note",
+    )
     spent = "the time was spent"
     rows = [
         ("64", "345", "float32", "cuda", "replayed", 10, 1, 1, ""),
@@ -180,7 +190,7 @@ def test_a_contender_that_fails_or_is_wrong_is_left_out_with_the_reason():
     assert notes["cuda"] == "failed: RuntimeError: no such kernel"
     assert notes["triton"].startswith("wrong: loss ")
     assert notes["liger"] == "not installed"
-    assert "GiB beside the logits" in notes["compile"]
+    assert "GiB besides the logits" in notes["compile"]
     assert notes["eager"] == ""
     assert {row["contender"] for row in rows.launches} == set(notes) - {"copy"}
 
@@ -376,7 +386,7 @@ def test_the_script_goes_on_after_steps_that_fail_or_take_too_long(tmp_path):
     assert run_script(tmp_path, "nonsense").returncode == 2
 
 
-def test_the_script_builds_where_nothing_came_along_built(tmp_path):
+def test_the_script_builds_unless_the_libraries_are_prebuilt(tmp_path):
     cases = '*setup.py*) echo "a build"; touch built;;'
     tree = tmp_path / "tree"
     (tree / "build" / "cmake").mkdir(parents=True)  # an older build: brought up to date

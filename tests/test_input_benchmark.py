@@ -38,12 +38,12 @@ def test_a_run_goes_from_measuring_to_the_docs(tmp_path, monkeypatch):
         assert render.rendered(drawn) == drawn
 
 
-def test_the_sizes_are_the_issues():
+def test_sizes_match_their_megapixels():
     for megapixels, (width, height) in bench_input.SIZES.items():
         assert width * height / 1e6 == pytest.approx(float(megapixels), rel=0.02)
 
 
-def test_another_image_is_noticed(monkeypatch):
+def test_a_contender_with_a_different_view_is_rejected(monkeypatch):
     monkeypatch.setitem(bench_input.SIZES, "0.1", (400, 300))
     monkeypatch.setitem(bench_input.MAKERS, "ueo_fast", lambda view: bench_input.ours("training"))
     bench_input.contender("ueo_fast", ("0.1", "training"))

@@ -8,6 +8,7 @@ and calls ``main`` when it is run as a script.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -117,11 +118,15 @@ def double_arithmetic(code: str) -> list[str]:
 
 
 def nvidia_tool(tool: str, *arguments: str | Path) -> str:
-    """What one of the tools in Triton's package prints."""
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
+    """Run one of the tools in Triton's package and return what it prints."""
+    triton = importlib.util.find_spec("triton")
+    assert triton is not None, "Triton's package has the tools that read machine code"
+    assert triton.origin is not None
+    tools = Path(triton.origin).parent / "backends" / "nvidia" / "bin"
+    # `cuobjdump -sass` runs nvdisasm.
+    environment = dict(os.environ, PATH=f"{tools}{os.pathsep}{os.environ.get('PATH', '')}")
+    command = [tools / tool, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return done.stdout
 
 
