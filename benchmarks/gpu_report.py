@@ -167,7 +167,7 @@ def _fraction(value: float | None, floor: float, key: Key) -> str:
 
 
 def time_table(mode: str, folder: Path | None = None) -> list[str]:
-    """Draw the times ``replayed``, without gaps and with the floors, or ``launched`` from Python."""
+    """Draw the times ``replayed`` (no gaps, with the floors) or ``launched`` from Python."""
     times = _times(mode, folder)
     names = _columns(times)
     ours = _first_of_ours(names)
