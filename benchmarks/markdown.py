@@ -35,11 +35,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> lis
 
 
 def provenance(name: str, folder: Path | None = None) -> list[str]:
-    """Show the command that made a CSV, where there is one, and what its header says."""
+    """Show the command that made a CSV, and what its header says of the machine."""
     header = results_file.read(name, folder)[0]
     facts = ", ".join(f"{key} {value}" for key, value in header.items() if key != "command")
-    if "command" not in header:
-        return [f"{facts[:1].upper()}{facts[1:]}."]
     return [f"`{header['command']}`: {facts}."]
 
 

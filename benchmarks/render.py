@@ -114,7 +114,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "experiments": experiments,
     "keep": lambda: experiments("backward reads exp"),
     "gpu experiments": lambda: experiments(name="gpu_experiments.csv"),
-    "gpu experiments provenance": lambda: markdown.provenance("gpu_experiments.csv"),
+    "gpu experiments provenance": lambda: [  # its command is a description
+        f"Measured with {line.replace('`', '')}"
+        for line in markdown.provenance("gpu_experiments.csv")
+    ],
     **gpu_report.TABLES,
     **affine_report.TABLES,
     **step_report.TABLES,
