@@ -44,10 +44,13 @@ TIME_SPENT = "the time for the tests was spent"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--only-backend",
-        help="of the tests that name a backend only this one's; of the others those of a GPU",
+        help="run only this backend's tests, and of those without a backend the GPU files'",
     )
     parser.addoption(
-        "--until", type=float, metavar="TIME", help="seconds since 1970 from when on tests skip"
+        "--until",
+        type=float,
+        metavar="TIME",
+        help="skip tests that start after this time (seconds since 1970)",
     )
 
 

@@ -1,8 +1,8 @@
 """What nvcc made of the CUDA kernels, read from ``_cuda.so`` for every architecture; needs no GPU.
 
 Registers, stack, shared memory and the length of the loss's loops must stay within the budgets of
-csrc/cuda/launch.h, and rows must be loaded and stored 16 bytes at a time. The disassemblers
-come with Triton.
+csrc/cuda/launch.h, and rows must be loaded and stored 16 bytes at a time. The disassemblers come
+with Triton.
 """
 
 from __future__ import annotations

@@ -7,11 +7,16 @@ wrong, and sizes that only a GPU can run in a test.
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from cuda_affine_host import as_close_as_eager
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import gpu_counters
 from ueo_fast import backends, normalization, reference
 
 DEVICE = "cuda"
@@ -102,20 +107,6 @@ OPS = {
 every_op = pytest.mark.parametrize("make", OPS.values(), ids=OPS)
 
 
-def kernels_of(function):
-    """(names of the kernels, copies and fills that the GPU ran, what the function returned)."""
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        result = function()
-        torch.cuda.synchronize()
-    names = [
-        event.name
-        for event in profile.events()
-        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
-    ]
-    return names, result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
@@ -135,10 +126,11 @@ def test_launches_of_a_batch_norm(residual, trained, dtype, gpu_backend):
         return torch.autograd.grad(out, leaves, op.grad_out)
 
     backward(forward())  # Triton compiles
-    names, out = kernels_of(forward)
-    assert len(names) == 1, names
-    names, _ = kernels_of(lambda: backward(out))
-    assert len(names) == (2 if trained else 1), names
+    found = gpu_counters.launches(forward)
+    assert found.total() == 1, found
+    out = forward()
+    found = gpu_counters.launches(lambda: backward(out))
+    assert found.total() == (2 if trained else 1), found
 
 
 @every_op

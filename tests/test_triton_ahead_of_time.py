@@ -117,7 +117,7 @@ def test_a_literal_that_changes_the_precision_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loops_over_tiles_are_short_and_wait_for_nobody(dtype, tmp_path):
+def test_tile_loops_are_short_and_have_no_barriers(dtype, tmp_path):
     from ueo_fast.triton.tuning import BUDGETS
 
     case = "sm_90", dtype, "tiled", 1

@@ -126,7 +126,7 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return True
     is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    for tensor in tensors:  # noqa: SIM110 - a generator takes longer than its questions
+    for tensor in tensors:  # noqa: SIM110 - a generator expression costs more than the checks
         if tensor is not None and is_wrapped(tensor):
             return True
     return False

@@ -109,7 +109,8 @@ def _with_results(*args: Any) -> tuple[Tensor, tuple[Tensor, UEOStats]]:
     return loss, (loss, stats)
 
 
-def _stats(statistics: Tensor, columns: int) -> UEOStats:
+def _stats(statistics: Tensor) -> UEOStats:
+    columns = statistics.shape[0] - op.SUMMARY
     summary = statistics[columns], statistics[columns + 1], statistics[columns + 2]
     return UEOStats(*summary, statistics[:columns])
 
@@ -210,12 +211,11 @@ def ueo_loss(
         return (loss, stats) if return_stats else loss
     if logits.requires_grad and torch.is_grad_enabled():
         result = op.UEOLossFunction.apply(chosen, *args, return_stats)
-        return (result[0], _stats(result[1], logits.shape[1])) if return_stats else result
+        return (result[0], _stats(result[1])) if return_stats else result
     loss, saved = op.forward(chosen, *args)
     if not return_stats:
         return loss
-    columns = logits.shape[1]
-    return loss, _stats(op.statistics(saved, columns), columns)
+    return loss, _stats(op.statistics(saved, logits.shape[1]))
 
 
 @overload
@@ -276,8 +276,7 @@ def ueo_loss_and_grad(
         loss, saved, grad = op.loss_and_grad(chosen, *args)
         if not return_stats:
             return loss, grad
-        columns = logits.shape[1]
-        return loss, grad, _stats(op.statistics(saved, columns), columns)
+        return loss, grad, _stats(op.statistics(saved, logits.shape[1]))
 
 
 def mcm_score(cosines: Tensor, scale: float = 1.0) -> Tensor:

@@ -66,6 +66,6 @@ def check_number(
         fits = value == 0 or _SMALLEST <= value <= most
     if fits:
         return float(value)
-    least = {"any": f"{-most:g}", "positive": "1e-30", "not negative": "1e-30"}[sign]
+    least = f"{-most:g}" if sign == "any" else f"{_SMALLEST:g}"
     zero = "0 or " if sign == "not negative" else ""
     raise ValueError(f"{name} must be {zero}from {least} to {most:g}, got {value}")

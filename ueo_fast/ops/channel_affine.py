@@ -92,7 +92,7 @@ def _like(name: str, tensor: Tensor, shape: torch.Size, strides: tuple[int, ...]
 
 
 def parameter(values: Tensor | None, x: Tensor) -> Tensor | None:
-    """``values`` in a dtype that the op takes beside ``x``: its own, or the compute dtype."""
+    """Convert ``values`` to the compute dtype, unless they have that or the dtype of ``x``."""
     dtype = compute_dtype(x.dtype)
     if values is None or values.dtype == dtype or values.dtype == x.dtype:
         return values
@@ -152,7 +152,7 @@ def gradients(
 
 
 def kept_bias(bias: Tensor | None, is_read: bool) -> Tensor | None:
-    """What backward is given for ``bias``: numbers that nobody reads where only its dtype counts.
+    """Return what to save of ``bias``: an empty tensor where backward needs only its dtype.
 
     A saved tensor must not change before backward; a step on biases alone, in between, may.
     """

@@ -17,7 +17,7 @@ _libraries: list[torch.library.Library] = []
 """An op lives as long as its library."""
 
 _overloads: dict[str, SimpleNamespace] = {}
-"""By namespace: its ops, one overload each, so that a call need not look for the one that fits."""
+"""Ops by namespace, as overloads: calling one skips overload resolution."""
 
 
 def _keep_overload(namespace: str, name: str) -> None:

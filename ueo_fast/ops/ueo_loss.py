@@ -24,10 +24,10 @@ def saved_size(rows: int, columns: int) -> int:
 
 
 def statistics(saved: Tensor, columns: int) -> Tensor:
-    """The marginal (C,), then the summary (5,): a copy.
+    """Copy the marginal (C,), then the summary (5,).
 
-    Writing to it must not touch what backward needs, and keeping a statistic for a log
-    should not keep those of all rows.
+    A copy, so that writing to it does not corrupt backward and keeping one statistic does not keep
+    those of all rows.
     """
     count = columns + SUMMARY
     return saved.narrow_copy(0, saved.shape[0] - count, count)

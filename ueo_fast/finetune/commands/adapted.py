@@ -79,7 +79,7 @@ def open_run(
 
 
 class Adapted(NamedTuple):
-    """An adapted classifier, and how its run looked at images and scored them.
+    """An adapted classifier with its run's score scale and decoding.
 
     Attributes:
         classifier: the classifier.
@@ -95,7 +95,7 @@ class Adapted(NamedTuple):
 def open_adapted(
     path: str, device: str | None, model: str | None = None, pretrained: str | None = None
 ) -> Adapted:
-    """What a run folder or a delta file has.
+    """Load an adapted classifier from a run folder or a delta file.
 
     Args:
         path: of either.
@@ -107,7 +107,7 @@ def open_adapted(
         run = open_run(path, device, model, pretrained)
         return Adapted(run.classifier(), run.config.mcm_scale, run.config.decode)
     delta = read_delta(path)
-    scale, decode = delta.extra.get("mcm_scale", 1.0), delta.extra.get("decode", "auto")
+    scale, decode = delta.extra.get("mcm_scale", 1.0), delta.extra.get("decode", "full")
     try:
         check_number("mcm_scale", scale, sign="positive")
     except (TypeError, ValueError) as error:

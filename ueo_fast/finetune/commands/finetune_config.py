@@ -97,9 +97,9 @@ class FinetuneConfig:
     decode: Literal["auto", "full"] = field(
         default="auto",
         metadata=_help(
-            "auto: decode a JPEG at 1/2, 1/4 or 1/8 of its size where that leaves at least twice "
-            "the pixels per side that the model's view of it needs, several times faster for "
-            "photographs of a camera or phone; full: decode all pixels, as the authors do"
+            "auto: decode a JPEG at 1/2, 1/4 or 1/8 of its size if that leaves at least twice the "
+            "pixels per side that the model's view needs, which is several times faster for "
+            "photographs; full: decode all pixels, as the authors do"
         ),
     )
     test_data: str | None = field(

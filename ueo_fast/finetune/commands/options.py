@@ -19,7 +19,8 @@ MODEL_HELP = (
     "that the run names, if it was loaded on this machine before"
 )
 DECODE_HELP = (
-    "auto: JPEG at a reduced size where a view needs no more; full: all pixels; default: as the run"
+    "auto: decode a JPEG at a reduced size if the model's view needs no more; full: decode all "
+    "pixels; default: the run's choice"
 )
 PRETRAINED_HELP = "weights of --model, where that is a name; default: the run's tag"
 

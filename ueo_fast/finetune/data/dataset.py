@@ -53,7 +53,7 @@ class ImageDataset(Dataset[Tensor]):
             return self.transform(open_rgb(path))
         with opened(path) as encoded:
             view = self.transform.view(encoded.size)
-            return view.of(encoded.decode(view.reduction))
+            return view.of(encoded.decode(view.max_reduction))
 
 
 class PictureDataset(Dataset[Tensor]):

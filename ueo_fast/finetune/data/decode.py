@@ -23,6 +23,9 @@ Decoding = Literal["auto", "full"]
 """``auto``: JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least twice the
 pixels per side that a view needs; ``full``: never."""
 
+OVERSAMPLING = 2
+"""Pixels per side that reduced decoding leaves for each pixel of a view, at least."""
+
 # The only formats that are ever opened: those that Pillow decodes itself, and HEIF with
 # pillow-heif. Not EPS and WMF, which start other programs, nor formats that contain another file
 # of any size (ICO, ICNS, FITS). TGA comes last, because it has no signature.
@@ -125,7 +128,7 @@ class Decoded(NamedTuple):
 
 
 class EncodedImage:
-    """An image file whose pixels are decoded when they are asked for, once.
+    """An open image file. JPEGs are decoded by :meth:`decode`, other formats on opening.
 
     Args:
         path: of the file.
@@ -148,9 +151,10 @@ class EncodedImage:
         sideways = self._orientation in (5, 6, 7, 8)
         self.size = (image.height, image.width) if sideways else image.size
 
-    def decode(self, most: float = 1) -> Decoded:
-        """The pixels, at one ``most``-th of the size or more; all of them where the format has no
-        reduced-size decoder.
+    def decode(self, max_reduction: float = 1) -> Decoded:
+        """Decode the pixels, reduced by at most ``max_reduction`` per side.
+
+        Formats without a reduced-size decoder are decoded in full.
 
         Raises:
             UnreadableImageError: the file is truncated or corrupt, or has grey levels that are not
@@ -159,7 +163,7 @@ class EncodedImage:
         with _errors_of(self._path):
             if self._image.format not in _REDUCIBLE:
                 return Decoded(_rgb(self._image))
-            reduction = self._reduce(most)
+            reduction = self._reduce(max_reduction)
             image = _rgb(_upright(self._image))
         left, top = (-side % reduction / reduction for side in self.size)
         return Decoded(
@@ -169,8 +173,8 @@ class EncodedImage:
             top if self._orientation in (3, 4, 7, 8) else 0.0,
         )
 
-    def _reduce(self, most: float) -> int:
-        wanted = next((reduction for reduction in (8, 4, 2) if reduction <= most), 1)
+    def _reduce(self, max_reduction: float) -> int:
+        wanted = next((reduction for reduction in (8, 4, 2) if reduction <= max_reduction), 1)
         width, height = self._image.size
         least = max(1, width // wanted), max(1, height // wanted)
         drafted = self._image.draft(None, least) if wanted > 1 else None
@@ -188,7 +192,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[EncodedImage]:
         with _errors_of(path):
             mode = os.stat(path).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading one may wait for ever
-                raise ValueError("a pipe, a socket or a device, and no file")
+                raise ValueError("not a regular file (a pipe, socket or device)")
             if _extension(path) in _RAW:
                 raise ValueError(UNREADABLE[_extension(path)])
             image = stack.enter_context(Image.open(path, formats=formats()))
@@ -228,10 +232,7 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
         _check_sides(image)
         if isinstance(image, ImageFile.ImageFile):  # else it is decoded already
             _check_memory(image)
-        image.load()
-        with contextlib.suppress(Exception):
-            image = ImageOps.exif_transpose(image)
-        return _rgb(image)
+        return _rgb(_upright(image, in_place=False))
 
 
 @contextlib.contextmanager
@@ -245,10 +246,12 @@ def _errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
         raise UnreadableImageError(printable(path), _reason(path, error)) from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image itself, decoded, and turned as the camera was held."""
+def _upright(image: Image.Image, *, in_place: bool = True) -> Image.Image:
+    """Decode the image and apply the camera's orientation; without ``in_place`` to a copy."""
     image.load()
     with contextlib.suppress(Exception):  # its EXIF may be broken where its pixels are not
+        if not in_place:
+            return ImageOps.exif_transpose(image)
         ImageOps.exif_transpose(image, in_place=True)
     return image
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from ueo_fast.finetune.data.decode import Decoded
+from ueo_fast.finetune.data.decode import OVERSAMPLING, Decoded
 
 Size = tuple[int, int]  # (width, height)
 
@@ -27,8 +27,6 @@ _DEFAULTS: dict[str, Any] = {
     "resize_mode": "shortest",
     "fill_color": 0,
 }
-_OVERSAMPLING = 2
-"""Pixels per side that reduced decoding leaves for each pixel of a view, at least."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,12 @@ class View:
     finish: Callable[[Image.Image], Tensor]
 
     @property
-    def reduction(self) -> float:
-        """How many times smaller the image may be decoded, per side: the box keeps at least twice
-        the pixels of ``size``."""
+    def max_reduction(self) -> float:
+        """How many times smaller the image may be decoded, per side, so that the box keeps at least
+        twice the pixels of ``size``."""
         left, top, right, bottom = self.box
         width, height = self.size
-        return min((right - left) / width, (bottom - top) / height) / _OVERSAMPLING
+        return min((right - left) / width, (bottom - top) / height) / OVERSAMPLING
 
     def of(self, decoded: Decoded) -> Tensor:
         """The view of an image that was decoded whole or reduced."""

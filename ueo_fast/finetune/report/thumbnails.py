@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ueo_fast.finetune.data.decode import UnreadableImageError, opened
+from ueo_fast.finetune.data.decode import OVERSAMPLING, UnreadableImageError, opened
 from ueo_fast.finetune.data.names import printable
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.report.predictions import read_predictions
@@ -81,7 +81,7 @@ def read_thumbnail(value: Mapping[str, Any]) -> Thumbnail:
 def _thumbnail(path: str) -> Thumbnail:
     try:
         with opened(path) as encoded:
-            image = encoded.decode(max(encoded.size) / (2 * LONGEST_SIDE)).image
+            image = encoded.decode(max(encoded.size) / (OVERSAMPLING * LONGEST_SIDE)).image
     except UnreadableImageError as error:
         return Thumbnail("", 0, 0, error.reason)
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
