@@ -178,10 +178,8 @@ inline RowPlan plan_norm(const Device& device, const RowShape& row, int64_t rows
   const int resident =
       std::max(1, std::min({by_shared, device.threads_per_multiprocessor / plan.grid.threads,
                             65536 / (registers * plan.grid.threads)}));
-  const int64_t most = std::min<int64_t>(int64_t{resident} * device.multiprocessors,
-                                         divide_up(rows, plan.teams));
-  plan.grid.blocks = static_cast<int>(
-      std::max<int64_t>(row.per_slot, most / row.per_slot * row.per_slot));
+  plan.grid.blocks =
+      blocks_for(row, int64_t{resident} * device.multiprocessors, divide_up(rows, plan.teams));
   plan.steps = divide_up(rows, int64_t{plan.grid.blocks} * plan.teams);
   return plan;
 }

@@ -41,10 +41,11 @@ __launch_bounds__(tuning::kAffineThreads, (kAffineResident<kIsWide<T, kOneChanne
   Numbers<A, kOwn> shift;
   if (walk.slot < walk.end) {
     const int64_t first = walk.in_period * kPerSlot<T>;
-    for_each_element<T, kOwn>(plan, first, args.parameters, [&](int k, const Modulation<A>& of) {
-      scale[k] = of.scale;
-      shift[k] = of.shift;
-    });
+    const auto keep = [&](int k, const Modulation<A>& numbers) {
+      scale[k] = numbers.scale;
+      shift[k] = numbers.shift;
+    };
+    for_each_element<T, kOwn>(plan, first, args.parameters, keep);
   }
 #pragma unroll 1
   for (int left = plan.steps; left > 0; left -= kBatch) {
@@ -115,11 +116,12 @@ __launch_bounds__(tuning::kAffineThreads, (kAffineResident<kIsWide<T, kOneChanne
   Numbers<A, kOwn> mean;
   if (walk.slot < walk.end) {
     const int64_t first = walk.in_period * kPerSlot<T>;
-    for_each_element<T, kOwn>(plan, first, args.parameters, [&](int k, const Modulation<A>& of) {
-      scale[k] = of.scale;
-      shift[k] = of.shift;
-      if constexpr (kSums) mean[k] = of.mean;
-    });
+    const auto keep = [&](int k, const Modulation<A>& numbers) {
+      scale[k] = numbers.scale;
+      shift[k] = numbers.shift;
+      if constexpr (kSums) mean[k] = numbers.mean;
+    };
+    for_each_element<T, kOwn>(plan, first, args.parameters, keep);
   }
   Numbers<A, kOwn> sums[2];
   const bool reads_x = kSums || args.passing == Passing::kByX;

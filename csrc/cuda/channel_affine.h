@@ -48,10 +48,6 @@ struct AffineBackwardCall {
   void* workspace;       // affine_backward_workspace() bytes; with a gradient by a parameter
 };
 
-inline int bytes_of(Storage storage) {
-  return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2;
-}
-
 inline int64_t affine_backward_workspace(const Device& device, const ChannelLayout& layout,
                                          Storage storage) {
   return affine_workspace(plan_affine(device, layout, bytes_of(storage), true), bytes_of(storage));

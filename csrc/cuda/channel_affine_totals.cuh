@@ -136,7 +136,7 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kTotalsThreads)
     const int at = static_cast<int>(column);
     if (at < channels) return store_number<T>(grad_bias, at, sum);
     const int channel = at - channels;
-    store_number<T>(grad_weight, channel, sum * deviation_inverse<T>(parameters, channel));
+    store_number<T>(grad_weight, channel, sum * reciprocal_deviation<T>(parameters, channel));
   };
   add_terms(2 * plan.channels.by, terms.count, per_block, term, store);
 }

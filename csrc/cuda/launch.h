@@ -59,6 +59,9 @@ inline constexpr int kLaneTeamThreads = 256;
 // per lane to cover memory's latency, few enough that a reduction serves many elements.
 inline constexpr int kSlotsPerLane = 4;
 
+// Slots that a thread loads together where a row is read once, as it comes (rows.cuh, StreamedRow).
+inline constexpr int kStreamedSlots = 4;
+
 // Rows of more slots than this go to a whole block: a warp would have to hold 4 KiB in flight.
 inline constexpr int kLaneTeamMaxSlots = 256;
 
@@ -163,6 +166,12 @@ inline constexpr int64_t kScratchBytes = 2 * 32 * 4 * 8;
 // none, where a row is read only once and need not wait either.
 enum class PerColumn { kNone, kPerBlock, kPerTeam };
 
+// As many blocks as there is room for, or as have a row; a multiple of the elements per slot.
+inline int blocks_for(const RowShape& row, int64_t resident, int64_t with_rows) {
+  const int64_t most = std::min(resident, with_rows);
+  return static_cast<int>(std::max<int64_t>(row.per_slot, most / row.per_slot * row.per_slot));
+}
+
 inline RowPlan plan_rows(const Device& device, const RowShape& row, int64_t rows,
                          PerColumn per_column) {
   RowPlan plan{};
@@ -204,17 +213,15 @@ inline RowPlan plan_rows(const Device& device, const RowShape& row, int64_t rows
   const int by_threads = device.threads_per_multiprocessor / plan.grid.threads;
   const int by_registers = 65536 / (registers * plan.grid.threads);
   const int resident = std::max(1, std::min({by_shared, by_threads, by_registers}));
-  const int64_t most = std::min<int64_t>(int64_t{resident} * device.multiprocessors,
-                                         divide_up(rows, plan.teams));
-  plan.grid.blocks = static_cast<int>(
-      std::max<int64_t>(row.per_slot, most / row.per_slot * row.per_slot));
+  plan.grid.blocks =
+      blocks_for(row, int64_t{resident} * device.multiprocessors, divide_up(rows, plan.teams));
   plan.steps = divide_up(rows, int64_t{plan.grid.blocks} * plan.teams);
   return plan;
 }
 
 // Rows of column sums that a kernel leaves behind: block b writes rows b + blocks * k.
-inline int64_t partial_sums_of(const RowPlan& plan) {
-  return plan.grid.blocks * divide_up(plan.steps, tuning::kRowsPerSum);
+inline int64_t partial_sums_of(int blocks, int64_t steps) {
+  return blocks * divide_up(steps, tuning::kRowsPerSum);
 }
 
 // Column sums of a block: rows of this many numbers, so that each starts at 16 bytes.
@@ -291,15 +298,10 @@ struct RegisterPlan {
   Grid grid{};
 };
 
-inline constexpr int64_t kBlockTotalsBytes = 32;      // of a block's rows
-inline constexpr int64_t kEdgesBytes = 64;            // held_rows.cuh, Edges
-inline constexpr int64_t kTotalsBytes = 32 * 3 * 8;   // of a block's teams
-
-// As many blocks as there is room for, or as have a row; a multiple of the elements per slot.
-inline int blocks_for(const RowShape& row, int64_t resident, int64_t with_rows) {
-  const int64_t most = std::min(resident, with_rows);
-  return static_cast<int>(std::max<int64_t>(row.per_slot, most / row.per_slot * row.per_slot));
-}
+inline constexpr int64_t kBlockTotalsBytes = 32;  // of a block's rows
+inline constexpr int64_t kEdgesBytes = 64;        // held_rows.cuh, Edges
+// of a block's teams, of 8 lanes at least
+inline constexpr int64_t kTeamTotalsBytes = tuning::kRegisterThreads / 8 * 3 * 8;
 
 template <int kElementBytes>
 RegisterPlan plan_registers(const Device& device, const RowShape& row, int64_t rows, bool plain,
@@ -320,7 +322,7 @@ RegisterPlan plan_registers(const Device& device, const RowShape& row, int64_t r
   plan.grid.threads = tuning::kRegisterThreads;
   const int elements = plan.slots * row.per_slot;
   const int64_t numbers = int64_t{elements} * plan.lanes * (sums_per_team ? plan.teams : 1);
-  plan.grid.shared_bytes = kScratchBytes + kEdgesBytes + kTotalsBytes + 4 * numbers;
+  plan.grid.shared_bytes = kScratchBytes + kEdgesBytes + kTeamTotalsBytes + 4 * numbers;
   const int64_t by_registers = register_blocks(elements, plain);
   const int64_t by_shared =
       device.shared_per_multiprocessor / (plan.grid.shared_bytes + tuning::kReservedShared);

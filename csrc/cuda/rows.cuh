@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "launch.h"
 
 namespace ueo_fast::cuda {
 
@@ -34,6 +35,24 @@ __device__ __forceinline__ void store_whole(T* to, const Slot<T>& value) {
 #else
   *reinterpret_cast<uint4*>(to) = bits;
 #endif
+}
+template <class T>
+__device__ __forceinline__ void store_whole(T* to, const Slot<T>& value, bool stream) {
+  if (stream) {
+    uint4 bits;
+    memcpy(&bits, &value, 16);
+    store_streaming(reinterpret_cast<uint4*>(to), bits);
+  } else {
+    store_whole(to, value);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ Slot<T> load_whole(const T* from) {
+  Slot<T> value;
+  const uint4 bits = *reinterpret_cast<const uint4*>(from);
+  memcpy(&value, &bits, 16);
+  return value;
 }
 
 // Where the columns of a row lie in its slots: column c is element (shift + c) % kPerSlot of slot
@@ -67,7 +86,7 @@ struct Matrix {
   int64_t rows;
   int64_t row_stride;  // elements, >= 0
   int columns;
-  bool sticks_out = false;  // starts or ends within a slot
+  bool sticks_out;  // starts or ends within a slot
 
   // A slot at either end of a row holds elements of its neighbours; at either end of the matrix it
   // may hold memory of nobody.
@@ -75,6 +94,15 @@ struct Matrix {
     return slot >= data && slot + kPerSlot<T> <= end;
   }
 };
+
+template <class T>
+Matrix<T> matrix_of(const void* data, int64_t rows, int64_t columns, int64_t row_stride) {
+  const T* begin = static_cast<const T*>(data);
+  const T* end = begin + (rows - 1) * row_stride + columns;
+  const bool sticks_out = reinterpret_cast<uintptr_t>(begin) % 16 != 0 ||
+                          reinterpret_cast<uintptr_t>(end) % 16 != 0;
+  return {begin, end, rows, row_stride, static_cast<int>(columns), sticks_out};
+}
 
 // One row in global memory.
 template <class T>
@@ -95,8 +123,7 @@ struct Row {
     Slot<T> value;
     const T* from = address(slot);
     if (matrix.is_readable(from)) {
-      const uint4 bits = *reinterpret_cast<const uint4*>(from);
-      memcpy(&value, &bits, 16);
+      value = load_whole(from);
     } else {
 #pragma unroll
       for (int k = 0; k < kPerSlot<T>; ++k) {
@@ -117,12 +144,10 @@ __device__ __forceinline__ void mask(const Frame<T>& frame, int slot, Slot<T>& v
   }
 }
 
-// A row that is read once, as it comes: kTogether loads of a thread are under way before the first is
-// used. They are predicated: behind a branch each, they would wait for each other.
+// A row that is read once, as it comes: kStreamedSlots loads of a thread are under way before the first
+// is used. They are predicated: behind a branch each, they would wait for each other.
 template <class T>
 struct StreamedRow {
-  static constexpr int kTogether = 4;
-
   template <class Team, class F>
   __device__ __forceinline__ void for_each(const Team& team, const Row<T>& row, F&& f) const {
     const int slots = row.frame.slots;
@@ -132,15 +157,15 @@ struct StreamedRow {
       return;
     }
 #pragma unroll 1
-    for (int first = team.rank; first < slots; first += kTogether * team.size) {
-      uint4 bits[kTogether] = {};
+    for (int first = team.rank; first < slots; first += tuning::kStreamedSlots * team.size) {
+      uint4 bits[tuning::kStreamedSlots] = {};
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
+      for (int i = 0; i < tuning::kStreamedSlots; ++i) {
         const int slot = first + i * team.size;
         load_slot_if(slot < slots, bits[i], reinterpret_cast<const uint4*>(row.address(slot)));
       }
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
+      for (int i = 0; i < tuning::kStreamedSlots; ++i) {
         const int slot = first + i * team.size;
         if (slot >= slots) return;
         Slot<T> value;
@@ -185,8 +210,7 @@ struct CachedRow {
     for (int slot = team.rank; slot < row.frame.slots; slot += team.size) {
       Slot<T> value;
       if (slot < cached) {
-        const uint4 bits = *reinterpret_cast<const uint4*>(&cache[slot]);
-        memcpy(&value, &bits, 16);
+        value = load_whole(cache[slot].x);
       } else {
         value = row.load(slot);
       }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "held_rows.cuh"
+#include "row_loop.cuh"
 #include "ueo_loss_any.cuh"
 #include "ueo_loss_columns.cuh"
 #include "ueo_loss_row.cuh"
@@ -23,7 +24,7 @@ struct RegisterMemory {
       reinterpret_cast<double (*)[3]>(shared_memory() + kScratchBytes + kEdgesBytes);
   // Numbers per column, a set of ColumnSlots for each team or for all.
   float* columns =
-      reinterpret_cast<float*>(shared_memory() + kScratchBytes + kEdgesBytes + kTotalsBytes);
+      reinterpret_cast<float*>(shared_memory() + kScratchBytes + kEdgesBytes + kTeamTotalsBytes);
 };
 
 // Adds what the teams of a block have summed up, and writes it by column.
@@ -77,11 +78,6 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, 
   if (blockIdx.x == 0 && thread == 0) *args.finished = 0;
   double* totals = memory.totals[thread / kLanes];
   if (team.rank == 0) totals[0] = totals[1] = totals[2] = 0;
-  const auto add_to_totals = [&](const RowStatistics<float>& stats, float entropy) {
-    totals[0] += stats.confidence;
-    totals[1] += stats.marginal_weight;
-    totals[2] += stats.confidence * entropy;
-  };
 
   const int all_steps = static_cast<int>(args.loop.steps);
   for (int chunk = 0; chunk < all_steps; chunk += tuning::kRowsPerSum) {
@@ -164,7 +160,9 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, 
         }
         if (present && team.rank == 0) {
           stats.store(args.row_stats + int64_t{index} * kRowStats);
-          add_to_totals(stats, entropy);
+          totals[0] += stats.confidence;
+          totals[1] += stats.marginal_weight;
+          totals[2] += stats.confidence * entropy;
         }
       }
     }

@@ -3,6 +3,7 @@
 // column. Steps are those of docs/math.md.
 #pragma once
 
+#include "row_loop.cuh"
 #include "ueo_loss_any.cuh"
 #include "ueo_loss_columns.cuh"
 #include "ueo_loss_row.cuh"
@@ -79,8 +80,7 @@ struct ArrivingRows {
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       if (i >= inside) continue;
-      const uint4 bits = *reinterpret_cast<const uint4*>(&cache[i * hop]);
-      memcpy(&slot[i], &bits, 16);
+      slot[i] = load_whole(cache[i * hop].x);
     }
     fetch(next);
   }

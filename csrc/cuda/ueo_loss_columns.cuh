@@ -139,26 +139,26 @@ __device__ __forceinline__ A mean_log_marginal(Team& team, const Source& source,
   return sum[0] * gradient.inverse_sum;
 }
 
-// Only where rows of the gradient start at the same offset in their slots as those of the logits is a
-// slot stored as a whole.
+// The elements of the slot that belong to the row; as a whole only if `row`, where they are written,
+// has the offset of `frame` from a 16-byte boundary.
 template <class T>
 __device__ __forceinline__ void store_slot(const Frame<T>& frame, int slot, const Slot<T>& value,
-                                           T* grad_row, bool aligned, bool stream) {
-  T* address = grad_row + frame.column(slot, 0);
+                                           T* row, bool aligned, bool stream) {
+  T* address = row + frame.column(slot, 0);
   if (aligned && frame.is_whole(slot)) {
-    if (stream) {
-      uint4 bits;
-      memcpy(&bits, &value, 16);
-      store_streaming(reinterpret_cast<uint4*>(address), bits);
-    } else {
-      store_whole(address, value);
-    }
+    store_whole(address, value, stream);
     return;
   }
 #pragma unroll
   for (int k = 0; k < kPerSlot<T>; ++k) {
     if (frame.has(frame.column(slot, k))) address[k] = value.x[k];
   }
+}
+template <class T>
+__device__ __forceinline__ void store_slot(const Frame<T>& frame, int slot, const Slot<T>& value,
+                                           T* row, bool stream) {
+  const bool aligned = reinterpret_cast<uintptr_t>(row - frame.shift) % 16 == 0;
+  store_slot(frame, slot, value, row, aligned, stream);
 }
 
 // Step 8 of one slot.
@@ -174,8 +174,7 @@ __device__ __forceinline__ void store_gradient(const Frame<T>& frame, int slot, 
   for (int k = 0; k < kPerSlot<T>; ++k) {
     out.x[k] = to_storage<T>(gradient(to_compute(z.x[k]), logs[k], log_q.eps));
   }
-  store_slot(frame, slot, out, grad_row,
-             reinterpret_cast<uintptr_t>(grad_row - frame.shift) % 16 == 0, stream);
+  store_slot(frame, slot, out, grad_row, stream);
 }
 
 }  // namespace ueo_fast::cuda

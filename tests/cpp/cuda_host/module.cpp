@@ -45,7 +45,7 @@ Storage storage_of(const std::string& dtype) {
 
 LogitsView view_of(const py::array& logits, const std::string& dtype) {
   const Storage storage = storage_of(dtype);
-  if (logits.ndim() != 2 || logits.itemsize() != cuda::element_bytes(storage) ||
+  if (logits.ndim() != 2 || logits.itemsize() != ueo_fast::bytes_of(storage) ||
       (logits.shape(1) != 1 && logits.strides(1) != logits.itemsize())) {
     throw std::invalid_argument("logits must be (rows, columns) of " + dtype +
                                 ", the columns adjacent");
