@@ -64,7 +64,7 @@ struct ChannelTensors {
         var(channel_values(x, layout, any_var, "var")) {}
 };
 
-// An uninitialised gradient by `values`, or (0,) where it is not needed.
+// An uninitialised gradient of `values`, or (0,) where it is not needed.
 inline Tensor channel_gradient(const Tensor& x, const ChannelLayout& layout,
                                const std::optional<Tensor>& values, bool needed,
                                const char* name) {

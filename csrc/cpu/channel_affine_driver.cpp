@@ -124,8 +124,8 @@ std::vector<double> add_blocks(const std::vector<A>& parts, const Blocks& blocks
   return totals;
 }
 
-// What becomes of the parameters, by channel. Forward and backward call the same function, so that
-// the mask is found again to the bit.
+// Per-channel numbers derived from the parameters. Forward and backward call the same function, so
+// the recomputed mask agrees to the bit.
 template <class A>
 struct Modulation {
   std::vector<A> rstd;

@@ -1,6 +1,6 @@
-// out = relu?(x scale + shift (+ residual)) and its gradients, scale and shift per channel, which
-// the threads find themselves, for dense tensors of any layout: one read of each input, one write
-// of each output. docs/kernels.md, "Affine kernels".
+// out = relu?(x scale + shift (+ residual)) and its gradients, with a scale and a shift per channel
+// that each thread computes from the parameters, for dense tensors of any layout: one read of each
+// input, one write of each output. docs/kernels.md, "Affine kernels".
 #pragma once
 
 #include "channel_affine_totals.cuh"
@@ -8,7 +8,8 @@
 namespace ueo_fast::cuda {
 
 // Values of three kinds and two sums for each of 8 elements: 40 numbers, for which 64 registers are
-// too few. With 128 half as many threads have twice as much under way (kAffineBatch).
+// too few. 128 halve the threads, so a multiprocessor has 32 KiB in flight, which still covers memory's
+// latency on an H100.
 template <class T, bool kOneChannel, bool kSums>
 inline constexpr bool kIsWide = sizeof(T) == 8 || (kSums && kNumbers<T, kOneChannel> == 8);
 template <bool kWide>
@@ -32,7 +33,7 @@ __launch_bounds__(tuning::kAffineThreads, (kAffineResident<kIsWide<T, kOneChanne
     channel_affine(AffineForwardArguments<T> args) {
   using A = ComputeType<T>;
   constexpr int kOwn = kNumbers<T, kOneChannel>;
-  // Beside 16 numbers there are no registers for two tensors of two slots.
+  // With 16 numbers in registers, two slots of two tensors do not fit.
   constexpr int kBatch = kOwn == 8 && kResidual ? 1 : tuning::kAffineBatch;
   const AffinePlan& plan = args.plan;
   SlotWalk<T> walk(plan);

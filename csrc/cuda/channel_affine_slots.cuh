@@ -60,8 +60,12 @@ struct Source {
 
   // Elements beyond the end are 0.
   __device__ __forceinline__ Slot<T> load(int64_t slot, int64_t elements) const {
+    Slot<T> value;
     const T* from = data + slot * kPerSlot<T>;
-    if (slot < whole) return load_whole(from);
+    if (slot < whole) {
+      load_whole(value, from);
+      return value;
+    }
     using Bits = typename SlotBits<T>::Bits;
     SlotBits<T> bits;
 #pragma unroll 1
@@ -69,7 +73,6 @@ struct Source {
       const bool within = slot * kPerSlot<T> + k < elements;
       bits.push(within ? reinterpret_cast<const Bits*>(from)[k] : Bits(0));
     }
-    Slot<T> value;
     memcpy(&value, bits.halves, 16);
     return value;
   }

@@ -109,7 +109,7 @@ __device__ __forceinline__ void store_number(const ChannelNumbers<void*>& number
   static_cast<A*>(numbers.data)[channel] = static_cast<A>(value);
 }
 
-// The gradients by bias, from the first sum, and by weight, from the second.
+// The gradients of the bias, from the first sum, and of the weight, from the second.
 template <class T>
 UEO_FAST_KERNEL __launch_bounds__(tuning::kTotalsThreads)
     channel_affine_totals(AffinePlan plan, ChannelTerms terms, int per_block,

@@ -129,7 +129,7 @@ struct HeldRows {
     }
     next += step;
   }
-  // The same where the first or the last slot of the matrix may be nobody's memory.
+  // The same where the matrix's first or last slot may extend outside the allocation.
   __device__ __forceinline__ void fetch_readable(unsigned row) {
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {

@@ -1,8 +1,9 @@
-// Every tuning number of the CUDA kernels, each with its reason, and the arithmetic that turns a
-// shape and a device into launches. Plain C++: tests run it for devices that they make up.
+// Tuning numbers of the loss's kernels, each with its reason; affine_launch.h has those of the affine
+// kernels. Also the arithmetic that turns a shape and a device into launches. Plain C++: tests run it
+// for invented devices.
 //
-// Those of the loss's kernels for rows in registers were measured on a GPU (docs/performance.md, "What
-// was tried"); the others follow from the counting given beside them.
+// The numbers of the kernels for rows in registers were measured on a GPU (docs/performance.md, "What
+// was tried"); the others follow from the calculations given with them.
 #pragma once
 
 #include <algorithm>
@@ -22,12 +23,12 @@ inline constexpr int kMaxStackBytes = 0;
 // All shared memory is dynamic and part of the plan below.
 inline constexpr int kMaxStaticSharedBytes = 0;
 
-// Instructions per row, by all warps that work on it, of the loop over rows of the plain kernels, as
-// nvcc 13.0 compiles it for sm_90. The aim was a prototype's count and a tenth: 317, 229, 674, 592 for
-// the statistics in the order below, 367, 319, 955, 842 for the gradient. The gradients keep to it. The
-// statistics' loop also has what is done once per 16 or 32 rows, and for rows that stick out of aligned
-// memory: it is longer than what a row executes (240, 176, 477 and 463, counted by an H200 for the
-// whole kernel). Unless the aim is less, a budget is the count and a twentieth.
+// Instruction budgets per row, over all warps that work on it, for the row loops of the plain kernels
+// (nvcc 13.0, sm_90). The target was 110% of a prototype's count: 317, 229, 674 and 592 for the
+// statistics in the order below, 367, 319, 955 and 842 for the gradient. The gradients meet it. The
+// statistics loop also contains code that runs once per 16 or 32 rows, or only for rows at unaligned
+// ends, so its length exceeds the instructions executed per row (docs/performance.md, counters). A
+// budget is 105% of the count, or the target if that is lower.
 struct LoopBudget {
   const char* kernel;
   const char* storage;
@@ -82,9 +83,9 @@ inline constexpr int kRowsPerSum = 128;
 inline constexpr int kRegisterThreads = 256;
 inline constexpr int kSharedRowThreads = 1024;
 
-// Adjacent columns that a thread of the marginal kernel adds up over the blocks' sums: 16 bytes of
-// floats. Up to so many of these per thread one block of the most threads does it alone, which saves a
-// wait for the others; above, tiles of columns are as wide as gives each multiprocessor one.
+// Adjacent columns per thread of the marginal kernel: 16 bytes of floats. If a single block of
+// kMarginalThreads would have at most kPiecesAlone such pieces per thread, it works alone and waits
+// for no other block. Otherwise tiles are sized to give each multiprocessor one.
 inline constexpr int kPieceColumns = 4;
 inline constexpr int kPiecesAlone = 8;
 inline constexpr int kMarginalThreads = 1024;
@@ -96,8 +97,8 @@ inline constexpr int64_t kScanRows = 4096;
 inline constexpr int kScanThreads = 1024;
 inline constexpr int kMostScanBlocks = 64;
 
-// Part of the L2 beyond which a gradient is stored past it: it would evict logits that are still
-// to be read, and be evicted before anybody reads it.
+// Part of the L2 beyond which a gradient is stored past it: it would evict logits still to
+// be read, and be evicted before it is read.
 inline constexpr double kStreamShareOfL2 = 0.5;
 
 // What the system keeps of a multiprocessor's shared memory for each block.
@@ -300,7 +301,7 @@ struct RegisterPlan {
 
 inline constexpr int64_t kBlockTotalsBytes = 32;  // of a block's rows
 inline constexpr int64_t kEdgesBytes = 64;        // held_rows.cuh, Edges
-// of a block's teams, of 8 lanes at least
+// Of a block's teams, of 8 lanes at least.
 inline constexpr int64_t kTeamTotalsBytes = tuning::kRegisterThreads / 8 * 3 * 8;
 
 template <int kElementBytes>

@@ -100,7 +100,7 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
       for (int k = 0; k < kPerSlot<T>; ++k) {
         out.x[k] = to_storage<T>(multiply_add((x[k] - mean) * rstd, w[k], b[k]));
       }
-      store_slot(row.frame, slot, out, args.out + index * args.x.columns, false);
+      store_in_row(row.frame, slot, out, args.out + index * args.x.columns);
     }
   }
 }
@@ -227,7 +227,7 @@ __launch_bounds__((kBlockThreads<T, kBlock>), (kNormGradientBlocks<T, kBlock, kS
         for (int k = 0; k < kPerSlot<T>; ++k) {
           out.x[k] = to_storage<T>(rstd * (g[k] * w[k] - means[0] - n[k] * means[1]));
         }
-        store_slot(row.frame, slot, out, args.grad_x + index * args.x.columns, false);
+        store_in_row(row.frame, slot, out, args.grad_x + index * args.x.columns);
       }
       if constexpr (kSums) {
         columns.add(sums + set, slot, A(1), g);

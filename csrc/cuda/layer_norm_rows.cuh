@@ -43,7 +43,7 @@ struct NormCache {
                                        A (&out)[kPerSlot<T>]) const {
     Slot<T> value;
     if (slot < row_cache.cached) {
-      value = load_whole(row_cache.cache[slot].x);
+      load_whole(value, &row_cache.cache[slot]);
     } else {
       value = load(row, slot);
     }
@@ -85,6 +85,22 @@ struct NormValues {
     for (int k = 0; k < kPerSlot<T>; ++k) out[k] = of_column(frame, frame.column(slot, k));
   }
 };
+
+// A slot of a row whose tensor is contiguous: in one piece where it is whole and aligned. store_slot
+// (ueo_loss_columns.cuh) does the same, but compiles to other code here.
+template <class T>
+__device__ __forceinline__ void store_in_row(const Frame<T>& frame, int slot, const Slot<T>& value,
+                                             T* row) {
+  T* address = row + frame.column(slot, 0);
+  if (frame.is_whole(slot) && reinterpret_cast<uintptr_t>(address) % 16 == 0) {
+    store_whole(address, value);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kPerSlot<T>; ++k) {
+    if (frame.has(frame.column(slot, k))) address[k] = value.x[k];
+  }
+}
 
 __device__ __forceinline__ float reciprocal_root(float x) { return 1 / sqrtf(x); }
 __device__ __forceinline__ double reciprocal_root(double x) { return 1 / sqrt(x); }

@@ -25,7 +25,7 @@ __device__ __forceinline__ T minus_infinity() {
 }
 
 // A plain assignment may end up as four stores: the compiler merges it with those, element by
-// element, of the branch beside it.
+// element, of the adjacent branch.
 template <class T>
 __device__ __forceinline__ void store_whole(T* to, const Slot<T>& value) {
   uint4 bits;
@@ -47,12 +47,11 @@ __device__ __forceinline__ void store_whole(T* to, const Slot<T>& value, bool st
   }
 }
 
+// Into a slot of the caller's: returned by value, halves would be moved one by one.
 template <class T>
-__device__ __forceinline__ Slot<T> load_whole(const T* from) {
-  Slot<T> value;
-  const uint4 bits = *reinterpret_cast<const uint4*>(from);
+__device__ __forceinline__ void load_whole(Slot<T>& value, const void* from) {
+  const uint4 bits = *static_cast<const uint4*>(from);
   memcpy(&value, &bits, 16);
-  return value;
 }
 
 // Where the columns of a row lie in its slots: column c is element (shift + c) % kPerSlot of slot
@@ -88,8 +87,8 @@ struct Matrix {
   int columns;
   bool sticks_out;  // starts or ends within a slot
 
-  // A slot at either end of a row holds elements of its neighbours; at either end of the matrix it
-  // may hold memory of nobody.
+  // A slot at either end of a row holds its neighbours' elements; at either end of the matrix it may be
+  // outside the allocation.
   __device__ __forceinline__ bool is_readable(const T* slot) const {
     return slot >= data && slot + kPerSlot<T> <= end;
   }
@@ -123,7 +122,7 @@ struct Row {
     Slot<T> value;
     const T* from = address(slot);
     if (matrix.is_readable(from)) {
-      value = load_whole(from);
+      load_whole(value, from);
     } else {
 #pragma unroll
       for (int k = 0; k < kPerSlot<T>; ++k) {
@@ -210,7 +209,7 @@ struct CachedRow {
     for (int slot = team.rank; slot < row.frame.slots; slot += team.size) {
       Slot<T> value;
       if (slot < cached) {
-        value = load_whole(cache[slot].x);
+        load_whole(value, &cache[slot]);
       } else {
         value = row.load(slot);
       }

@@ -154,12 +154,6 @@ __device__ __forceinline__ void store_slot(const Frame<T>& frame, int slot, cons
     if (frame.has(frame.column(slot, k))) address[k] = value.x[k];
   }
 }
-template <class T>
-__device__ __forceinline__ void store_slot(const Frame<T>& frame, int slot, const Slot<T>& value,
-                                           T* row, bool stream) {
-  const bool aligned = reinterpret_cast<uintptr_t>(row - frame.shift) % 16 == 0;
-  store_slot(frame, slot, value, row, aligned, stream);
-}
 
 // Step 8 of one slot.
 template <class A, class T>
@@ -174,7 +168,8 @@ __device__ __forceinline__ void store_gradient(const Frame<T>& frame, int slot, 
   for (int k = 0; k < kPerSlot<T>; ++k) {
     out.x[k] = to_storage<T>(gradient(to_compute(z.x[k]), logs[k], log_q.eps));
   }
-  store_slot(frame, slot, out, grad_row, stream);
+  store_slot(frame, slot, out, grad_row,
+             reinterpret_cast<uintptr_t>(grad_row - frame.shift) % 16 == 0, stream);
 }
 
 }  // namespace ueo_fast::cuda

@@ -42,7 +42,7 @@ void with_slots(bool many, F&& f) {
   }
 }
 
-// Without what most do without: kernels of their own leave it out.
+// No option beyond the trade-off: this common case has specialised kernels.
 inline bool is_plain(const ForwardCall& call) {
   return call.options.confidence_scale == 1 && call.options.eps == 0 &&
          call.confidence == nullptr && call.marginal_weights == nullptr;
@@ -59,7 +59,8 @@ struct WorkspaceMemory {
   }
 };
 
-// Ranges of parts of the given weights, if they are so many that a launch of its own finds them.
+// Finds the ranges of parts of the given weights in a separate launch, if there are many; returns the
+// number of parts.
 template <class A, class Launcher>
 int scan_parts(Launcher& launcher, const Weights<A>& weights, int64_t rows, WeightRange* parts) {
   const bool given = weights.confidence != nullptr || weights.marginal_weights != nullptr;

@@ -3,8 +3,8 @@
 // and blocks come is shuffled, differently at every launch, from a seed.
 //
 // Barriers are happens-before edges for ThreadSanitizer between exactly the threads that meet, one
-// meeting at a time; shuffles are none, as in CUDA. A wait that cannot end is found at once (nobody
-// can run) and is an exception; a kernel that spins on memory would hang.
+// meeting at a time; shuffles are none, as in CUDA. A wait that cannot end is found at once (no
+// thread can run) and is an exception; a kernel that spins on memory would hang.
 #pragma once
 
 #include <cstddef>
