@@ -45,8 +45,7 @@ inline std::optional<Tensor> channel_values(const Tensor& x, const ChannelLayout
       "ueo_fast: ", name,
       " must have the compute dtype of x (float64 for float64, else float32), or that of x");
   check_memory(*values, name);
-  const bool adjacent = values->stride(0) == 1 || layout.channels <= 1;
-  return adjacent ? values : torch::stable::contiguous(*values);
+  return values->is_contiguous() ? values : torch::stable::contiguous(*values);
 }
 
 // What the kernels take per channel, with its memory.
@@ -65,7 +64,7 @@ struct ChannelTensors {
         var(channel_values(x, layout, any_var, "var")) {}
 };
 
-// An uninitialised gradient by `values`, or (0,) where it is not needed.
+// An uninitialised gradient of `values`, or (0,) where it is not needed.
 inline Tensor channel_gradient(const Tensor& x, const ChannelLayout& layout,
                                const std::optional<Tensor>& values, bool needed,
                                const char* name) {

@@ -116,8 +116,8 @@ def test_writing_beyond_shared_memory(samples, size):
     [
         ("divergent_block", r"1 thread finished \(first: 40\).* 63 threads .*__syncthreads|"
                             r"63 threads in __syncthreads \(first: 0\) 1 thread finished"),
-        ("divergent_warp", "31 threads in __syncwarp"),
-        ("crossed_barriers", "10 threads in __syncwarp"),
+        ("divergent_warp", "31 threads in __shfl_xor_sync"),
+        ("crossed_meetings", "10 threads in __shfl_sync"),
         ("crossed_shuffles", "while other lanes of its mask are in __shfl"),
         ("shuffle_outside_of_the_mask", "from a lane that does not take part"),
     ],
@@ -149,7 +149,7 @@ def test_messages_name_the_kernel(samples):
 
 PLANTED = {
     1: ("no barrier of the block", "block_sum"),
-    2: ("no barrier of the warp", "rotate_warps"),
+    2: ("a shuffle in place of a barrier", "rotate_warps"),
     3: ("no fence before the mark", "sum_of_blocks"),
     4: ("no barrier after a copy", "copy_and_rotate"),
     5: ("blocks write the same element", "block_sum"),

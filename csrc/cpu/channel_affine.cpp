@@ -50,7 +50,7 @@ struct Computed {
                    computed<A>(x, channel.var, copies[3]), static_cast<A>(eps)} {}
 };
 
-// A gradient by a parameter where the driver computes it: in place or, of another dtype, before a
+// A parameter gradient where the driver computes it: in place or, of another dtype, before a
 // conversion.
 template <class A>
 struct Gradient {

@@ -124,8 +124,8 @@ std::vector<double> add_blocks(const std::vector<A>& parts, const Blocks& blocks
   return totals;
 }
 
-// What becomes of the parameters, by channel. Forward and backward call the same function, so that
-// the mask is found again to the bit.
+// Per-channel numbers derived from the parameters. Forward and backward call the same function, so
+// the recomputed mask agrees to the bit.
 template <class A>
 struct Modulation {
   std::vector<A> rstd;
@@ -136,20 +136,20 @@ struct Modulation {
 
 template <class A>
 [[gnu::noinline]] Modulation<A> modulation(const ChannelParameters<A>& p, int64_t channels) {
-  const auto numbers = [channels](const A* values, A otherwise) {
+  const auto values_or = [channels](const A* values, A otherwise) {
     return values ? std::vector<A>(values, values + channels) : std::vector<A>(channels, otherwise);
   };
-  Modulation<A> of{std::vector<A>(channels, 1), numbers(p.weight, 1), numbers(p.bias, 0),
-                   numbers(p.mean, 0)};
+  Modulation<A> numbers{std::vector<A>(channels, 1), values_or(p.weight, 1), values_or(p.bias, 0),
+                        values_or(p.mean, 0)};
   for (int64_t c = 0; p.var && c < channels; ++c) {
-    of.rstd[c] = 1 / std::sqrt(p.var[c] + p.eps);
-    of.scale[c] *= of.rstd[c];
+    numbers.rstd[c] = 1 / std::sqrt(p.var[c] + p.eps);
+    numbers.scale[c] *= numbers.rstd[c];
   }
   // Rounded once, as on a GPU. Without a mean an infinite scale must not meet 0.
   for (int64_t c = 0; p.mean && c < channels; ++c) {
-    of.shift[c] = std::fma(-of.mean[c], of.scale[c], of.shift[c]);
+    numbers.shift[c] = std::fma(-numbers.mean[c], numbers.scale[c], numbers.shift[c]);
   }
-  return of;
+  return numbers;
 }
 
 }  // namespace
@@ -158,17 +158,18 @@ template <class A>
 void affine_forward(const AffineLoops<A>& loops, const ChannelLayout& layout, AffineForward<A> args,
                     const ChannelParameters<A>& parameters, const ParallelFor& parallel_for) {
   args.elements = layout.elements();
-  const Modulation<A> of = modulation(parameters, layout.channels);
+  const Modulation<A> numbers = modulation(parameters, layout.channels);
   if (has_long_runs(layout)) {
     const Chunks chunks{args.elements, layout.inner};
-    args.parameters = {of.scale.data(), of.shift.data(), nullptr, layout.inner, layout.channels};
+    args.parameters = {numbers.scale.data(), numbers.shift.data(), nullptr, layout.inner,
+                       layout.channels};
     return parallel_for(chunks.count(), [&](int64_t first, int64_t last) {
       loops.forward_runs(args, chunks.begin(first), chunks.end(last - 1));
     });
   }
   const Blocks blocks(layout);
-  const std::vector<A> scales = spread(of.scale, layout, blocks.columns);
-  const std::vector<A> shifts = spread(of.shift, layout, blocks.columns);
+  const std::vector<A> scales = spread(numbers.scale, layout, blocks.columns);
+  const std::vector<A> shifts = spread(numbers.shift, layout, blocks.columns);
   args.parameters = {scales.data(), shifts.data(), nullptr, blocks.columns, layout.channels};
   parallel_for(blocks.count(), [&](int64_t first, int64_t last) {
     for (int64_t unit = first; unit < last; ++unit) loops.forward_columns(args, blocks[unit]);
@@ -180,13 +181,13 @@ void affine_backward(const AffineLoops<A>& loops, const ChannelLayout& layout,
                      AffineBackward<A> args, const ChannelParameters<A>& parameters,
                      A* grad_weight, A* grad_bias, const ParallelFor& parallel_for) {
   args.elements = layout.elements();
-  const Modulation<A> of = modulation(parameters, layout.channels);
+  const Modulation<A> numbers = modulation(parameters, layout.channels);
   const bool sums = grad_weight || grad_bias;
   std::vector<double> totals;  // of g, then of g (x - mean)
   if (has_long_runs(layout)) {
     const Chunks chunks{args.elements, layout.inner};
-    args.parameters = {of.scale.data(), of.shift.data(), of.mean.data(), layout.inner,
-                       layout.channels};
+    args.parameters = {numbers.scale.data(), numbers.shift.data(), numbers.mean.data(),
+                       layout.inner, layout.channels};
     std::vector<A> slots(sums ? 2 * chunks.slots() : 0);
     parallel_for(chunks.count(), [&](int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -199,9 +200,9 @@ void affine_backward(const AffineLoops<A>& loops, const ChannelLayout& layout,
     if (sums) totals = add_slots(slots, chunks, layout);
   } else {
     const Blocks blocks(layout);
-    const std::vector<A> scales = spread(of.scale, layout, blocks.columns);
-    const std::vector<A> shifts = spread(of.shift, layout, blocks.columns);
-    const std::vector<A> means = spread(of.mean, layout, blocks.columns);
+    const std::vector<A> scales = spread(numbers.scale, layout, blocks.columns);
+    const std::vector<A> shifts = spread(numbers.shift, layout, blocks.columns);
+    const std::vector<A> means = spread(numbers.mean, layout, blocks.columns);
     args.parameters = {scales.data(), shifts.data(), means.data(), blocks.columns,
                        layout.channels};
     std::vector<A> parts(sums ? blocks.row_blocks() * 2 * blocks.columns : 0);
@@ -216,7 +217,7 @@ void affine_backward(const AffineLoops<A>& loops, const ChannelLayout& layout,
   const int64_t channels = layout.channels;
   if (grad_bias) std::copy_n(totals.begin(), channels, grad_bias);
   for (int64_t c = 0; grad_weight && c < channels; ++c) {
-    grad_weight[c] = static_cast<A>(totals[channels + c] * of.rstd[c]);
+    grad_weight[c] = static_cast<A>(totals[channels + c] * numbers.rstd[c]);
   }
 }
 

@@ -101,8 +101,8 @@ struct RowReader {
     }
   }
 
-  // The same tile of a later row. (Behind the last row it is nobody's memory: a prefetch of that
-  // is ignored.)
+  // The same tile of a later row. (After the last row the address may be invalid; such prefetches are
+  // ignored.)
   Ahead ahead(const Tile& tile) const {
     const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(S));
     const int64_t rows_ahead = 1 + kPrefetchBytes / row_bytes;

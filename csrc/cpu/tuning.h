@@ -6,7 +6,7 @@
 
 namespace ueo_fast::cpu::tuning {
 
-// Columns handled by one call of an inner loop. Two tiles of float32 stay in a 32 KiB L1 beside
+// Columns handled by one call of an inner loop. Two tiles of float32 stay in a 32 KiB L1 with
 // the column sums; sums are float inside a tile and double across tiles, which keeps the error of
 // a 50,000-column row at that of a 1,024-column one.
 inline constexpr int64_t kTileColumns = 1024;
@@ -35,7 +35,7 @@ inline constexpr int64_t kTargetBlocks = 64;
 inline constexpr int64_t kSerialElements = 16384;
 
 // Bytes of gradient from which stores go past the cache: at this size the lines would be evicted
-// before anybody reads them, and a cached store first reads the line that it overwrites.
+// before they are read, and a cached store first reads the line that it overwrites.
 inline constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 // ---- channel_affine ----

@@ -92,9 +92,9 @@ std::tuple<Tensor, Tensor, Tensor> ueo_loss_and_grad(const Tensor& any_logits,
   const Tensor logits = with_adjacent_columns(any_logits);
   const auto [loss, saved] =
       ueo_loss_forward(logits, confidence, marginal_weights, trade_off, confidence_scale, eps);
-  Tensor grad = storage_of(logits) == Storage::kDouble
-                    ? gradient<double>(1, logits, saved, trade_off, eps)
-                    : gradient<float>(1, logits, saved, trade_off, eps);
+  Tensor grad = with_compute_type(storage_of(logits), [&, &saved = saved](auto type) {
+    return gradient<decltype(type)>(1, logits, saved, trade_off, eps);
+  });
   return {loss, saved, grad};
 }
 

@@ -1,7 +1,7 @@
 // Tuning numbers of the affine kernels (channel_affine, layer_norm), each with its reason, and the
 // arithmetic that turns a shape and a device into launches. Plain C++, as launch.h, whose budgets
-// hold here as well. The numbers follow from the counting given beside them; on a GPU they were measured
-// (docs/performance.md), not yet tuned.
+// hold here as well. The numbers follow from the calculations given with them; they were measured on a
+// GPU (docs/performance.md), but not tuned yet.
 #pragma once
 
 #include <numeric>
@@ -17,8 +17,8 @@ namespace tuning {
 inline constexpr int kAffineThreads = 256;
 // Slots of each tensor that a thread has under way at once: two tensors of two slots by 1,024
 // threads are 64 KiB per multiprocessor, twice what memory's latency hides behind on an H100 (3
-// TB/s times a microsecond over 132 multiprocessors); four would not fit into 64 registers beside
-// the sums.
+// TB/s times a microsecond over 132 multiprocessors); four would not fit into 64 registers
+// together with the sums.
 inline constexpr int kAffineBatch = 2;
 // A period of few tiles is cut into as many blocks as the GPU holds at once: a thread finds its
 // place and its channels' numbers in some 300 to 700 instructions, where a slot takes some 100
@@ -178,10 +178,8 @@ inline RowPlan plan_norm(const Device& device, const RowShape& row, int64_t rows
   const int resident =
       std::max(1, std::min({by_shared, device.threads_per_multiprocessor / plan.grid.threads,
                             65536 / (registers * plan.grid.threads)}));
-  const int64_t most = std::min<int64_t>(int64_t{resident} * device.multiprocessors,
-                                         divide_up(rows, plan.teams));
-  plan.grid.blocks = static_cast<int>(
-      std::max<int64_t>(row.per_slot, most / row.per_slot * row.per_slot));
+  plan.grid.blocks =
+      blocks_for(row, int64_t{resident} * device.multiprocessors, divide_up(rows, plan.teams));
   plan.steps = divide_up(rows, int64_t{plan.grid.blocks} * plan.teams);
   return plan;
 }

@@ -1,6 +1,6 @@
-// out = relu?(x scale + shift (+ residual)) and its gradients, scale and shift per channel, which
-// the threads find themselves, for dense tensors of any layout: one read of each input, one write
-// of each output. docs/kernels.md, "Affine kernels".
+// out = relu?(x scale + shift (+ residual)) and its gradients, with a scale and a shift per channel
+// that each thread computes from the parameters, for dense tensors of any layout: one read of each
+// input, one write of each output. docs/kernels.md, "Affine kernels".
 #pragma once
 
 #include "channel_affine_totals.cuh"
@@ -8,7 +8,8 @@
 namespace ueo_fast::cuda {
 
 // Values of three kinds and two sums for each of 8 elements: 40 numbers, for which 64 registers are
-// too few. With 128 half as many threads have twice as much under way (kAffineBatch).
+// too few. 128 halve the threads, so a multiprocessor has 32 KiB in flight, which still covers memory's
+// latency on an H100.
 template <class T, bool kOneChannel, bool kSums>
 inline constexpr bool kIsWide = sizeof(T) == 8 || (kSums && kNumbers<T, kOneChannel> == 8);
 template <bool kWide>
@@ -32,7 +33,7 @@ __launch_bounds__(tuning::kAffineThreads, (kAffineResident<kIsWide<T, kOneChanne
     channel_affine(AffineForwardArguments<T> args) {
   using A = ComputeType<T>;
   constexpr int kOwn = kNumbers<T, kOneChannel>;
-  // Beside 16 numbers there are no registers for two tensors of two slots.
+  // With 16 numbers in registers, two slots of two tensors do not fit.
   constexpr int kBatch = kOwn == 8 && kResidual ? 1 : tuning::kAffineBatch;
   const AffinePlan& plan = args.plan;
   SlotWalk<T> walk(plan);
@@ -41,10 +42,11 @@ __launch_bounds__(tuning::kAffineThreads, (kAffineResident<kIsWide<T, kOneChanne
   Numbers<A, kOwn> shift;
   if (walk.slot < walk.end) {
     const int64_t first = walk.in_period * kPerSlot<T>;
-    for_each_element<T, kOwn>(plan, first, args.parameters, [&](int k, const Modulation<A>& of) {
-      scale[k] = of.scale;
-      shift[k] = of.shift;
-    });
+    const auto keep = [&](int k, const Modulation<A>& numbers) {
+      scale[k] = numbers.scale;
+      shift[k] = numbers.shift;
+    };
+    for_each_element<T, kOwn>(plan, first, args.parameters, keep);
   }
 #pragma unroll 1
   for (int left = plan.steps; left > 0; left -= kBatch) {
@@ -115,11 +117,12 @@ __launch_bounds__(tuning::kAffineThreads, (kAffineResident<kIsWide<T, kOneChanne
   Numbers<A, kOwn> mean;
   if (walk.slot < walk.end) {
     const int64_t first = walk.in_period * kPerSlot<T>;
-    for_each_element<T, kOwn>(plan, first, args.parameters, [&](int k, const Modulation<A>& of) {
-      scale[k] = of.scale;
-      shift[k] = of.shift;
-      if constexpr (kSums) mean[k] = of.mean;
-    });
+    const auto keep = [&](int k, const Modulation<A>& numbers) {
+      scale[k] = numbers.scale;
+      shift[k] = numbers.shift;
+      if constexpr (kSums) mean[k] = numbers.mean;
+    };
+    for_each_element<T, kOwn>(plan, first, args.parameters, keep);
   }
   Numbers<A, kOwn> sums[2];
   const bool reads_x = kSums || args.passing == Passing::kByX;

@@ -37,7 +37,7 @@ struct AffineForwardCall {
 struct AffineBackwardCall {
   ChannelLayout layout;
   const void* grad_out;
-  const void* x;         // null where neither the mask nor a gradient by a parameter needs it
+  const void* x;         // null where neither the mask nor a parameter gradient needs it
   ChannelParameters parameters;
   const void* bits;      // null: the mask is recomputed from x
   bool relu;
@@ -45,12 +45,8 @@ struct AffineBackwardCall {
   ChannelNumbers<void*> grad_weight;
   ChannelNumbers<void*> grad_bias;
   void* grad_residual;
-  void* workspace;       // affine_backward_workspace() bytes; with a gradient by a parameter
+  void* workspace;       // affine_backward_workspace() bytes; with a parameter gradient
 };
-
-inline int bytes_of(Storage storage) {
-  return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2;
-}
 
 inline int64_t affine_backward_workspace(const Device& device, const ChannelLayout& layout,
                                          Storage storage) {

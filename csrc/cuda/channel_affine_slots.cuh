@@ -63,8 +63,7 @@ struct Source {
     Slot<T> value;
     const T* from = data + slot * kPerSlot<T>;
     if (slot < whole) {
-      const uint4 bits = *reinterpret_cast<const uint4*>(from);
-      memcpy(&value, &bits, 16);
+      load_whole(value, from);
       return value;
     }
     using Bits = typename SlotBits<T>::Bits;
@@ -147,8 +146,8 @@ __device__ __forceinline__ ComputeType<T> number_of(const ChannelNumbers<const v
 
 // 1 / sqrt(var + eps), or 1 without a variance.
 template <class T>
-__device__ __forceinline__ ComputeType<T> deviation_inverse(const ChannelParameters& parameters,
-                                                            int channel) {
+__device__ __forceinline__ ComputeType<T> reciprocal_deviation(
+    const ChannelParameters& parameters, int channel) {
   using A = ComputeType<T>;
   if (parameters.var.data == nullptr) return 1;
   const A var = number_of<T>(parameters.var, channel, 0);
@@ -167,14 +166,16 @@ struct Modulation {
 template <class T>
 __device__ __forceinline__ Modulation<ComputeType<T>> modulation(
     const ChannelParameters& parameters, int channel) {
-  Modulation<ComputeType<T>> of;
-  of.mean = number_of<T>(parameters.mean, channel, 0);
-  of.scale =
-      number_of<T>(parameters.weight, channel, 1) * deviation_inverse<T>(parameters, channel);
-  of.shift = number_of<T>(parameters.bias, channel, 0);
+  Modulation<ComputeType<T>> numbers;
+  numbers.mean = number_of<T>(parameters.mean, channel, 0);
+  numbers.scale =
+      number_of<T>(parameters.weight, channel, 1) * reciprocal_deviation<T>(parameters, channel);
+  numbers.shift = number_of<T>(parameters.bias, channel, 0);
   // Without a mean an infinite scale must not meet 0.
-  if (parameters.mean.data != nullptr) of.shift = multiply_add(-of.mean, of.scale, of.shift);
-  return of;
+  if (parameters.mean.data != nullptr) {
+    numbers.shift = multiply_add(-numbers.mean, numbers.scale, numbers.shift);
+  }
+  return numbers;
 }
 
 // f(k, numbers), with those of its channel, for the n elements of the period from `first` on.
@@ -184,14 +185,14 @@ __device__ __forceinline__ void for_each_element(const AffinePlan& plan, int64_t
   const int64_t run = quotient(first, plan.inner);
   const int channels = static_cast<int>(plan.channels.by);
   int channel = static_cast<int>(run - quotient(run, plan.channels) * channels);
-  const auto go_on = [&] { channel = channel + 1 == channels ? 0 : channel + 1; };
+  const auto next_channel = [&] { channel = channel + 1 == channels ? 0 : channel + 1; };
   // Elements until the next channel; no slot has more than 8.
   const int64_t until = plan.inner.by - (first - run * plan.inner.by);
   int left = until < 8 ? static_cast<int>(until) : 8;
   const Modulation<ComputeType<T>> here = modulation<T>(parameters, channel);
   if constexpr (n == 1) return f(0, here);
   if (plan.inner.by >= n) {  // at most two channels: no third set of numbers is looked up
-    go_on();
+    next_channel();
     const Modulation<ComputeType<T>> next = modulation<T>(parameters, channel);
 #pragma unroll
     for (int k = 0; k < n; ++k) f(k, k < left ? here : next);
@@ -203,7 +204,7 @@ __device__ __forceinline__ void for_each_element(const AffinePlan& plan, int64_t
     f(k, k == 0 ? here : modulation<T>(parameters, channel));
     if (--left == 0) {
       left = length;
-      go_on();
+      next_channel();
     }
   }
 }

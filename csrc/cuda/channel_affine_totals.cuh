@@ -109,7 +109,7 @@ __device__ __forceinline__ void store_number(const ChannelNumbers<void*>& number
   static_cast<A*>(numbers.data)[channel] = static_cast<A>(value);
 }
 
-// The gradients by bias, from the first sum, and by weight, from the second.
+// The gradients of the bias, from the first sum, and of the weight, from the second.
 template <class T>
 UEO_FAST_KERNEL __launch_bounds__(tuning::kTotalsThreads)
     channel_affine_totals(AffinePlan plan, ChannelTerms terms, int per_block,
@@ -136,7 +136,7 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kTotalsThreads)
     const int at = static_cast<int>(column);
     if (at < channels) return store_number<T>(grad_bias, at, sum);
     const int channel = at - channels;
-    store_number<T>(grad_weight, channel, sum * deviation_inverse<T>(parameters, channel));
+    store_number<T>(grad_weight, channel, sum * reciprocal_deviation<T>(parameters, channel));
   };
   add_terms(2 * plan.channels.by, terms.count, per_block, term, store);
 }

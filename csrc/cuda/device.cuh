@@ -38,8 +38,8 @@ __device__ __forceinline__ void copies_wait() {
   __pipeline_wait_prior(0);
 }
 
-// Leaves the slot alone if it is not wanted (the compiler would load into other registers and move),
-// and the L1 to others: nobody reads it again.
+// Keeps the slot's registers if not wanted (a branch would make the compiler load elsewhere and move),
+// and bypasses the L1: the data is read once.
 __device__ __forceinline__ void load_slot_if(bool wanted, uint4& slot, const uint4* global) {
   asm volatile(
       "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"

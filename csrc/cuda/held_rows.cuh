@@ -20,6 +20,7 @@ struct Edges {
   uint4 start;       // the first slot of the matrix, where it sticks out of it,
   uint4 end;         // and the last
 };
+static_assert(sizeof(Edges) == kEdgesBytes);
 
 // The larger of two pairs of half elements; a number beats NaN, as in larger().
 template <class T>
@@ -128,7 +129,7 @@ struct HeldRows {
     }
     next += step;
   }
-  // The same where the first or the last slot of the matrix may be nobody's memory.
+  // The same where the matrix's first or last slot may extend outside the allocation.
   __device__ __forceinline__ void fetch_readable(unsigned row) {
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
@@ -218,12 +219,8 @@ struct HeldRows {
         for (int k = 0; k < kPerSlot<T>; ++k) {
           if ((i > 0 || k >= from) && k < upto) address[k] = out.x[k];
         }
-      } else if (stream) {
-        uint4 bits;
-        memcpy(&bits, &out, 16);
-        store_streaming(reinterpret_cast<uint4*>(address), bits);
       } else {
-        store_whole(address, out);
+        store_whole(address, out, stream);
       }
     }
   }

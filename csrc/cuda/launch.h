@@ -1,8 +1,9 @@
-// Every tuning number of the CUDA kernels, each with its reason, and the arithmetic that turns a
-// shape and a device into launches. Plain C++: tests run it for devices that they make up.
+// Tuning numbers of the loss's kernels, each with its reason; affine_launch.h has those of the affine
+// kernels. Also the arithmetic that turns a shape and a device into launches. Plain C++: tests run it
+// for invented devices.
 //
-// Those of the loss's kernels for rows in registers were measured on a GPU (docs/performance.md, "What
-// was tried"); the others follow from the counting given beside them.
+// The numbers of the kernels for rows in registers were measured on a GPU (docs/performance.md, "What
+// was tried"); the others follow from the calculations given with them.
 #pragma once
 
 #include <algorithm>
@@ -22,12 +23,12 @@ inline constexpr int kMaxStackBytes = 0;
 // All shared memory is dynamic and part of the plan below.
 inline constexpr int kMaxStaticSharedBytes = 0;
 
-// Instructions per row, by all warps that work on it, of the loop over rows of the plain kernels, as
-// nvcc 13.0 compiles it for sm_90. The aim was a prototype's count and a tenth: 317, 229, 674, 592 for
-// the statistics in the order below, 367, 319, 955, 842 for the gradient. The gradients keep to it. The
-// statistics' loop also has what is done once per 16 or 32 rows, and for rows that stick out of aligned
-// memory: it is longer than what a row executes (240, 176, 477 and 463, counted by an H200 for the
-// whole kernel). Unless the aim is less, a budget is the count and a twentieth.
+// Instruction budgets per row, over all warps that work on it, for the row loops of the plain kernels
+// (nvcc 13.0, sm_90). The target was 110% of a prototype's count: 317, 229, 674 and 592 for the
+// statistics in the order below, 367, 319, 955 and 842 for the gradient. The gradients meet it. The
+// statistics loop also contains code that runs once per 16 or 32 rows, or only for rows at unaligned
+// ends, so its length exceeds the instructions executed per row (docs/performance.md, counters). A
+// budget is 105% of the count, or the target if that is lower.
 struct LoopBudget {
   const char* kernel;
   const char* storage;
@@ -59,6 +60,9 @@ inline constexpr int kLaneTeamThreads = 256;
 // per lane to cover memory's latency, few enough that a reduction serves many elements.
 inline constexpr int kSlotsPerLane = 4;
 
+// Slots that a thread loads together where a row is read once, as it comes (rows.cuh, StreamedRow).
+inline constexpr int kStreamedSlots = 4;
+
 // Rows of more slots than this go to a whole block: a warp would have to hold 4 KiB in flight.
 inline constexpr int kLaneTeamMaxSlots = 256;
 
@@ -79,9 +83,9 @@ inline constexpr int kRowsPerSum = 128;
 inline constexpr int kRegisterThreads = 256;
 inline constexpr int kSharedRowThreads = 1024;
 
-// Adjacent columns that a thread of the marginal kernel adds up over the blocks' sums: 16 bytes of
-// floats. Up to so many of these per thread one block of the most threads does it alone, which saves a
-// wait for the others; above, tiles of columns are as wide as gives each multiprocessor one.
+// Adjacent columns per thread of the marginal kernel: 16 bytes of floats. If a single block of
+// kMarginalThreads would have at most kPiecesAlone such pieces per thread, it works alone and waits
+// for no other block. Otherwise tiles are sized to give each multiprocessor one.
 inline constexpr int kPieceColumns = 4;
 inline constexpr int kPiecesAlone = 8;
 inline constexpr int kMarginalThreads = 1024;
@@ -93,8 +97,8 @@ inline constexpr int64_t kScanRows = 4096;
 inline constexpr int kScanThreads = 1024;
 inline constexpr int kMostScanBlocks = 64;
 
-// Part of the L2 beyond which a gradient is stored past it: it would evict logits that are still
-// to be read, and be evicted before anybody reads it.
+// Part of the L2 beyond which a gradient is stored past it: it would evict logits still to
+// be read, and be evicted before it is read.
 inline constexpr double kStreamShareOfL2 = 0.5;
 
 // What the system keeps of a multiprocessor's shared memory for each block.
@@ -163,6 +167,12 @@ inline constexpr int64_t kScratchBytes = 2 * 32 * 4 * 8;
 // none, where a row is read only once and need not wait either.
 enum class PerColumn { kNone, kPerBlock, kPerTeam };
 
+// As many blocks as there is room for, or as have a row; a multiple of the elements per slot.
+inline int blocks_for(const RowShape& row, int64_t resident, int64_t with_rows) {
+  const int64_t most = std::min(resident, with_rows);
+  return static_cast<int>(std::max<int64_t>(row.per_slot, most / row.per_slot * row.per_slot));
+}
+
 inline RowPlan plan_rows(const Device& device, const RowShape& row, int64_t rows,
                          PerColumn per_column) {
   RowPlan plan{};
@@ -204,17 +214,15 @@ inline RowPlan plan_rows(const Device& device, const RowShape& row, int64_t rows
   const int by_threads = device.threads_per_multiprocessor / plan.grid.threads;
   const int by_registers = 65536 / (registers * plan.grid.threads);
   const int resident = std::max(1, std::min({by_shared, by_threads, by_registers}));
-  const int64_t most = std::min<int64_t>(int64_t{resident} * device.multiprocessors,
-                                         divide_up(rows, plan.teams));
-  plan.grid.blocks = static_cast<int>(
-      std::max<int64_t>(row.per_slot, most / row.per_slot * row.per_slot));
+  plan.grid.blocks =
+      blocks_for(row, int64_t{resident} * device.multiprocessors, divide_up(rows, plan.teams));
   plan.steps = divide_up(rows, int64_t{plan.grid.blocks} * plan.teams);
   return plan;
 }
 
 // Rows of column sums that a kernel leaves behind: block b writes rows b + blocks * k.
-inline int64_t partial_sums_of(const RowPlan& plan) {
-  return plan.grid.blocks * divide_up(plan.steps, tuning::kRowsPerSum);
+inline int64_t partial_sums_of(int blocks, int64_t steps) {
+  return blocks * divide_up(steps, tuning::kRowsPerSum);
 }
 
 // Column sums of a block: rows of this many numbers, so that each starts at 16 bytes.
@@ -291,15 +299,10 @@ struct RegisterPlan {
   Grid grid{};
 };
 
-inline constexpr int64_t kBlockTotalsBytes = 32;      // of a block's rows
-inline constexpr int64_t kEdgesBytes = 64;            // held_rows.cuh, Edges
-inline constexpr int64_t kTotalsBytes = 32 * 3 * 8;   // of a block's teams
-
-// As many blocks as there is room for, or as have a row; a multiple of the elements per slot.
-inline int blocks_for(const RowShape& row, int64_t resident, int64_t with_rows) {
-  const int64_t most = std::min(resident, with_rows);
-  return static_cast<int>(std::max<int64_t>(row.per_slot, most / row.per_slot * row.per_slot));
-}
+inline constexpr int64_t kBlockTotalsBytes = 32;  // of a block's rows
+inline constexpr int64_t kEdgesBytes = 64;        // held_rows.cuh, Edges
+// Of a block's teams, of 8 lanes at least.
+inline constexpr int64_t kTeamTotalsBytes = tuning::kRegisterThreads / 8 * 3 * 8;
 
 template <int kElementBytes>
 RegisterPlan plan_registers(const Device& device, const RowShape& row, int64_t rows, bool plain,
@@ -320,7 +323,7 @@ RegisterPlan plan_registers(const Device& device, const RowShape& row, int64_t r
   plan.grid.threads = tuning::kRegisterThreads;
   const int elements = plan.slots * row.per_slot;
   const int64_t numbers = int64_t{elements} * plan.lanes * (sums_per_team ? plan.teams : 1);
-  plan.grid.shared_bytes = kScratchBytes + kEdgesBytes + kTotalsBytes + 4 * numbers;
+  plan.grid.shared_bytes = kScratchBytes + kEdgesBytes + kTeamTotalsBytes + 4 * numbers;
   const int64_t by_registers = register_blocks(elements, plain);
   const int64_t by_shared =
       device.shared_per_multiprocessor / (plan.grid.shared_bytes + tuning::kReservedShared);

@@ -52,7 +52,9 @@ struct NormWorkspace {
   int64_t bytes;
 
   NormWorkspace(const RowShape& row, const RowPlan& plan)
-      : column_sums(divide_up(partial_sums_of(plan) * 2 * row.columns * row.compute_bytes, 256) *
+      : column_sums(divide_up(partial_sums_of(plan.grid.blocks, plan.steps) * 2 * row.columns *
+                                  row.compute_bytes,
+                              256) *
                     256),
         bytes(column_sums + (plan.columns_shared
                                  ? 0

@@ -9,13 +9,7 @@ namespace ueo_fast::cuda {
 
 template <class T>
 Matrix<T> matrix_of(const NormRows& rows) {
-  const T* data = static_cast<const T*>(rows.data);
-  return {data, data + (rows.rows - 1) * rows.row_stride + rows.columns, rows.rows,
-          rows.row_stride, static_cast<int>(rows.columns)};
-}
-
-inline RowLoop norm_loop(const RowShape& row, const RowPlan& plan) {
-  return {plan.lanes, plan.teams, row.slots, plan.cached, plan.steps};
+  return matrix_of<T>(rows.data, rows.rows, rows.columns, rows.row_stride);
 }
 
 template <class T, class Launcher>
@@ -27,7 +21,7 @@ void run_layer_norm(Launcher& launcher, const Device& device, const NormForwardC
                                           static_cast<const A*>(call.weight),
                                           static_cast<const A*>(call.bias),
                                           static_cast<A>(call.eps),
-                                          norm_loop(row, plan),
+                                          loop_of(row, plan),
                                           plan.columns_shared,
                                           static_cast<T*>(call.out),
                                           static_cast<A*>(call.mean),
@@ -53,7 +47,7 @@ void run_layer_norm_gradient(Launcher& launcher, const Device& device,
   const bool sums = call.sums != nullptr;
   const RowShape row(call.x.columns, sizeof(T));
   const RowPlan plan = plan_norm_backward(device, row, call.x.rows, sums);
-  const NormWorkspace at(row, plan);
+  const NormWorkspace layout(row, plan);
   unsigned char* const workspace = static_cast<unsigned char*>(call.workspace);
   const bool own = sums && !plan.columns_shared;
   A* partials = reinterpret_cast<A*>(workspace);
@@ -64,10 +58,10 @@ void run_layer_norm_gradient(Launcher& launcher, const Device& device,
       static_cast<const A*>(call.mean),
       static_cast<const A*>(call.rstd),
       static_cast<const A*>(call.weight),
-      norm_loop(row, plan),
+      loop_of(row, plan),
       plan.columns_shared,
       static_cast<T*>(call.grad_x),
-      own ? reinterpret_cast<A*>(workspace + at.column_sums) : nullptr,
+      own ? reinterpret_cast<A*>(workspace + layout.column_sums) : nullptr,
       partials};
   if (plan.block_team) {
     launcher.run(sums ? &layer_norm_gradient<T, true, true> : &layer_norm_gradient<T, true, false>,
@@ -78,7 +72,7 @@ void run_layer_norm_gradient(Launcher& launcher, const Device& device,
         plan.grid, arguments);
   }
   if (!sums) return;
-  const int count = static_cast<int>(partial_sums_of(plan));
+  const int count = static_cast<int>(partial_sums_of(plan.grid.blocks, plan.steps));
   int per_block = 0;
   const Grid grid = totals_grid(2 * call.x.columns, count, per_block);
   launcher.run(&layer_norm_totals<A>, grid, row.columns, count, per_block,

@@ -3,7 +3,8 @@
 #pragma once
 
 #include "channel_affine_slots.cuh"
-#include "ueo_loss.cuh"
+#include "row_loop.cuh"
+#include "ueo_loss_columns.cuh"
 
 namespace ueo_fast::cuda {
 
@@ -42,8 +43,7 @@ struct NormCache {
                                        A (&out)[kPerSlot<T>]) const {
     Slot<T> value;
     if (slot < row_cache.cached) {
-      const uint4 bits = *reinterpret_cast<const uint4*>(&row_cache.cache[slot]);
-      memcpy(&value, &bits, 16);
+      load_whole(value, &row_cache.cache[slot]);
     } else {
       value = load(row, slot);
     }
@@ -86,7 +86,8 @@ struct NormValues {
   }
 };
 
-// A slot of a row whose tensor is contiguous: in one piece where it is whole and aligned.
+// A slot of a row whose tensor is contiguous: in one piece where it is whole and aligned. store_slot
+// (ueo_loss_columns.cuh) does the same, but compiles to other code here.
 template <class T>
 __device__ __forceinline__ void store_in_row(const Frame<T>& frame, int slot, const Slot<T>& value,
                                              T* row) {

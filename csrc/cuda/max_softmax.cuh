@@ -1,7 +1,8 @@
 // max_c softmax(scale z)_c of each row (docs/math.md, step 2): one read.
 #pragma once
 
-#include "ueo_loss_any.cuh"
+#include "row_loop.cuh"
+#include "ueo_loss_row.cuh"
 
 namespace ueo_fast::cuda {
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "launch.h"
 
 namespace ueo_fast::cuda {
 
@@ -24,7 +25,7 @@ __device__ __forceinline__ T minus_infinity() {
 }
 
 // A plain assignment may end up as four stores: the compiler merges it with those, element by
-// element, of the branch beside it.
+// element, of the adjacent branch.
 template <class T>
 __device__ __forceinline__ void store_whole(T* to, const Slot<T>& value) {
   uint4 bits;
@@ -34,6 +35,23 @@ __device__ __forceinline__ void store_whole(T* to, const Slot<T>& value) {
 #else
   *reinterpret_cast<uint4*>(to) = bits;
 #endif
+}
+template <class T>
+__device__ __forceinline__ void store_whole(T* to, const Slot<T>& value, bool stream) {
+  if (stream) {
+    uint4 bits;
+    memcpy(&bits, &value, 16);
+    store_streaming(reinterpret_cast<uint4*>(to), bits);
+  } else {
+    store_whole(to, value);
+  }
+}
+
+// Into a slot of the caller's: returned by value, halves would be moved one by one.
+template <class T>
+__device__ __forceinline__ void load_whole(Slot<T>& value, const void* from) {
+  const uint4 bits = *static_cast<const uint4*>(from);
+  memcpy(&value, &bits, 16);
 }
 
 // Where the columns of a row lie in its slots: column c is element (shift + c) % kPerSlot of slot
@@ -67,14 +85,23 @@ struct Matrix {
   int64_t rows;
   int64_t row_stride;  // elements, >= 0
   int columns;
-  bool sticks_out = false;  // starts or ends within a slot
+  bool sticks_out;  // starts or ends within a slot
 
-  // A slot at either end of a row holds elements of its neighbours; at either end of the matrix it
-  // may hold memory of nobody.
+  // A slot at either end of a row holds its neighbours' elements; at either end of the matrix it may be
+  // outside the allocation.
   __device__ __forceinline__ bool is_readable(const T* slot) const {
     return slot >= data && slot + kPerSlot<T> <= end;
   }
 };
+
+template <class T>
+Matrix<T> matrix_of(const void* data, int64_t rows, int64_t columns, int64_t row_stride) {
+  const T* begin = static_cast<const T*>(data);
+  const T* end = begin + (rows - 1) * row_stride + columns;
+  const bool sticks_out = reinterpret_cast<uintptr_t>(begin) % 16 != 0 ||
+                          reinterpret_cast<uintptr_t>(end) % 16 != 0;
+  return {begin, end, rows, row_stride, static_cast<int>(columns), sticks_out};
+}
 
 // One row in global memory.
 template <class T>
@@ -95,8 +122,7 @@ struct Row {
     Slot<T> value;
     const T* from = address(slot);
     if (matrix.is_readable(from)) {
-      const uint4 bits = *reinterpret_cast<const uint4*>(from);
-      memcpy(&value, &bits, 16);
+      load_whole(value, from);
     } else {
 #pragma unroll
       for (int k = 0; k < kPerSlot<T>; ++k) {
@@ -117,12 +143,10 @@ __device__ __forceinline__ void mask(const Frame<T>& frame, int slot, Slot<T>& v
   }
 }
 
-// A row that is read once, as it comes: kTogether loads of a thread are under way before the first is
-// used. They are predicated: behind a branch each, they would wait for each other.
+// A row that is read once, as it comes: kStreamedSlots loads of a thread are under way before the first
+// is used. They are predicated: behind a branch each, they would wait for each other.
 template <class T>
 struct StreamedRow {
-  static constexpr int kTogether = 4;
-
   template <class Team, class F>
   __device__ __forceinline__ void for_each(const Team& team, const Row<T>& row, F&& f) const {
     const int slots = row.frame.slots;
@@ -132,15 +156,15 @@ struct StreamedRow {
       return;
     }
 #pragma unroll 1
-    for (int first = team.rank; first < slots; first += kTogether * team.size) {
-      uint4 bits[kTogether] = {};
+    for (int first = team.rank; first < slots; first += tuning::kStreamedSlots * team.size) {
+      uint4 bits[tuning::kStreamedSlots] = {};
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
+      for (int i = 0; i < tuning::kStreamedSlots; ++i) {
         const int slot = first + i * team.size;
         load_slot_if(slot < slots, bits[i], reinterpret_cast<const uint4*>(row.address(slot)));
       }
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
+      for (int i = 0; i < tuning::kStreamedSlots; ++i) {
         const int slot = first + i * team.size;
         if (slot >= slots) return;
         Slot<T> value;
@@ -185,8 +209,7 @@ struct CachedRow {
     for (int slot = team.rank; slot < row.frame.slots; slot += team.size) {
       Slot<T> value;
       if (slot < cached) {
-        const uint4 bits = *reinterpret_cast<const uint4*>(&cache[slot]);
-        memcpy(&value, &bits, 16);
+        load_whole(value, &cache[slot]);
       } else {
         value = row.load(slot);
       }

@@ -47,9 +47,9 @@ struct LaneTeam {
   }
 };
 
-// Results of the warps meet in shared memory. Two reductions in a row use different halves of the
-// scratch, so that one barrier each is enough: whoever writes a half again has passed the barrier of
-// the other, which nobody reaches before having read the first.
+// Results of the warps meet in shared memory. Two consecutive reductions use different halves of
+// the scratch, so one barrier each is enough: a thread rewrites a half only after the other half's
+// barrier, which every thread reaches after reading the first.
 struct BlockTeam {
   int rank;
   int size;

@@ -1,11 +1,12 @@
 // The loss in two reads and one write of the logits, rows in registers: a kernel for the statistics
 // of rows and the column sums, and one for the gradient. Steps are those of docs/math.md;
 // docs/kernels.md draws who reads what when. Longer rows are for ueo_loss_block.cuh, what fits
-// neither (float64, the longest rows, a gradient whose rows start elsewhere in their slots than those
-// of the logits) for ueo_loss_any.cuh.
+// neither (float64, the longest rows, long rows with options, short rows whose gradient has another
+// offset from a 16-byte boundary) for ueo_loss_any.cuh.
 #pragma once
 
 #include "held_rows.cuh"
+#include "row_loop.cuh"
 #include "ueo_loss_any.cuh"
 #include "ueo_loss_columns.cuh"
 #include "ueo_loss_row.cuh"
@@ -23,7 +24,7 @@ struct RegisterMemory {
       reinterpret_cast<double (*)[3]>(shared_memory() + kScratchBytes + kEdgesBytes);
   // Numbers per column, a set of ColumnSlots for each team or for all.
   float* columns =
-      reinterpret_cast<float*>(shared_memory() + kScratchBytes + kEdgesBytes + kTotalsBytes);
+      reinterpret_cast<float*>(shared_memory() + kScratchBytes + kEdgesBytes + kTeamTotalsBytes);
 };
 
 // Adds what the teams of a block have summed up, and writes it by column.
@@ -77,11 +78,6 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, 
   if (blockIdx.x == 0 && thread == 0) *args.finished = 0;
   double* totals = memory.totals[thread / kLanes];
   if (team.rank == 0) totals[0] = totals[1] = totals[2] = 0;
-  const auto add_to_totals = [&](const RowStatistics<float>& stats, float entropy) {
-    totals[0] += stats.confidence;
-    totals[1] += stats.marginal_weight;
-    totals[2] += stats.confidence * entropy;
-  };
 
   const int all_steps = static_cast<int>(args.loop.steps);
   for (int chunk = 0; chunk < all_steps; chunk += tuning::kRowsPerSum) {
@@ -98,7 +94,7 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, 
       row.fetch(index + hop);
       team.reduce(Larger{}, top);
       const float reference = top[0] == -INFINITY ? 0.0f : top[0];  // a row without any class
-      float over_row[kPlain ? 2 : 3] = {};  // sums of e, e t and, if scaled, 2^(scale t)
+      float over_row[kPlain ? 2 : 3] = {};  // sums of e, e t and, unless plain, 2^(scale t)
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         const float z = e[i];
@@ -164,7 +160,9 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, 
         }
         if (present && team.rank == 0) {
           stats.store(args.row_stats + int64_t{index} * kRowStats);
-          add_to_totals(stats, entropy);
+          totals[0] += stats.confidence;
+          totals[1] += stats.marginal_weight;
+          totals[2] += stats.confidence * entropy;
         }
       }
     }
@@ -233,7 +231,7 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, 
     float e[kElements];
     float b[kElements];
     row.take(e);
-    // 32 floats of a row that is yet to come, beside e and b, are more than there are registers for.
+    // 32 floats of the next row do not fit in registers together with e and b.
     constexpr bool kFetchesEarly = sizeof(T) == 2 || kElements < 32;
     if constexpr (kFetchesEarly) row.fetch(index - hop);
     float mean[1] = {0};

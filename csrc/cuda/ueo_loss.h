@@ -38,12 +38,8 @@ struct WeightRange {
   double largest_marginal_weight;
 };
 
-inline int element_bytes(Storage storage) {
-  return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2;
-}
-
 inline RowShape shape_of(const LogitsView& logits) {
-  return RowShape(logits.columns, element_bytes(logits.storage));
+  return RowShape(logits.columns, bytes_of(logits.storage));
 }
 
 // How the statistics kernel goes over the rows: in registers, by blocks, or, where neither fits, as
@@ -61,21 +57,21 @@ struct StatisticsPlan {
                                                 /*sums_per_team=*/true);
       if (!registers.fits && plain) shared = plan_shared_rows<kElementBytes>(device, row, logits.rows);
     };
-    if (element_bytes(logits.storage) == 4) plan.operator()<4>();
-    if (element_bytes(logits.storage) == 2) plan.operator()<2>();
+    if (bytes_of(logits.storage) == 4) plan.operator()<4>();
+    if (bytes_of(logits.storage) == 2) plan.operator()<2>();
   }
-  // Blocks, each of which leaves sums behind, and rows of column sums: block b writes b + blocks * k.
+  // Blocks, each of which leaves sums behind, and their rows of column sums.
   int blocks() const {
     return (registers.fits ? registers.grid : shared.fits ? shared.grid : any.grid).blocks;
   }
   int64_t partials() const {
     const int64_t steps = registers.fits ? registers.steps : shared.fits ? shared.steps : any.steps;
-    return blocks() * divide_up(steps, tuning::kRowsPerSum);
+    return partial_sums_of(blocks(), steps);
   }
 };
 
 // Parts of the workspace of a forward pass, and where they begin.
-struct Workspace {
+struct WorkspaceLayout {
   int64_t partial_sums;
   int64_t column_sums;
   int64_t block_sums;
@@ -84,7 +80,7 @@ struct Workspace {
   int64_t finished;
   int64_t bytes = 0;
 
-  Workspace(const RowShape& row, const StatisticsPlan& plan) {
+  WorkspaceLayout(const RowShape& row, const StatisticsPlan& plan) {
     const auto add = [&](int64_t size) {
       const int64_t begin = bytes;
       bytes += divide_up(size, 256) * 256;
@@ -103,8 +99,8 @@ struct Workspace {
 // Bytes that a call's workspace needs.
 inline int64_t forward_workspace(const Device& device, const LogitsView& logits) {
   const RowShape row = shape_of(logits);
-  return std::max(Workspace(row, StatisticsPlan(device, logits, /*plain=*/true)).bytes,
-                  Workspace(row, StatisticsPlan(device, logits, /*plain=*/false)).bytes);
+  return std::max(WorkspaceLayout(row, StatisticsPlan(device, logits, /*plain=*/true)).bytes,
+                  WorkspaceLayout(row, StatisticsPlan(device, logits, /*plain=*/false)).bytes);
 }
 
 // Each is compiled once per storage type and returns a cudaError_t.

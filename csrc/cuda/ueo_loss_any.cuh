@@ -2,52 +2,11 @@
 // memory, or from the L2 where that has no room for it. Steps are those of docs/math.md.
 #pragma once
 
+#include "row_loop.cuh"
 #include "ueo_loss_columns.cuh"
 #include "ueo_loss_row.cuh"
 
 namespace ueo_fast::cuda {
-
-template <class T>
-inline constexpr int kLargestBlock = sizeof(T) == 8 ? tuning::kBlockTeamMaxThreadsDouble
-                                                    : tuning::kBlockTeamMaxThreads;
-template <class T, bool kBlock>
-inline constexpr int kBlockThreads = kBlock ? kLargestBlock<T> : tuning::kLaneTeamThreads;
-// Blocks per multiprocessor that registers must leave room for (kMaxRegisters).
-template <class T, bool kBlock>
-inline constexpr int kResidentBlocks =
-    kBlock ? 1
-           : 65536 / (tuning::kLaneTeamThreads *
-                      (sizeof(T) == 8 ? kMaxRegistersWide : kMaxRegisters));
-
-// What a plan (launch.h) tells every kernel that walks over rows.
-struct RowLoop {
-  int lanes;
-  int teams;
-  int slots;
-  int cached;
-  int64_t steps;
-
-  __device__ __forceinline__ int64_t row(int team, int64_t step) const {
-    return blockIdx.x + int64_t{gridDim.x} * (team + teams * step);
-  }
-};
-
-// Where the rows of this block start in their slots: all at the same place (launch.h, RowPlan).
-template <class T>
-__device__ __forceinline__ Frame<T> block_frame(const Matrix<T>& logits) {
-  const int64_t any = blockIdx.x < logits.rows ? blockIdx.x : 0;
-  return Frame<T>(logits.data + any * logits.row_stride, logits.columns);
-}
-
-// Row `index`, or one without slots where there is no such row: its lanes still take part in what
-// their warp does together.
-template <class T>
-__device__ __forceinline__ Row<T> row_or_nothing(const Matrix<T>& logits, Frame<T> frame,
-                                                 int64_t index) {
-  const bool present = index < logits.rows;
-  if (!present) frame.slots = 0;
-  return {logits, logits.data + (present ? index : 0) * logits.row_stride, frame};
-}
 
 template <class T>
 struct StatisticsArguments {

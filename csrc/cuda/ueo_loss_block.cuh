@@ -3,6 +3,7 @@
 // column. Steps are those of docs/math.md.
 #pragma once
 
+#include "row_loop.cuh"
 #include "ueo_loss_any.cuh"
 #include "ueo_loss_columns.cuh"
 #include "ueo_loss_row.cuh"
@@ -10,7 +11,7 @@
 namespace ueo_fast::cuda {
 
 // Rows that arrive in shared memory and are taken to registers; a thread has the same slots of all of
-// them, as in CachedRow, and waits for nobody else's.
+// them, as in CachedRow, and waits only for its own.
 template <class T, int kSlots>
 struct ArrivingRows {
   static constexpr int kElements = kSlots * kPerSlot<T>;
@@ -52,7 +53,7 @@ struct ArrivingRows {
       if (i < inside) copy_async(&cache[i * hop], from + i * hop * kPerSlot<T>);
     }
   }
-  // The same where the first or the last slot of the matrix may be nobody's memory.
+  // The same where the matrix's first or last slot may extend outside the allocation.
   __device__ __forceinline__ void fetch_readable(const T* from) const {
 #pragma unroll 1
     for (int i = 0; i < inside; ++i) {
@@ -79,8 +80,7 @@ struct ArrivingRows {
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       if (i >= inside) continue;
-      const uint4 bits = *reinterpret_cast<const uint4*>(&cache[i * hop]);
-      memcpy(&slot[i], &bits, 16);
+      load_whole(slot[i], &cache[i * hop]);
     }
     fetch(next);
   }

@@ -139,20 +139,14 @@ __device__ __forceinline__ A mean_log_marginal(Team& team, const Source& source,
   return sum[0] * gradient.inverse_sum;
 }
 
-// Only where rows of the gradient start at the same offset in their slots as those of the logits is a
-// slot stored as a whole.
+// The elements of the slot that belong to the row; as a whole only if `row`, where they are written,
+// has the offset of `frame` from a 16-byte boundary.
 template <class T>
 __device__ __forceinline__ void store_slot(const Frame<T>& frame, int slot, const Slot<T>& value,
-                                           T* grad_row, bool aligned, bool stream) {
-  T* address = grad_row + frame.column(slot, 0);
+                                           T* row, bool aligned, bool stream) {
+  T* address = row + frame.column(slot, 0);
   if (aligned && frame.is_whole(slot)) {
-    if (stream) {
-      uint4 bits;
-      memcpy(&bits, &value, 16);
-      store_streaming(reinterpret_cast<uint4*>(address), bits);
-    } else {
-      store_whole(address, value);
-    }
+    store_whole(address, value, stream);
     return;
   }
 #pragma unroll

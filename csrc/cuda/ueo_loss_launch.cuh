@@ -14,15 +14,7 @@ namespace ueo_fast::cuda {
 
 template <class T>
 Matrix<T> matrix_of(const LogitsView& logits) {
-  const T* data = static_cast<const T*>(logits.data);
-  const T* end = data + (logits.rows - 1) * logits.row_stride + logits.columns;
-  const bool sticks_out = reinterpret_cast<uintptr_t>(data) % 16 != 0 ||
-                          reinterpret_cast<uintptr_t>(end) % 16 != 0;
-  return {data, end, logits.rows, logits.row_stride, static_cast<int>(logits.columns), sticks_out};
-}
-
-inline RowLoop loop_of(const RowShape& row, const RowPlan& plan) {
-  return {plan.lanes, plan.teams, row.slots, plan.cached, plan.steps};
+  return matrix_of<T>(logits.data, logits.rows, logits.columns, logits.row_stride);
 }
 
 // Calls f with a kernel's template arguments: those of the plan. No double row is held in registers.
@@ -50,7 +42,7 @@ void with_slots(bool many, F&& f) {
   }
 }
 
-// Without what most do without: kernels of their own leave it out.
+// No option beyond the trade-off: this common case has specialised kernels.
 inline bool is_plain(const ForwardCall& call) {
   return call.options.confidence_scale == 1 && call.options.eps == 0 &&
          call.confidence == nullptr && call.marginal_weights == nullptr;
@@ -59,7 +51,7 @@ inline bool is_plain(const ForwardCall& call) {
 // The kernel for rows that a block shares, or for rows of lanes.
 #define UEO_FAST_PICK(kernel, T, block_team) ((block_team) ? &kernel<T, true> : &kernel<T, false>)
 
-struct Part {
+struct WorkspaceMemory {
   unsigned char* base;
   template <class P>
   P* at(int64_t offset) const {
@@ -67,7 +59,8 @@ struct Part {
   }
 };
 
-// Ranges of parts of the given weights, if they are so many that a launch of its own finds them.
+// Finds the ranges of parts of the given weights in a separate launch, if there are many; returns the
+// number of parts.
 template <class A, class Launcher>
 int scan_parts(Launcher& launcher, const Weights<A>& weights, int64_t rows, WeightRange* parts) {
   const bool given = weights.confidence != nullptr || weights.marginal_weights != nullptr;
@@ -77,24 +70,24 @@ int scan_parts(Launcher& launcher, const Weights<A>& weights, int64_t rows, Weig
 }
 
 template <class A>
-MarginalArguments<A> marginal_arguments(const ForwardCall& call, const Part& workspace,
-                                        const Workspace& at, const StatisticsPlan& plan,
+MarginalArguments<A> marginal_arguments(const ForwardCall& call, const WorkspaceMemory& workspace,
+                                        const WorkspaceLayout& layout, const StatisticsPlan& plan,
                                         int tile_lanes) {
   const int columns = static_cast<int>(call.logits.columns);
-  return {workspace.at<A>(at.partial_sums),
+  return {workspace.at<A>(layout.partial_sums),
           plan.partials(),
           column_stride(columns),
           columns,
           tile_lanes,
-          workspace.at<double>(at.block_sums),
+          workspace.at<double>(layout.block_sums),
           plan.blocks(),
           call.logits.rows,
-          call.confidence == nullptr ? nullptr : workspace.at<WeightRange>(at.range),
+          call.confidence == nullptr ? nullptr : workspace.at<WeightRange>(layout.range),
           call.options.trade_off,
           static_cast<A>(call.options.eps),
           static_cast<A*>(call.marginal),
-          workspace.at<double>(at.entropies),
-          workspace.at<unsigned>(at.finished),
+          workspace.at<double>(layout.entropies),
+          workspace.at<unsigned>(layout.finished),
           static_cast<A*>(call.summary),
           static_cast<A*>(call.loss)};
 }
@@ -103,12 +96,13 @@ template <class T, class Launcher>
 void run_forward(Launcher& launcher, const Device& device, const ForwardCall& call) {
   using A = ComputeType<T>;
   const RowShape row = shape_of(call.logits);
-  const StatisticsPlan plan(device, call.logits, is_plain(call));
-  const Workspace at(row, plan);
-  const Part workspace{static_cast<unsigned char*>(call.workspace)};
+  const bool plain = is_plain(call);
+  const StatisticsPlan plan(device, call.logits, plain);
+  const WorkspaceLayout layout(row, plan);
+  const WorkspaceMemory workspace{static_cast<unsigned char*>(call.workspace)};
   const Weights<A> weights{static_cast<const A*>(call.confidence),
                            static_cast<const A*>(call.marginal_weights)};
-  WeightRange* range = workspace.at<WeightRange>(at.range);
+  WeightRange* range = workspace.at<WeightRange>(layout.range);
   const int ranges = scan_parts(launcher, weights, call.logits.rows, range + 1);
   StatisticsArguments<T> statistics{
       matrix_of<T>(call.logits),
@@ -118,13 +112,12 @@ void run_forward(Launcher& launcher, const Device& device, const ForwardCall& ca
       loop_of(row, plan.any),
       ranges,
       range,
-      plan.any.columns_shared ? nullptr : workspace.at<A>(at.column_sums),
+      plan.any.columns_shared ? nullptr : workspace.at<A>(layout.column_sums),
       static_cast<A*>(call.row_stats),
-      workspace.at<A>(at.partial_sums),
+      workspace.at<A>(layout.partial_sums),
       column_stride(row.columns),
-      workspace.at<double>(at.block_sums),
-      workspace.at<unsigned>(at.finished)};
-  const bool plain = is_plain(call);
+      workspace.at<double>(layout.block_sums),
+      workspace.at<unsigned>(layout.finished)};
   if (plan.registers.fits) {
     statistics.loop.steps = plan.registers.steps;
     with_shape<T>(plan.registers.shape, [&]<int kSlots, int kLanes>() {
@@ -143,7 +136,7 @@ void run_forward(Launcher& launcher, const Device& device, const ForwardCall& ca
   }
   const MarginalPlan marginal = plan_marginal(device, row.columns, plan.partials());
   launcher.run(&ueo_marginal<A>, marginal.grid,
-               marginal_arguments<A>(call, workspace, at, plan, marginal.tile_lanes));
+               marginal_arguments<A>(call, workspace, layout, plan, marginal.tile_lanes));
 }
 
 template <class T, class Launcher>

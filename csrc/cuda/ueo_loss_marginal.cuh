@@ -31,7 +31,7 @@ struct alignas(16) Piece {
   A x[tuning::kPieceColumns];
 };
 
-// One tile of columns per block; the last block to finish writes the loss.
+// At least one tile of columns per block (plan_marginal); the last block to finish writes the loss.
 template <class A>
 UEO_FAST_KERNEL __launch_bounds__(tuning::kMarginalThreads)
     ueo_marginal(MarginalArguments<A> args) {
@@ -52,7 +52,6 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kMarginalThreads)
   const int set = lanes < 32 ? block.rank / 32 : block.rank / lanes;
   double entropy[1] = {0};
   double inverse_weight_sum = 0;
-  bool first = true;
   for (int tile = static_cast<int>(blockIdx.x); tile * tile_columns < args.columns;
        tile += static_cast<int>(gridDim.x)) {
     const int column = tile * tile_columns + lane * kWide;
@@ -66,10 +65,9 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kMarginalThreads)
         for (int k = 0; k < kWide; ++k) sums[k] += piece.x[k];
       }
     }
-    if (first) {  // after the loads of both are under way
+    if (tile == static_cast<int>(blockIdx.x)) {  // after the loads of both are under way
       block.reduce(Sum{}, batch);
       inverse_weight_sum = 1 / batch[1];
-      first = false;
     }
     for (int offset = 16; offset >= lanes; offset /= 2) {
 #pragma unroll
@@ -93,7 +91,6 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kMarginalThreads)
     }
     __syncthreads();  // before `shared` is written again
   }
-  if (first) block.reduce(Sum{}, batch);  // a block without a tile may still be the last
   block.reduce(Sum{}, entropy);
 
   // Step 7, by one block: the only one, or the last, which sees the entropies of all.

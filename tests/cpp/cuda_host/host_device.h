@@ -34,7 +34,6 @@ inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 
 inline void __syncthreads() { cuda_host::wait_for_block(); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_host::wait_for_warp(mask); }
 inline void __threadfence() { cuda_host::fence(); }
 
 namespace cuda_host {

@@ -1,6 +1,6 @@
-// The kernels of the loss under ThreadSanitizer, for the storage type that the argument names:
-// shapes and devices that take every path of theirs, or with "quick" some of them (a CUDA thread costs
-// 0.2 ms here). Prints each case before it runs.
+// Runs the loss's kernels under ThreadSanitizer for the storage type named by the first argument, on
+// shapes and devices that cover every path, or with "quick" some of them (a CUDA thread costs 0.2 ms
+// here). Prints each case before it runs.
 #include <cstdio>
 #include <random>
 #include <string>
@@ -26,8 +26,8 @@ struct Case {
 };
 
 constexpr int64_t kLarge = 227 << 10;
-// Rows of double, longer ones with eps and those where shared memory is small are for the kernels that
-// take any; so is the gradient where rows lie apart.
+// The kernels for any row take rows of double, long rows with options, rows that do not fit into shared
+// memory, and gradients of short rows whose logits are not contiguous.
 constexpr Case kCases[] = {
     {"lanes hold a row", 300, 23, 0, kLarge, false, 0, true},
     {"lanes hold a row, with eps and weights", 70, 345, 1, kLarge, true, 1e-5},
@@ -42,7 +42,7 @@ constexpr Case kCases[] = {
 template <class T>
 void run(const Case& test, Storage storage) {
   using A = cuda::ComputeType<T>;
-  // Few blocks, as a launch keeps no more threads apart than ThreadSanitizer knows.
+  // Few blocks: ThreadSanitizer can tell only so many threads of a launch apart.
   const cuda::Device device{1, 512, test.shared_per_block, 2 * test.shared_per_block, 1 << 20};
   std::mt19937 random(0);
   std::normal_distribution<float> normal(0, 3);

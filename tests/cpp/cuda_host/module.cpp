@@ -1,6 +1,6 @@
-// Python module of the tests: the CUDA kernels of csrc/cuda on the host, on numpy arrays, for a GPU
-// that the test makes up. Half and bfloat16 travel as 16-bit patterns. Outputs are written to arrays
-// of the caller's.
+// Python module for the tests: runs the CUDA kernels of csrc/cuda on the host, on numpy arrays, for an
+// invented GPU. Half and bfloat16 are passed as 16-bit patterns. Outputs are written to the caller's
+// arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -45,7 +45,7 @@ Storage storage_of(const std::string& dtype) {
 
 LogitsView view_of(const py::array& logits, const std::string& dtype) {
   const Storage storage = storage_of(dtype);
-  if (logits.ndim() != 2 || logits.itemsize() != cuda::element_bytes(storage) ||
+  if (logits.ndim() != 2 || logits.itemsize() != ueo_fast::bytes_of(storage) ||
       (logits.shape(1) != 1 && logits.strides(1) != logits.itemsize())) {
     throw std::invalid_argument("logits must be (rows, columns) of " + dtype +
                                 ", the columns adjacent");
@@ -146,7 +146,7 @@ auto with_element_bytes(int bytes, F&& f) {
   return f.template operator()<2>();
 }
 
-// Of the registers, by lanes and slots; none for double.
+// (lanes, slots) of the kernels that hold rows in registers; none for double.
 std::vector<std::pair<int, int>> register_shapes(int bytes) {
   std::vector<std::pair<int, int>> shapes;
   if (bytes == 8) return shapes;

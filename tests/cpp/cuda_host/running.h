@@ -18,10 +18,9 @@ inline constexpr unsigned kWarp = 32;
 
 struct Cancelled {};  // unwinds the threads of a launch that has failed
 
-enum class State { kRunnable, kBlock, kWarp, kShuffle, kShuffleXor, kFinished, kStates };
+enum class State { kRunnable, kBlock, kShuffle, kShuffleXor, kFinished, kStates };
 inline constexpr std::array<const char*, static_cast<size_t>(State::kStates)> kDoing = {
-    "runnable",       "in __syncthreads",   "in __syncwarp",
-    "in __shfl_sync", "in __shfl_xor_sync", "finished"};
+    "runnable", "in __syncthreads", "in __shfl_sync", "in __shfl_xor_sync", "finished"};
 
 inline State state_of(Meeting kind) { return static_cast<State>(static_cast<int>(kind) + 1); }
 
@@ -48,7 +47,7 @@ struct Fiber {
 
 // Where threads meet, again and again. Each meeting has a sync address of its own, or a thread that
 // is already past the next one would seem ordered before a thread that has not left this one. Two
-// are enough: nobody arrives at the meeting after next before all have left this one.
+// are enough: no thread arrives at the meeting after next before all have left this one.
 struct Barrier {
   unsigned arrived = 0;
   unsigned round = 0;
@@ -57,11 +56,10 @@ struct Barrier {
   void* address(unsigned of_round) { return &sync[of_round & 1]; }
 };
 
-struct WarpBarrier {  // of the lanes of one mask
+struct WarpMeeting {  // of the lanes of one mask
   unsigned mask = 0;
   unsigned arrived = 0;  // mask
-  State kind = State::kWarp;
-  Barrier barrier;
+  State kind = State::kShuffle;
 };
 
 struct Block {
@@ -69,7 +67,7 @@ struct Block {
   std::vector<Fiber*> fibers;
   std::unique_ptr<Pages> shared;
   Barrier barrier;
-  std::vector<std::array<WarpBarrier, 4>> warps;
+  std::vector<std::array<WarpMeeting, 4>> warps;
   std::array<void*, 64> atomics{};  // addresses
   size_t atomics_count = 0;
 };

@@ -9,7 +9,7 @@ namespace ueo_fast::cuda::samples {
 // The number of the mistake, 0 for none.
 inline int planted = 0;
 inline constexpr int kNoBlockBarrier = 1;
-inline constexpr int kNoWarpBarrier = 2;
+inline constexpr int kShuffleForBarrier = 2;
 inline constexpr int kNoFence = 3;
 inline constexpr int kNoBarrierAfterCopy = 4;
 inline constexpr int kBlocksShareAnElement = 5;
@@ -28,12 +28,12 @@ inline UEO_FAST_KERNEL block_sum(const float* x, float* sums) {
   if (threadIdx.x == 0) sums[planted == kBlocksShareAnElement ? 0 : blockIdx.x] = shared[0];
 }
 
-// Each lane gets its right neighbour's number, through shared memory; shuffles order nothing.
+// Each lane gets its right neighbour's number, through shared memory; a shuffle is not a barrier.
 inline UEO_FAST_KERNEL rotate_warps(const float* x, float* out) {
   auto* shared = reinterpret_cast<float*>(shared_memory());
   const unsigned warp = threadIdx.x / 32 * 32;
   shared[threadIdx.x] = x[threadIdx.x];
-  if (planted != kNoWarpBarrier) __syncwarp();
+  if (planted != kShuffleForBarrier) __syncthreads();
   __shfl_xor_sync(0xffffffffu, 1.0f, 1);
   out[threadIdx.x] = shared[warp + (threadIdx.x + 1) % 32];
 }

@@ -140,14 +140,14 @@ void divergent_block() {
 
 void divergent_warp() {
   launch({1, 64}, [] {
-    if (threadIdx.x != 40) __syncwarp();
+    if (threadIdx.x != 40) __shfl_xor_sync(kAll, 1.0f, 1);
   });
 }
 
-void crossed_barriers() {
+void crossed_meetings() {
   launch({1, 64}, [] {
     if (threadIdx.x < 10) {
-      __syncwarp();
+      __shfl_sync(kAll, 1.0f, 0);
     } else {
       __syncthreads();
     }
@@ -218,7 +218,7 @@ PYBIND11_MODULE(cuda_host_samples, m) {
   m.def("write_beyond_shared_memory", &write_beyond_shared_memory);
   m.def("divergent_block", &divergent_block);
   m.def("divergent_warp", &divergent_warp);
-  m.def("crossed_barriers", &crossed_barriers);
+  m.def("crossed_meetings", &crossed_meetings);
   m.def("crossed_shuffles", &crossed_shuffles);
   m.def("shuffle_outside_of_the_mask", &shuffle_outside_of_the_mask);
   m.def("throw_in_thread", &throw_in_thread);

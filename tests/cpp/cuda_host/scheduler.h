@@ -3,8 +3,8 @@
 // and blocks come is shuffled, differently at every launch, from a seed.
 //
 // Barriers are happens-before edges for ThreadSanitizer between exactly the threads that meet, one
-// meeting at a time; shuffles are none, as in CUDA. A wait that cannot end is found at once (nobody
-// can run) and is an exception; a kernel that spins on memory would hang.
+// meeting at a time; shuffles are none, as in CUDA. A wait that cannot end is found at once (no
+// thread can run) and is an exception; a kernel that spins on memory would hang.
 #pragma once
 
 #include <cstddef>
@@ -44,10 +44,9 @@ void set_seed(uint64_t seed);    // of the order of threads and blocks, for this
 void check(bool ok, const char* message);  // throws std::runtime_error that names the thread
 
 // ---- Called by CUDA threads, through host_device.h -------------------------------------------
-enum class Meeting { kBlock, kWarp, kShuffle, kShuffleXor };
+enum class Meeting { kBlock, kShuffle, kShuffleXor };
 
 void wait_for_block();
-void wait_for_warp(unsigned mask);
 // The value that the lane `source` of the warp brings to the same shuffle.
 uint64_t exchange(Meeting kind, unsigned mask, uint64_t value, unsigned source);
 

@@ -13,11 +13,6 @@ void wait_for_block() {
   active->meet_block();
 }
 
-void wait_for_warp(unsigned mask) {
-  active->current().source = active->current().position.thread.x % kWarp;
-  active->meet_lanes(State::kWarp, mask);
-}
-
 uint64_t exchange(Meeting kind, unsigned mask, uint64_t value, unsigned source) {
   Fiber& fiber = active->current();
   const unsigned base = fiber.position.thread.x / kWarp * kWarp;

@@ -31,7 +31,7 @@ void Launch::meet_lanes(State kind, unsigned mask) {
   mask &= lanes == kWarp ? ~0u : (1u << lanes) - 1;
   if ((mask & me) == 0) fail("the mask of a warp's meeting lacks the lane that comes to it");
   auto& all = self.block->warps[self.position.thread.x / kWarp];
-  auto* group = std::find_if(all.begin(), all.end(), [mask](const WarpBarrier& candidate) {
+  auto* group = std::find_if(all.begin(), all.end(), [mask](const WarpMeeting& candidate) {
     return candidate.mask == mask || candidate.mask == 0;
   });
   if (group == all.end()) fail("meets its warp under more masks than this shim keeps");
@@ -42,14 +42,10 @@ void Launch::meet_lanes(State kind, unsigned mask) {
   }
   group->kind = kind;
   group->arrived |= me;
-  const bool is_sync = kind == State::kWarp;
-  void* sync = group->barrier.address(group->barrier.round);
-  if (is_sync) release(sync);
   if (group->arrived != mask) {
     wait(kind);
   } else {
     group->arrived = 0;
-    if (is_sync) ++group->barrier.round;
     uint64_t values[kWarp];
     for (unsigned lane = 0; lane < lanes; ++lane) values[lane] = warp[lane]->value;
     in_any_order(lanes, [&](unsigned lane) {
@@ -58,7 +54,6 @@ void Launch::meet_lanes(State kind, unsigned mask) {
       if (warp[lane] != &self) wake(*warp[lane]);
     });
   }
-  if (is_sync) acquire(sync);
 }
 
 std::string Launch::stuck() const {
