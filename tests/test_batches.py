@@ -28,6 +28,7 @@ from ueo_fast.finetune.data.decode import UnreadableImageError
 from ueo_fast.finetune.data.image_list import read_images
 from ueo_fast.finetune.data.loader import (
     LoadingError,
+    LoadingMeter,
     Tolerant,
     data_loader,
     loading_errors,
@@ -351,11 +352,42 @@ def test_a_tensor_is_loaded_in_order() -> None:
 def test_a_config_from_elsewhere_does_not_start_more_workers_than_the_machine_can_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in ("loader", "batches"):  # to see the DataLoader itself
-        monkeypatch.setattr(f"ueo_fast.finetune.data.{module}.loaded", lambda loader: loader)
+    # To see the DataLoader itself.
+    for name in ("loader.loaded", "loader._metered", "batches.loaded"):
+        monkeypatch.setattr(f"ueo_fast.finetune.data.{name}", lambda loader: loader)
     affinity = getattr(os, "sched_getaffinity", None)
     most = 4 * (os.cpu_count() or 1 if affinity is None else len(affinity(0)))
     assert [started_workers(count) for count in (0, 1, 10**8)] == [0, 1, most]
     loader = data_loader(Tolerant(Noisy()), iter([]), 10**8, False)
     assert loader.num_workers == most
     assert even_loader(Noisy(), 4, seed=0, num_workers=10**8).num_workers == most
+
+
+def test_a_meter_says_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that loading and computing move."""
+    now = [100.0]
+    monkeypatch.setattr("ueo_fast.finetune.data.loader.time.perf_counter", lambda: now[0])
+
+    class Slow(Dataset[torch.Tensor]):
+        seconds = 0.3
+
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            now[0] += self.seconds
+            return torch.zeros(3, 2, 2)
+
+    meter = LoadingMeter()
+    assert meter.text() == ""
+    images = Slow()
+    texts = []
+    for _ in tolerant_loader(images, 2):
+        now[0] += 0.2
+        texts.append((meter.text(), meter.text(rate=False)))
+        images.seconds = 0.01
+    assert texts[0] == ("2.5 images/s, 75% of the time loading", "75% of the time loading")
+    rate, text = texts[-1][0].split(", ")
+    assert float(rate.removesuffix(" images/s")) == pytest.approx(2 / 0.22, rel=0.6)
+    assert text.endswith("of the time computing")
+    assert int(text.split("%")[0]) > 50

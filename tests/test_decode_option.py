@@ -64,7 +64,8 @@ def test_the_classes_of_real_photographs_are_the_same(place):
         RunFolder(place / how).read_tensors("zero_shot.safetensors")[0]["train"]
         for how in ("auto", "full")
     ]
-    assert 0 < float((cosines[0] - cosines[1]).abs().max()) < 0.02
+    # The guide's distance, of a model of 32 pixels, whose copies have 64.
+    assert 0 < float((cosines[0] - cosines[1]).abs().max()) < 0.03
 
 
 def test_a_run_keeps_its_decoding(place, capsys):
@@ -137,6 +138,8 @@ def test_adapt_and_predict_take_it(place, tmp_path):
     for call in (lambda: adapted(decode="half"), lambda: auto.predict(decode="half")):
         with pytest.raises(ValueError, match="decode must be 'auto' or 'full', got 'half'"):
             call()
-    # Pictures in memory are decoded already, or at once.
+    # Pictures in memory are decoded in full, and then shrunk or not.
     pictures = [Image.open(path) for path in sorted((place / "photos").rglob("*.jpg"))]
-    assert auto.predict(pictures).cosines.equal(full.predict(pictures).cosines)
+    assert full.predict(pictures).cosines.equal(cosines["full"])
+    gap = auto.predict(pictures).cosines - cosines["auto"]
+    assert 0 < float(gap.abs().max()) < 0.03

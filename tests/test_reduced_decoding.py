@@ -1,4 +1,4 @@
-"""Reduced decoding: how far a JPEG is reduced, and what that changes of a view."""
+"""Copies with twice the model's pixels: how they are decoded, and what they change of a view."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from PIL import Image, ImageFilter
 from real_photos import real_photo, save_jpeg
 from torch import Tensor
 
-from ueo_fast.finetune.data import decode
+from ueo_fast.finetune.data import decode, pictures
 from ueo_fast.finetune.data.dataset import ImageDataset
-from ueo_fast.finetune.data.decode import UnreadableImageError, open_rgb, opened
+from ueo_fast.finetune.data.decode import Decoded, EncodedImage, UnreadableImageError, open_rgb
 from ueo_fast.finetune.data.image_list import ImageList
+from ueo_fast.finetune.data.pictures import Picture, as_picture, read_picture
 from ueo_fast.finetune.data.seeded import seeded
-from ueo_fast.finetune.data.transforms import Transform, test_transform, training_transform
+from ueo_fast.finetune.data.transforms import (
+    Transform,
+    normalize,
+    test_transform,
+    training_transform,
+)
 
-# Tensors in grey levels, so that differences read as such.
-LEVELS = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
-CLIP = {"size": 224, **LEVELS}
+CLIP = {"size": 224}
 MODES = [
     CLIP,
     {**CLIP, "interpolation": "bilinear"},
     {**CLIP, "resize_mode": "squash"},
-    {**CLIP, "resize_mode": "longest"},
+    {**CLIP, "resize_mode": "longest", "fill_color": 9},
     {**CLIP, "size": (224, 336)},
     {**CLIP, "size": (224, 336), "resize_mode": "squash", "interpolation": "bilinear"},
     {**CLIP, "size": (224, 336), "resize_mode": "longest"},
@@ -35,7 +39,7 @@ MODES = [
 
 
 def views(path: Path, transform: Callable[[Image.Image], Tensor], seed: int = 0) -> list[Tensor]:
-    """Of the whole image and of the reduced one, with the same random numbers."""
+    """Of all pixels and of the copy, with the same random numbers."""
     found = []
     for how in ("full", "auto"):
         with seeded(seed):
@@ -43,72 +47,78 @@ def views(path: Path, transform: Callable[[Image.Image], Tensor], seed: int = 0)
     return found
 
 
-def difference(path: Path, transform: Transform, seed: int = 0) -> tuple[float, float]:
+def gap(one: Tensor, other: Tensor) -> tuple[float, float]:
     """Grey levels, on average and at most."""
-    full, auto = views(path, transform, seed)
-    assert full.shape == auto.shape
-    gap = (full - auto).abs()
-    return float(gap.mean()), float(gap.max())
+    assert one.shape == other.shape
+    assert one.dtype == other.dtype == torch.uint8
+    levels = (one.float() - other.float()).abs()
+    return float(levels.mean()), float(levels.max())
 
 
 @pytest.mark.parametrize(
     ("size", "reduction"),
     [((3584, 4000), 8), ((3583, 4000), 4), ((1792, 1792), 4), ((896, 897), 2), ((895, 9000), 1)],
 )
-def test_the_shorter_side_keeps_twice_the_models_size(
-    size: tuple[int, int], reduction: int
+def test_jpegs_are_decoded_with_at_least_twice_the_models_pixels(
+    size: tuple[int, int], reduction: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = test_transform(CLIP).view(size).max_reduction
-    assert max(one for one in (1, 2, 4, 8) if one <= max(wanted, 1)) == reduction
+    found: list[Decoded] = []
+    whole = EncodedImage.decode
+
+    def spy(self: EncodedImage, max_reduction: float) -> Decoded:
+        found.append(whole(self, max_reduction))
+        return found[-1]
+
+    monkeypatch.setattr(EncodedImage, "decode", spy)
+    path = save_jpeg(Image.new("RGB", size, "teal"), tmp_path / "a.jpg")
+    read_picture(path, (224, 224))
+    (decoded,) = found
+    assert decoded.reduction == reduction
+    assert decoded.image.size == tuple(-(-side // reduction) for side in size)
+
+
+@pytest.mark.parametrize("view", [(224, 224), (336, 224), (10, 30)])
+def test_a_copy_has_twice_the_models_pixels_or_all_there_are(
+    view: tuple[int, int], tmp_path: Path
+) -> None:
+    for size in [(2000, 1500), (1501, 2003), (1100, 1100), (4001, 999), (600, 500), (100, 90)]:
+        path = save_jpeg(Image.new("RGB", size, "teal"), tmp_path / "a.jpg")
+        found = read_picture(path, view)
+        assert found.size == size
+        rows, columns = found.pixels.shape[1:]
+        wanted = min(2.0, min(side / needed for side, needed in zip(size, view, strict=True)))
+        spare = min(columns / view[0], rows / view[1])
+        assert spare == pytest.approx(wanted, abs=0.51 / min(view))
+        assert columns / rows == pytest.approx(size[0] / size[1], rel=2 / min(rows, columns))
 
 
 @pytest.mark.parametrize("config", MODES)
-@pytest.mark.parametrize("make", [test_transform, training_transform])
-def test_no_view_gets_less_than_twice_its_pixels(
-    make: Callable[..., Transform], config: dict[str, object], tmp_path: Path
-) -> None:
-    """Of what is decoded, the part that the view shows; and a smaller size would not do."""
-    sizes = [(2000, 1500), (1501, 2003), (1100, 1100), (4001, 999), (600, 500), (100, 90)]
-    transform, reductions = make(config), set()
-    for number, size in enumerate(sizes):
-        path = save_jpeg(Image.new("RGB", size, "teal"), tmp_path / f"{number}.jpg")
-        for seed in range(6):
-            with opened(path) as encoded, seeded(seed):
-                assert encoded.size == size
-                view = transform.view(encoded.size)
-                decoded = encoded.decode(view.max_reduction)
-            kept = [-(-side // decoded.reduction) for side in size]
-            assert list(decoded.image.size) == kept
-            left, top, right, bottom = view.box
-            box = (right - left) / decoded.reduction, (bottom - top) / decoded.reduction
-            spare = min(have / need for have, need in zip(box, view.size, strict=True))
-            assert decoded.reduction == 1 or spare >= 2
-            assert decoded.reduction == 8 or spare < 4
-            reductions.add(decoded.reduction)
-    assert {1, 2} <= reductions
-
-
-@pytest.mark.parametrize("config", MODES)
-def test_sizes_are_open_clips_own(config: dict[str, object]) -> None:
-    """A view of a reduced image is resized to what the whole one would be."""
+def test_geometry_is_open_clips_own(config: dict[str, object]) -> None:
+    """Of all pixels to the bit; of a copy to the grey levels of another resizer."""
     whole = image_transform_v2(PreprocessCfg(**{**vars(PreprocessCfg()), **config}), is_train=False)
     ours = test_transform({**vars(PreprocessCfg()), **config})
+    mean, std = (torch.tensor(whole.transforms[-1].__dict__[name]) for name in ("mean", "std"))
     for size in [(640, 427), (427, 640), (337, 336), (224, 224), (90, 700), (701, 91), (113, 339)]:
         image = real_photo(0, size)
-        assert ours.view(size).size == whole.transforms[0](image).size
-        assert torch.equal(ours(image), whole(image))
+        assert torch.equal(normalize(ours(image), mean, std), whole(image))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        found = gap(ours.of(Picture(pixels, size)), ours(image))
+        assert found[0] < 0.2
+        assert found[1] <= 5  # where rounding between the two directions differs
 
 
-def test_small_images_are_decoded_in_full(tmp_path: Path) -> None:
+def test_small_images_are_not_resized_twice(tmp_path: Path) -> None:
     path = save_jpeg(real_photo(0, (640, 427)), tmp_path / "a.jpg")
     for transform in (test_transform(CLIP), training_transform(CLIP)):
-        assert torch.equal(*views(path, transform))
+        mean, most = gap(*views(path, transform))
+        assert mean < 0.05
+        assert most <= 1
 
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize(
     ("size", "mean", "most"),
-    [((4000, 3000), 0.3, 4), ((4001, 2999), 0.3, 5), ((1633, 1225), 0.4, 8)],
+    [((4000, 3000), 0.6, 7), ((4001, 2999), 0.6, 7), ((1633, 1225), 0.6, 9)],
 )
 def test_views_differ_by_a_few_grey_levels(
     tmp_path: Path, number: int, size: tuple[int, int], mean: float, most: float
@@ -116,39 +126,44 @@ def test_views_differ_by_a_few_grey_levels(
     """Bounds slightly above the guide's figures for 12 and 2 megapixels; one size is not a multiple
     of the reduction."""
     path = save_jpeg(real_photo(number, size, (0, 0, 569, 427)), tmp_path / "a.jpg")
-    found = difference(path, test_transform(CLIP))
+    found = gap(*views(path, test_transform(CLIP)))
     assert 0 < found[0] < mean
     assert found[1] <= most
-    for seed in range(3):
-        found = difference(path, training_transform(CLIP), seed)
-        assert 0 < found[0] < 0.5
-        assert found[1] <= 15
+    for seed in range(3):  # the crop is rounded to pixels of the copy, half a pixel of the view's
+        found = gap(*views(path, training_transform(CLIP), seed))
+        assert 0 < found[0] < 4.5
+
+
+def test_crops_are_those_of_the_whole_image(tmp_path: Path) -> None:
+    """A ramp from left to right says where a crop lies."""
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 2000).astype(np.uint8), (1500, 1)))
+    path = save_jpeg(ramp.convert("RGB"), tmp_path / "a.jpg")
+    drawn = set()
+    for seed in range(8):
+        full, auto = views(path, training_transform(CLIP), seed)
+        assert float((full.float() - auto.float()).abs().max()) <= 2  # levels: 0.8% of the width
+        drawn.add(int(full[0, 0, 0]))
+    assert len(drawn) > 5
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_rotated_images_keep_their_edges(tmp_path: Path, orientation: int) -> None:
+def test_rotated_images_keep_their_edges(
+    tmp_path: Path, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A reduced side is rounded up; what is added comes first where the camera was turned. Here it
     is 7/8 of a pixel (1001 = 125 * 8 + 1), and ignoring that would be seen."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = real_photo(0, (1001, 801)).filter(ImageFilter.GaussianBlur(6))
     path = save_jpeg(image, tmp_path / "a.jpg", exif=exif, quality=95)
-    config = {**CLIP, "size": 50, "resize_mode": "squash"}
-    with opened(path) as encoded:
-        assert encoded.size == open_rgb(path).size
-        decoded = encoded.decode(8)
-    sides = (101, 126) if orientation > 4 else (126, 101)
-    assert (decoded.image.size, decoded.reduction) == (sides, 8)
-    assert (decoded.left > 0, decoded.top > 0) == (
-        orientation in (2, 3, 6, 7),
-        orientation in (3, 4, 7, 8),
-    )
-    view = test_transform(config).view(encoded.size)
-    whole = test_transform(config)(open_rgb(path))
-    assert float((view.of(decoded) - whole).abs().mean()) < 0.5
-    if decoded.left or decoded.top:
-        displaced = view.of(decoded._replace(left=0.0, top=0.0))
-        assert float((displaced - whole).abs().mean()) > 0.8
+    view = (50, 50)
+    whole = as_picture(open_rgb(path), "a", view)
+    found = read_picture(path, view)
+    sides = (801, 1001) if orientation > 4 else (1001, 801)
+    assert whole.size == found.size == sides
+    assert gap(found.pixels, whole.pixels)[0] < 0.5
+    monkeypatch.setattr(Decoded, "box", lambda decoded, size: (0, 0, *decoded.image.size))
+    assert gap(read_picture(path, view).pixels, whole.pixels)[0] > 0.8
 
 
 def save_as(kind: str, path: Path) -> Path:
@@ -168,15 +183,15 @@ def save_as(kind: str, path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["L", "CMYK", "MPO", "progressive", "full chroma", "broken EXIF"])
 def test_every_kind_of_jpeg_is_reduced(tmp_path: Path, kind: str) -> None:
     path = save_as(kind, tmp_path / "a.jpg")
-    with opened(path) as encoded:
+    with decode.opened(path) as encoded:
         decoded = encoded.decode(2.5)
     assert (decoded.image.size, decoded.image.mode) == ((550, 450), "RGB")
-    mean, most = difference(path, test_transform({**CLIP, "size": 128}))
+    mean, most = gap(*views(path, test_transform({"size": 128})))
     assert 0 < mean < 1
     assert most < 16
 
 
-def test_other_formats_are_decoded_in_full(tmp_path: Path) -> None:
+def test_other_formats_are_shrunk_as_well(tmp_path: Path) -> None:
     image = real_photo(1, (500, 400))
     deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     clear = image.quantize(40)
@@ -186,9 +201,25 @@ def test_other_formats_are_decoded_in_full(tmp_path: Path) -> None:
     kinds = {"a.png": image, "b.webp": image, "c.tif": image, "d.png": deep, "e.png": clear}
     for name, one in kinds.items():
         one.save(tmp_path / name, exif=exif)
-        assert torch.equal(*views(tmp_path / name, test_transform({**CLIP, "size": 32})))
-        with opened(tmp_path / name) as encoded:
-            assert encoded.size == encoded.decode(8).image.size == (400, 500)
+        assert read_picture(tmp_path / name, (32, 32)).pixels.shape == (3, 80, 64)
+        mean, most = gap(*views(tmp_path / name, test_transform({"size": 32})))
+        assert 0 < mean < 1.5
+        assert most < 16
+
+
+def test_huge_images_are_shrunk_without_a_second_copy_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    real_photo(0, (640, 427)).save(path)
+    by_torch = read_picture(path, (64, 64))
+    sizes: list[int] = []
+    whole = pictures._pixels
+    monkeypatch.setattr(pictures, "_pixels", lambda i: sizes.append(i.width) or whole(i))
+    monkeypatch.setattr(pictures, "_MOST_PIXELS", 1000)
+    by_pillow = read_picture(path, (64, 64))
+    assert sizes == [192]
+    assert gap(by_torch.pixels, by_pillow.pixels)[1] <= 1
 
 
 def test_a_plain_callable_gets_the_whole_image(tmp_path: Path) -> None:
@@ -214,3 +245,10 @@ def test_files_are_refused_as_by_full_decoding(
             said.append(str(error.value))
         assert said[0] == said[1]
         monkeypatch.undo()  # the first is refused for its size, the others for what they are
+
+
+def test_transforms_know_the_size_they_make() -> None:
+    for make in (test_transform, training_transform):
+        transform: Transform = make({"size": (20, 30)})
+        assert transform.size == (30, 20)
+        assert transform(real_photo(0, (64, 48))).shape == (3, 20, 30)

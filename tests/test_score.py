@@ -47,7 +47,7 @@ def truth(classifier: ClipClassifier, images: ImageList) -> dict[str, tuple[torc
         text = classifier.model.encode_text(tokens, normalize=True)
         for i, name in enumerate(images.names):
             if name not in BROKEN:
-                image = classifier.model.encode_image(dataset[i][None], normalize=True)
+                image = classifier.image_features(dataset[i][None])
                 cosines = (image @ text.T)[0].double()
                 logits = float(classifier.model.logit_scale.exp()) * cosines
                 score = float((2 * cosines).softmax(dim=0).max())

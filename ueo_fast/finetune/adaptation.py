@@ -21,7 +21,13 @@ from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.clip.template import split_template
 from ueo_fast.finetune.data.decode import Decoding
 from ueo_fast.finetune.data.names import plural, shown
-from ueo_fast.finetune.data.views import Images, Views, check_decode, make_views
+from ueo_fast.finetune.data.views import (
+    Images,
+    Views,
+    check_decode,
+    make_views,
+    temporary_copies,
+)
 from ueo_fast.finetune.engine.hooks import Hooks, bar_hooks, combine, training_bar
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig
 from ueo_fast.finetune.evaluation.predict import (
@@ -36,6 +42,7 @@ from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.methods.oracle import check_labels
 from ueo_fast.finetune.methods.registry import make_method
+from ueo_fast.finetune.methods.zeroshot import ZeroShot
 from ueo_fast.finetune.scoring.score_batches import ScoredBatch, score_batches
 from ueo_fast.finetune.scoring.score_pass import check_choice
 from ueo_fast.finetune.scoring.thresholds import (
@@ -142,7 +149,7 @@ class Adaptation:
             strict: fail at an image that cannot be read.
             progress: show a progress bar; ``None``: where the standard error stream is a terminal.
             precision: of the image tower: ``fp32``, ``bf16`` or ``fp16``.
-            decode: how image files are decoded, as for :func:`adapt`; ``None``: as there.
+            decode: how images are decoded, as for :func:`adapt`; ``None``: as there.
             options: ``batch_size``, ``num_workers``, ``channels_last`` of
                 :func:`~ueo_fast.finetune.evaluation.predict.predict_batches`.
 
@@ -155,7 +162,7 @@ class Adaptation:
         choice = parse_threshold("otsu" if threshold is None else threshold)
         check_number("mcm_scale", mcm_scale, sign="positive")
         if images is None:
-            views = Views(self.target.images, None, self.target.labels, self.names)
+            views = Views(self.target.evaluation_images, None, self.target.labels, self.names)
         else:
             views = make_views(
                 images,
@@ -246,6 +253,7 @@ def adapt(
     eval_batch_size: int = 192,
     progress: bool | None = None,
     decode: Decoding = "auto",
+    cache: str | os.PathLike[str] = "auto",
 ) -> Adaptation:
     """Adapt a CLIP model to unlabelled images, some of which may belong to no class.
 
@@ -280,9 +288,12 @@ def adapt(
         strict: fail at an image that cannot be read.
         eval_batch_size: images per step of the zero-shot pass.
         progress: show progress bars; ``None``: where the standard error stream is a terminal.
-        decode: of image files: ``auto`` decodes a JPEG at 1/2, 1/4 or 1/8 of its size where that
-            leaves at least twice the pixels per side that a view needs; ``full`` decodes all
-            pixels, as the authors do.
+        decode: ``auto`` makes views of a copy with twice the model's pixels per side, for which a
+            JPEG is decoded at 1/2, 1/4 or 1/8 of its size; ``full`` makes them of all pixels, as
+            the authors do.
+        cache: keeps the copies of image files, so that each is decoded once: ``auto`` in a
+            temporary folder until ``adapt`` returns, ``off`` nowhere; or a folder, which stays for
+            the next time.
 
     Returns:
         The adapted classifier, and what it was made from.
@@ -310,36 +321,39 @@ def adapt(
     )
     if classifier.was_adapted:
         warnings.warn(_ADAPTED_BEFORE, UserWarning, stacklevel=2)
-    views = make_views(
-        images,
-        classifier.model,
-        classifier.prompt.class_names,
-        augmented,
-        labels,
-        needs_labels=chosen.reads_labels,
-        decode=decode,
-    )
-    if chosen.reads_labels:
-        check_labels(views.labels)
-    start = zero_shot(
-        classifier,
-        views,
-        config,
-        strict=strict,
-        batch_size=eval_batch_size,
-        watch=watched("zero-shot", len(views.names), progress),
-    )
-    said = start.target.zero_shot_cosines().argmax(dim=1)
-    names = classifier.prompt.class_names
-    _warn_of(classes=names, predicted=said.unique().tolist(), images=len(said))
-    before = adapted_state(classifier)
-    with training_bar(chosen.name, progress) as bar:
-        told = hooks or Hooks()
-        if told.on_warning is Hooks.on_warning:  # the default, which ignores them
-            told = replace(told, on_warning=_warn)
-        history = chosen.adapt(
-            classifier, start.target, config=config, hooks=combine(bar_hooks(bar), told)
+    with temporary_copies("off" if isinstance(chosen, ZeroShot) else cache, decode) as copies:
+        views = make_views(
+            images,
+            classifier.model,
+            classifier.prompt.class_names,
+            augmented,
+            labels,
+            needs_labels=chosen.reads_labels,
+            decode=decode,
+            copies=copies,
         )
+        if chosen.reads_labels:
+            check_labels(views.labels)
+        start = zero_shot(
+            classifier,
+            views,
+            config,
+            strict=strict,
+            batch_size=eval_batch_size,
+            keep_features=not chosen.trains_tower(config),
+            watch=watched("zero-shot", len(views.names), progress),
+        )
+        said = start.target.zero_shot_cosines().argmax(dim=1)
+        names = classifier.prompt.class_names
+        _warn_of(classes=names, predicted=said.unique().tolist(), images=len(said))
+        before = adapted_state(classifier)
+        with training_bar(chosen.name, progress) as bar:
+            told = hooks or Hooks()
+            if told.on_warning is Hooks.on_warning:  # the default, which ignores them
+                told = replace(told, on_warning=_warn)
+            history = chosen.adapt(
+                classifier, start.target, config=config, hooks=combine(bar_hooks(bar), told)
+            )
     kept = tuple(views.names[position] for position in start.positions.tolist())
     return Adaptation(
         classifier, start.target, history, chosen, kept, start.unreadable, before, decode
@@ -392,6 +406,7 @@ def zero_shot(
     *,
     strict: bool = False,
     batch_size: int = 192,
+    keep_features: bool = False,
     watch: Callable[[Iterator[Predicted]], Iterable[Predicted]] = iter,
 ) -> ZeroShotPass:
     """What the zero-shot model says about the images, and those that cannot be read.
@@ -402,6 +417,7 @@ def zero_shot(
         config: its workers, precision and memory format are used.
         strict: fail at an image that cannot be read.
         batch_size: images per forward pass.
+        keep_features: keep the images' features in the target.
         watch: passes the batches on, and may show how far it got.
 
     Raises:
@@ -414,18 +430,20 @@ def zero_shot(
         num_workers=config.num_workers,
         precision=config.precision,
         channels_last=config.channels_last,
+        keep_features=keep_features,
     )
     found = collect(watch(batches))
     unreadable = _named(found.failures, views.names, strict=strict)
     if not len(found.positions):
         raise ValueError(_none_readable(unreadable))
     if not unreadable:
-        target = Target(views.plain, views.augmented, found.cosines, views.labels)
+        target = Target(views.plain, views.augmented, found.cosines, views.labels, found.features)
         return ZeroShotPass(target, found.positions, ())
     labels = None if views.labels is None else views.labels[found.positions]
     rows = found.positions.tolist()
     augmented = None if views.augmented is None else Subset(views.augmented, rows)
-    target = Target(Subset(_dataset(views.plain), rows), augmented, found.cosines, labels)
+    plain = Subset(_dataset(views.plain), rows)
+    target = Target(plain, augmented, found.cosines, labels, found.features)
     return ZeroShotPass(target, found.positions, unreadable)
 
 

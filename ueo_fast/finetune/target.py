@@ -28,6 +28,8 @@ class Target:
             :func:`zero_shot_target` fills it in.
         labels: (N,) int64 position in the list of known classes, -1 for unknown. No method but the
             oracle looks at them.
+        features: (N, E) L2-normalised, what the image tower makes of ``images``, where it stays as
+            it is; ``None``: where it is trained, or they were not kept.
 
     Raises:
         ValueError: fields of different lengths.
@@ -37,9 +39,10 @@ class Target:
     augmented: Dataset[Any] | Tensor | None = None
     cosines: Tensor | None = None
     labels: Tensor | None = None
+    features: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("augmented", "cosines", "labels"):
+        for name in ("augmented", "cosines", "labels", "features"):
             value = getattr(self, name)
             if value is not None and len(value) != len(self):
                 raise ValueError(
@@ -51,13 +54,19 @@ class Target:
         return len(cast(Sized, self.images))
 
     def __repr__(self) -> str:
-        has = [n for n in ("augmented", "cosines", "labels") if getattr(self, n) is not None]
+        names = ("augmented", "cosines", "labels", "features")
+        has = [name for name in names if getattr(self, name) is not None]
         return f"Target({', '.join((plural(len(self), 'image'), *has))})"
 
     @property
     def training_images(self) -> Dataset[Any] | Tensor:
         """What training sees."""
         return self.images if self.augmented is None else self.augmented
+
+    @property
+    def evaluation_images(self) -> Dataset[Any] | Tensor:
+        """What evaluation sees: the images, or their features."""
+        return self.images if self.features is None else self.features
 
     def zero_shot_cosines(self) -> Tensor:
         """``cosines``, which a method needs.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ueo_fast.finetune.clip.prompt import PromptLearner
+from ueo_fast.finetune.data.transforms import normalize, pixel_statistics
 from ueo_fast.patch import PatchHandle, affine_parameters, freeze_all_but_affine, patch_visual
 from ueo_fast.patch.sites import is_norm
 from ueo_fast.ranges import check_number
@@ -57,6 +58,9 @@ class ClipClassifier(nn.Module):
     Source: authors' ``demo.py``, ``train_clip`` and ``VisualEncoder``.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -78,6 +82,8 @@ class ClipClassifier(nn.Module):
         self.scope = scope
         freeze_all_but_affine(model, scope)
         prompt.context.requires_grad_(True)
+        for name, value in zip(("mean", "std"), pixel_statistics(model), strict=True):
+            self.register_buffer(f"pixel_{name}", value.to(prompt.context.device), persistent=False)
         self.eval()
         # On the model, so that a copy of it has it as well.
         if not hasattr(model, _FIRST_STATE):
@@ -110,7 +116,16 @@ class ClipClassifier(nn.Module):
         return self.prompt()
 
     def image_features(self, images: Tensor) -> Tensor:
-        """(B, E) L2-normalised features of ``images`` (B, 3, H, W); float32 under autocast too."""
+        """(B, E) L2-normalised features; float32 under autocast too.
+
+        Args:
+            images: (B, 3, H, W), preprocessed as the model expects; uint8 are pixels, which are
+                normalised here. Features (B, E) of an earlier pass are returned as they are.
+        """
+        if images.ndim == 2:
+            return images
+        if images.dtype == torch.uint8:
+            images = normalize(images, self.pixel_mean, self.pixel_std)
         features: Tensor = self.model.encode_image(images)
         if features.dtype in _HALF:
             features = features.float()
@@ -120,7 +135,7 @@ class ClipClassifier(nn.Module):
         """Compare every image with every class.
 
         Args:
-            images: (B, 3, H, W), preprocessed as the model expects.
+            images: as for :meth:`image_features`.
             text_features: (C, E) from :meth:`text_features`, where they do not change between
                 calls (evaluation, frozen prompt); ``None`` computes them.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -25,10 +25,13 @@ from ueo_fast.finetune.data.decode import Decoding
 from ueo_fast.finetune.data.image_list import check_root, read_images
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
-from ueo_fast.finetune.data.views import views_of
+from ueo_fast.finetune.data.views import temporary_copies, views_of
 from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches, watched
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.methods.registry import METHODS
+
+if TYPE_CHECKING:
+    from ueo_fast.finetune.data.copies import Copies
 
 
 @loading_errors()
@@ -58,9 +61,10 @@ def run(config: EvaluateConfig) -> None:
         logit_scale=adapted.config.logit_scale,
     )
     decode = config.decode or adapted.config.decode
-    before = _predict(config, zero_shot, images, decode, "zero-shot")
-    images = _readable(config, images, before)
-    after = _predict(config, adapted.classifier(), images, decode, "adapted")
+    with temporary_copies("auto", decode) as copies:
+        before = _predict(config, zero_shot, images, decode, copies, "zero-shot")
+        images = _readable(config, images, before)
+        after = _predict(config, adapted.classifier(), images, decode, copies, "adapted")
     scale = config.mcm_scale or adapted.config.mcm_scale
     rows = [_row("zeroshot", before.cosines, images.labels, scale)]
     if adapted.config.method != "zeroshot":
@@ -102,11 +106,12 @@ def _predict(
     classifier: ClipClassifier,
     images: Labelled,
     decode: Decoding,
+    copies: Copies | None,
     title: str,
 ) -> Readable:
     batches = predict_batches(
         classifier,
-        views_of(images.images, classifier.model, None, decode).plain,
+        views_of(images.images, classifier.model, None, decode, copies).plain,
         batch_size=config.batch_size,
         num_workers=config.workers,
         precision=config.precision,

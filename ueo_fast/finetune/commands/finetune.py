@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,6 +37,8 @@ from ueo_fast.finetune.commands.recorder import Recorder
 from ueo_fast.finetune.commands.stages import Start, begin, continued, is_begun
 from ueo_fast.finetune.commands.tracking import check_trackers, training_hooks
 from ueo_fast.finetune.data.loader import STOPPING, loading_errors
+from ueo_fast.finetune.data.pictures import COPIES
+from ueo_fast.finetune.data.views import open_copies
 from ueo_fast.finetune.engine.checkpoint import SafetensorsCheckpoints
 from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError
 from ueo_fast.finetune.evaluation.results_table import KnownCounts
@@ -43,7 +46,11 @@ from ueo_fast.finetune.files.records import as_record
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.report import write_report, write_thumbnails
 
+if TYPE_CHECKING:
+    from ueo_fast.finetune.data.copies import Copies
+
 FINISHED = "finished.json"
+CACHE = "cache"
 DELTA = "delta.safetensors"
 BASE = "base_model.json"
 REPORT = "report.html"
@@ -108,8 +115,11 @@ def _run(
             if not (folder.path / "environment.json").exists():
                 command = config.command()
                 folder.write_environment(command=command, seeds=[config.seed], threads=threads)
+            copies = _open_copies(config, folder, given)
             start = (
-                begin(config, folder, clip, problem) if problem else continued(folder, clip, config)
+                begin(config, folder, clip, problem, copies)
+                if problem
+                else continued(folder, clip, config, copies)
             )
             history, recorder = _train(config, folder, clip, start, store)
             counts = _finish(config, folder, clip, start, history, recorder)
@@ -122,6 +132,8 @@ def _run(
                 },
             )
             print(f"adapted: {folder.path / DELTA}")
+            if copies is not None and config.cache == "auto":
+                copies.remove()
             _report(folder)
         except KeyboardInterrupt as ended:
             with contextlib.suppress(OSError):  # of a terminal that was closed
@@ -141,6 +153,21 @@ def _run(
                 "change options, use another --out"
             ) from error
     return folder.path
+
+
+def _open_copies(config: FinetuneConfig, folder: RunFolder, given: FinetuneConfig) -> Copies | None:
+    cache, limit = config.cache, config.cache_limit
+    if config.method == "zeroshot":  # which sees each image once
+        cache = "off"
+    elif given.resume and cache not in ("auto", "off", given.cache):
+        # A run folder from others must not choose where files are made.
+        cache = cache if (Path(cache) / COPIES).is_file() else "auto"
+    return open_copies(
+        cache,
+        folder.path / CACHE,
+        config.decode,
+        None if limit is None else round(limit * 1e9),
+    )
 
 
 def _report(folder: RunFolder) -> None:
@@ -307,6 +334,10 @@ def _saved_config(folder: RunFolder, given: FinetuneConfig) -> FinetuneConfig:
     """The run's own options; others that are given beside ``--resume`` must agree with them."""
     saved = dataclasses.replace(FinetuneConfig.read(folder), out=given.out)
     default = FinetuneConfig(resume=True, out=given.out)
+    # Where copies of images are kept changes no result.
+    for name in ("cache", "cache_limit"):
+        if getattr(given, name) != getattr(default, name):
+            saved = dataclasses.replace(saved, **{name: getattr(given, name)})
     for item in dataclasses.fields(FinetuneConfig):
         value, kept = getattr(given, item.name), getattr(saved, item.name)
         # A model that moved has another name; it is known by its fingerprint.

@@ -76,9 +76,9 @@ class FinetuneConfig:
         metadata=_help(
             "go on with the run in --out where it was stopped, with its own options, kept in its "
             "config.json. Other options are not needed: one that differs from the run's "
-            "is refused, and one that has its default value is ignored. Only --model (and "
-            "--pretrained) may differ, for a model that is elsewhere now; its weights must be the "
-            "same"
+            "is refused, and one that has its default value is ignored. Only --cache, "
+            "--cache-limit, and --model with --pretrained may differ: for a model that is "
+            "elsewhere now, with the same weights"
         ),
     )
     data_root: str | None = field(
@@ -97,9 +97,24 @@ class FinetuneConfig:
     decode: Literal["auto", "full"] = field(
         default="auto",
         metadata=_help(
-            "auto: decode a JPEG at 1/2, 1/4 or 1/8 of its size if that leaves at least twice the "
-            "pixels per side that the model's view needs, which is several times faster for "
-            "photographs; full: decode all pixels, as the authors do"
+            "auto: make views of a copy with twice the model's pixels per side, for which a JPEG "
+            "is decoded at 1/2, 1/4 or 1/8 of its size, several times faster for photographs; "
+            "full: make them of all pixels, as the authors do"
+        ),
+    )
+    cache: str = field(
+        default="auto",
+        metadata=_help(
+            "keeps the copies that --decode auto makes, so that each image is decoded once and not "
+            "in every epoch: auto, in the run folder until the run is finished; off; or a folder, "
+            "which is kept and may serve several runs. Results are the same"
+        ),
+    )
+    cache_limit: float | None = field(
+        default=None,
+        metadata=_help(
+            "gigabytes that the copies take at most (10,000 photographs: about 8); the other "
+            "images are decoded in every epoch. Default: half of what is free on the disk"
         ),
     )
     test_data: str | None = field(
@@ -281,6 +296,7 @@ class FinetuneConfig:
                 "out is empty: name a folder, or leave it out for a new one under runs/"
             )
         self._check_ranges()
+        self._check_cache()
         self._check_train()
         self._check_used()
         split_template(self.prompt_template)
@@ -305,6 +321,21 @@ class FinetuneConfig:
         check_number("trade_off", self.trade_off, sign="any", most=LARGEST_FACTOR)
         for name in ("prompt_lr", "affine_lr", "weight_decay"):
             check_number(name, getattr(self, name), sign="not negative", most=LARGEST_FACTOR)
+
+    def _check_cache(self) -> None:
+        if self.decode == "full" and self.cache not in ("auto", "off"):
+            raise ValueError(
+                f"cache={self.cache!r} keeps small copies of images, but decode='full' makes views "
+                "of all pixels: leave out one of the two"
+            )
+        if self.cache_limit is None:
+            return
+        check_number("cache_limit", self.cache_limit, sign="positive")
+        if self.cache == "off" or self.decode == "full":
+            raise ValueError(
+                f"cache_limit={self.cache_limit} has no effect with cache={self.cache!r} and "
+                f"decode={self.decode!r}, where no copies are kept: leave it out"
+            )
 
     PRESETS: ClassVar[Mapping[str, str]] = {
         "authors": "what the authors' released code does, as far as it can be set (docs/guide.md "

@@ -12,7 +12,6 @@ from ueo_fast.finetune.commands.evaluation import measure
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.stages import Start
 from ueo_fast.finetune.data.names import printable, shown
-from ueo_fast.finetune.data.views import views_of
 from ueo_fast.finetune.engine.trainer import History
 from ueo_fast.finetune.evaluation.finished_run import checked_metrics
 from ueo_fast.finetune.evaluation.predict import collect, predict_batches, watched
@@ -108,13 +107,16 @@ class Recorder:
     def _predict(self, split: str) -> Tensor:
         start, config = self._start, self._config
         part = start.tested if split == "test" else start.train
+        # A resumed run has no features until its first evaluation.
+        keep_features = not config.make_method().trains_tower(config.trainer())
         batches = predict_batches(
             start.classifier,
-            views_of(part.images, start.classifier.model, None, config.decode).plain,
+            start.plain[split],
             batch_size=config.eval_batch_size,
             num_workers=config.workers,
             precision=config.precision,
             channels_last=config.channels_last,
+            keep_features=keep_features,
         )
         found = collect(watched(f"evaluation, {split}", len(part.images))(batches))
         if found.failures:
@@ -124,6 +126,8 @@ class Recorder:
                 f"({reason}), as it could when the run started: put it back, then go on with "
                 "--resume"
             )
+        if found.features is not None:
+            start.plain[split] = found.features
         return found.cosines
 
     def _add(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.adapted import open_adapted
 from ueo_fast.finetune.commands.options import ScoreConfig
@@ -15,6 +13,7 @@ from ueo_fast.finetune.data.image_list import ImageList, check_root, read_images
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.data.views import views_of
+from ueo_fast.finetune.evaluation.predict import image_bar
 from ueo_fast.finetune.scoring.score import score_images, validation_threshold
 from ueo_fast.finetune.scoring.score_writer import check_output
 from ueo_fast.finetune.scoring.thresholds import Threshold
@@ -38,7 +37,7 @@ def run(config: ScoreConfig) -> None:
     threshold = config.choice
     if validation is not None:
         threshold = _threshold(config, classifier, validation, scale, decode)
-    with tqdm(total=len(images), desc="score", unit="image", leave=False) as bar:
+    with image_bar("score", len(images)) as advance:
         summary = score_images(
             classifier,
             images,
@@ -53,7 +52,7 @@ def run(config: ScoreConfig) -> None:
             precision=config.precision,
             strict=config.strict,
             overwrite=config.overwrite,
-            progress=lambda done, total: bar.update(done - bar.n),
+            progress=advance,
         )
     print(summary.text())
 
@@ -80,7 +79,7 @@ def _threshold(
         print(f"note: {remark}")
     folder = Path(config.out).parent
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(images), desc="validation", unit="image", leave=False) as bar:
+    with image_bar("validation", len(images)) as advance:
         threshold, warnings = validation_threshold(
             classifier,
             images,
@@ -91,7 +90,7 @@ def _threshold(
             batch_size=config.batch_size,
             num_workers=config.workers,
             precision=config.precision,
-            progress=lambda done, total: bar.update(done - bar.n),
+            progress=advance,
         )
     known = int((labelled.labels >= 0).sum())
     print(f"threshold from {plural(known, 'validation image')} of known classes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -27,6 +28,9 @@ from ueo_fast.finetune.files.records import BrokenFileError
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.target import Target
 
+if TYPE_CHECKING:
+    from ueo_fast.finetune.data.copies import Copies
+
 ZERO_SHOT = "zero_shot.safetensors"
 PROBLEM = "problem.json"
 
@@ -46,6 +50,7 @@ class Start:
         test_views: the same, un-augmented.
         test_cosines: (M, C) what the zero-shot classifier says about them.
         separate: whether these are other images than those of ``target``.
+        plain: what an evaluation of ``train`` and of ``test`` reads: images, or their features.
     """
 
     classifier: ClipClassifier
@@ -54,6 +59,7 @@ class Start:
     tested: Labelled
     test_cosines: Tensor
     separate: bool
+    plain: dict[str, Dataset[Any] | Tensor]
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -67,18 +73,28 @@ def is_begun(folder: RunFolder) -> bool:
 
 
 @loading_errors()
-def begin(config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, problem: Problem) -> Start:
+def begin(
+    config: FinetuneConfig,
+    folder: RunFolder,
+    clip: LoadedClip,
+    problem: Problem,
+    copies: Copies | None,
+) -> Start:
     """Classify all images by the zero-shot model, leave out what cannot be read, and keep both."""
     classifier = _classifier(config, clip, problem.known)
     for text in doubts(classes=classifier.prompt.class_names):  # before hours are spent
         print(f"warning: {text}")
     for remark in dict.fromkeys(problem.train.remarks() + problem.tested.remarks()):
         print(f"note: {remark}")
-    train, target, skipped = _zero_shot(config, classifier, problem.train, "zero-shot")
+    train, target, skipped = _zero_shot(config, classifier, problem.train, "zero-shot", copies)
     tested, test_cosines = train, target.zero_shot_cosines()
+    plain = {"train": target.evaluation_images, "test": target.evaluation_images}
     if problem.test is not None:
-        tested, tests, more = _zero_shot(config, classifier, problem.test, "zero-shot, test")
+        tested, tests, more = _zero_shot(
+            config, classifier, problem.test, "zero-shot, test", copies
+        )
         test_cosines = tests.zero_shot_cosines()
+        plain["test"] = tests.evaluation_images
         skipped = (*skipped, *more)
     kept = Problem(problem.known, train, None if problem.test is None else tested)
     lists = {"train": train, **({} if problem.test is None else {"test": tested})}
@@ -106,20 +122,28 @@ def begin(config: FinetuneConfig, folder: RunFolder, clip: LoadedClip, problem: 
     if problem.test is not None:
         tensors["test"] = test_cosines
     folder.write_tensors(ZERO_SHOT, tensors)
-    return Start(classifier, target, train, tested, test_cosines, problem.test is not None)
+    if copies is not None:
+        print(f"cache: {copies.text()}")
+    return Start(classifier, target, train, tested, test_cosines, problem.test is not None, plain)
 
 
-def continued(folder: RunFolder, clip: LoadedClip, config: FinetuneConfig) -> Start:
+def continued(
+    folder: RunFolder, clip: LoadedClip, config: FinetuneConfig, copies: Copies | None
+) -> Start:
     """As :func:`begin` left it, looking at the first image only: is the model the same?"""
     problem = reread_problem(folder)
     tensors = _kept_cosines(folder, problem)
     classifier = _classifier(config, clip, problem.known)
-    views = views_of(problem.train.images, classifier.model, problem.train.labels, config.decode)
+    views = views_of(
+        problem.train.images, classifier.model, problem.train.labels, config.decode, copies
+    )
     _check_model(config, classifier, problem.train, views, tensors["train"])
     target = Target(views.plain, views.augmented, tensors["train"], views.labels)
     cosines = tensors["train" if problem.test is None else "test"]
     separate = problem.test is not None
-    return Start(classifier, target, problem.train, problem.tested, cosines, separate)
+    tests = views_of(problem.tested.images, classifier.model, None, config.decode, copies)
+    plain: dict[str, Dataset[Any] | Tensor] = {"train": views.plain, "test": tests.plain}
+    return Start(classifier, target, problem.train, problem.tested, cosines, separate, plain)
 
 
 def _check_model(
@@ -179,15 +203,20 @@ def _classifier(config: FinetuneConfig, clip: LoadedClip, known: tuple[str, ...]
 
 
 def _zero_shot(
-    config: FinetuneConfig, classifier: ClipClassifier, part: Labelled, title: str
+    config: FinetuneConfig,
+    classifier: ClipClassifier,
+    part: Labelled,
+    title: str,
+    copies: Copies | None,
 ) -> tuple[Labelled, Target, tuple[tuple[str, str], ...]]:
-    views = views_of(part.images, classifier.model, part.labels, config.decode)
+    views = views_of(part.images, classifier.model, part.labels, config.decode, copies)
     seen = zero_shot(
         classifier,
         views,
         config.trainer(),
         strict=config.strict,
         batch_size=config.eval_batch_size,
+        keep_features=not config.make_method().trains_tower(config.trainer()),
         watch=watched(title, len(part.images)),
     )
     return part.subset(seen.positions), seen.target, seen.unreadable

@@ -20,11 +20,11 @@ if TYPE_CHECKING:  # lists of images need this module, but no numpy
     Levels = npt.NDArray[np.float64]
 
 Decoding = Literal["auto", "full"]
-"""``auto``: JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least twice the
-pixels per side that a view needs; ``full``: never."""
+"""``auto``: views are made of a copy with twice the model's pixels per side, for which a JPEG is
+decoded at 1/2, 1/4 or 1/8 of its size; ``full``: of all pixels."""
 
 OVERSAMPLING = 2
-"""Pixels per side that reduced decoding leaves for each pixel of a view, at least."""
+"""Pixels per side that a copy has for each pixel of the model's, if the image has so many."""
 
 # The only formats that are ever opened: those that Pillow decodes itself, and HEIF with
 # pillow-heif. Not EPS and WMF, which start other programs, nor formats that contain another file
@@ -125,6 +125,11 @@ class Decoded(NamedTuple):
     reduction: int = 1
     left: float = 0.0
     top: float = 0.0
+
+    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) in ``image`` of a whole image of ``size``."""
+        width, height = (side / self.reduction for side in size)
+        return self.left, self.top, self.left + width, self.top + height
 
 
 class EncodedImage:

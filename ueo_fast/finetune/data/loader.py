@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
@@ -43,6 +44,42 @@ class LoadingError(OSError):
     """The system ended a process that loads images, or has no memory left for one."""
 
 
+class LoadingMeter:
+    """How fast images pass, and what is waited for: that they are loaded, or what is computed of
+    them. Recent batches count most.
+
+    It sees all images that loaders of this process hand out.
+    """
+
+    def __init__(self) -> None:
+        self._images = self._waited = self._seconds = 0.0
+        self._last = _handed_out, _waited, time.perf_counter()
+
+    def text(self, rate: bool = True) -> str:
+        """For a progress bar, once per batch; empty as long as no image was loaded.
+
+        Args:
+            rate: with the images per second.
+        """
+        now = _handed_out, _waited, time.perf_counter()
+        images, waited, seconds = (new - old for new, old in zip(now, self._last, strict=True))
+        self._last = now
+        self._images = _FADING * self._images + images
+        self._waited = _FADING * self._waited + waited
+        self._seconds = _FADING * self._seconds + seconds
+        if not self._images or not self._seconds:
+            return ""
+        share = min(1.0, self._waited / self._seconds)
+        slower, share = ("loading", share) if share > 0.5 else ("computing", 1 - share)
+        text = f"{share:.0%} of the time {slower}"
+        return f"{self._images / self._seconds:.3g} images/s, {text}" if rate else text
+
+
+_FADING = 0.9
+_handed_out = 0
+_waited = 0.0
+
+
 class Tolerant(Dataset[Item]):
     """An error becomes the item: raised in a worker it would arrive as a RuntimeError and a
     traceback, and take the rest of its batch along."""
@@ -74,7 +111,7 @@ def data_loader(
     Raises:
         LoadingError: while iterating.
     """
-    return loaded(
+    loader = loaded(
         DataLoader(
             cast("Dataset[TolerantBatch]", dataset),
             batch_sampler=batches,
@@ -86,6 +123,17 @@ def data_loader(
             generator=torch.Generator("cpu").manual_seed(0),
         )
     )
+    return _metered(loader)
+
+
+def _metered(loader: Iterator[TolerantBatch]) -> Iterator[TolerantBatch]:
+    global _handed_out, _waited
+    started = time.perf_counter()
+    for batch in loader:
+        _waited += time.perf_counter() - started
+        _handed_out += len(batch.positions) + len(batch.failures)
+        yield batch
+        started = time.perf_counter()
 
 
 def started_workers(wanted: int) -> int:

@@ -1,11 +1,9 @@
-"""From RGB images to what a CLIP model takes, in training and in testing."""
+"""From images to the pixels that a CLIP model takes, in training and in testing."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,12 +11,10 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transform import image_transform
 from PIL import Image
 from torch import Tensor, nn
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
 
-from ueo_fast.finetune.data.decode import OVERSAMPLING, Decoded
-
-Size = tuple[int, int]  # (width, height)
+from ueo_fast.finetune.data.pictures import Picture, Size
 
 _DEFAULTS: dict[str, Any] = {
     "mean": OPENAI_DATASET_MEAN,
@@ -29,54 +25,44 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class View:
-    """What a transform makes of one image: a box of it is resized; then comes ``finish``.
+class Transform(ABC):
+    """From an image to the pixels that the model takes, uint8 (3, H, W); :func:`normalize` does
+    the rest, on the device.
 
     Attributes:
-        box: (left, top, right, bottom) in pixels of the whole image.
-        size: what the box is resized to.
-        resample: how.
-        finish: from the resized image to a tensor.
+        size: (width, height) of the result.
     """
 
-    box: tuple[int, int, int, int]
     size: Size
-    resample: Image.Resampling
-    finish: Callable[[Image.Image], Tensor]
-
-    @property
-    def max_reduction(self) -> float:
-        """How many times smaller the image may be decoded, per side, so that the box keeps at least
-        twice the pixels of ``size``."""
-        left, top, right, bottom = self.box
-        width, height = self.size
-        return min((right - left) / width, (bottom - top) / height) / OVERSAMPLING
-
-    def of(self, decoded: Decoded) -> Tensor:
-        """The view of an image that was decoded whole or reduced."""
-        image, reduction, x, y = decoded
-        left, top, right, bottom = (side / reduction for side in self.box)
-        box = (left + x, top + y, right + x, bottom + y)
-        # Cut first, as a crop does: pixels beyond the box take no part in resizing.
-        outer = (int(box[0]), int(box[1]), math.ceil(box[2]), math.ceil(box[3]))
-        if outer != (0, 0, *image.size):
-            image = image.crop(outer)
-        x, y = outer[:2]
-        inner = (box[0] - x, box[1] - y, box[2] - x, box[3] - y)
-        return self.finish(image.resize(self.size, self.resample, inner))
-
-
-class Transform(ABC):
-    """From an RGB image to a tensor, by way of a :class:`View`."""
 
     @abstractmethod
-    def view(self, size: Size) -> View:
-        """What is seen of an image of ``size``; random numbers are drawn here, if there are any,
-        and by ``finish``."""
-
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.view(image.size).of(Decoded(image))
+        """Of a whole RGB image, to the letter of the transform's source."""
+
+    @abstractmethod
+    def of(self, picture: Picture) -> Tensor:
+        """Of a copy: the same view, resized by PyTorch, which is several times faster than
+        Pillow. Values differ by a few grey levels."""
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Float32 images from pixels, with the same roundings as torchvision's ``ToTensor`` and
+    ``Normalize``.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        mean: (3,) float32, of pixels between 0 and 1.
+        std: (3,) float32.
+    """
+    mean, std = mean[:, None, None], std[:, None, None]
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+def pixel_statistics(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, each (3,), by which ``model`` wants pixels normalised."""
+    config = _config(model)
+    mean, std = (torch.tensor(config[name], device="cpu") for name in ("mean", "std"))
+    return mean, std
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
@@ -88,15 +74,19 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the model says nothing about the size of its images.
     """
-    visual: Any = getattr(model, "visual", None)
-    config = dict(getattr(visual, "preprocess_cfg", None) or {})
-    size = config.get("size", getattr(visual, "image_size", None))
+    config = _config(model)
+    size = config.get("size", getattr(getattr(model, "visual", None), "image_size", None))
     if size is None:
         raise ValueError(
             f"{type(model).__name__} has neither visual.preprocess_cfg nor visual.image_size, so "
             "the size of its images is unknown; make it with open_clip's factory"
         )
-    return {**_DEFAULTS, **config, "size": size}
+    return {**config, "size": size}
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    visual: Any = getattr(model, "visual", None)
+    return {**_DEFAULTS, **(getattr(visual, "preprocess_cfg", None) or {})}
 
 
 def training_transform(preprocess: Mapping[str, Any]) -> Transform:
@@ -128,35 +118,41 @@ class _Training(Transform):
     def __init__(self, config: Mapping[str, Any]) -> None:
         bilinear = config["interpolation"] == "bilinear"
         mode = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
-        self._crop = transforms.RandomResizedCrop(
-            config["size"], scale=(0.5, 1.0), interpolation=mode
-        )
-        self._finish = transforms.Compose(
-            [
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(config["mean"], config["std"]),
-            ]
-        )
+        self._crop = v2.RandomResizedCrop(config["size"], scale=(0.5, 1.0), interpolation=mode)
+        rows, columns = self._crop.size
+        self.size = columns, rows
+        self._finish = v2.Compose([v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
-    def view(self, size: Size) -> View:
-        width, height = size
-        # Only the shape is looked at.
-        shaped = torch.empty(0, height, width, device="cpu")
-        top, left, rows, columns = self._crop.get_params(
-            shaped, list(self._crop.scale), list(self._crop.ratio)
-        )
-        box = (left, top, left + columns, top + rows)
-        return View(box, self._crop.size[::-1], _resample(self._crop), self._finish)
+    def __call__(self, image: Image.Image) -> Tensor:
+        seen: Tensor = self._finish(self._crop(image))
+        return seen
+
+    def of(self, picture: Picture) -> Tensor:
+        # Drawn as of the whole image, so that the crop is the same but for rounding.
+        width, height = picture.size
+        shape = torch.empty(0, height, width, device="cpu")
+        drawn = self._crop.make_params([shape])
+        rows, columns = picture.pixels.shape[1:]
+        top, bottom = _rounded(drawn["top"], drawn["height"], rows / height)
+        left, right = _rounded(drawn["left"], drawn["width"], columns / width)
+        crop = picture.pixels[:, top:bottom, left:right]
+        size, mode = list(self._crop.size), self._crop.interpolation
+        seen: Tensor = self._finish(functional.resize(crop, size, mode))
+        return seen
+
+
+def _rounded(start: int, length: int, scale: float) -> tuple[int, int]:
+    first = round(start * scale)
+    return first, max(first + 1, round((start + length) * scale))
 
 
 class _Testing(Transform):
     def __init__(self, config: Mapping[str, Any]) -> None:
         size = config["size"]
-        self._size: Size = (size, size) if isinstance(size, int) else tuple(size)[::-1]
+        self.size = (size, size) if isinstance(size, int) else tuple(size)[::-1]
         self._mode = config["resize_mode"]
-        # Of its steps the first resizes.
-        self._resize, *finish = image_transform(
+        # Its steps: resize, perhaps crop or pad, RGB, ToTensor, Normalize.
+        self._resize, *between, _, _ = image_transform(
             config["size"],
             is_train=False,
             mean=config["mean"],
@@ -165,22 +161,24 @@ class _Testing(Transform):
             interpolation=config["interpolation"],
             fill_color=config["fill_color"],
         ).transforms
-        self._finish = transforms.Compose(finish)
+        self._finish = v2.Compose([*between, v2.PILToTensor()])
 
-    def view(self, size: Size) -> View:
-        return View((0, 0, *size), self._resized(size), _resample(self._resize), self._finish)
+    def __call__(self, image: Image.Image) -> Tensor:
+        seen: Tensor = self._finish(self._resize(image))
+        return seen
+
+    def of(self, picture: Picture) -> Tensor:
+        columns, rows = self._resized(picture.size)
+        pixels = functional.resize(picture.pixels, [rows, columns], self._resize.interpolation)
+        seen: Tensor = self._finish(pixels)
+        return seen
 
     def _resized(self, size: Size) -> Size:
-        """What open_clip resizes an image of ``size`` to; a view of a reduced image needs to know
-        that of the whole one."""
+        """What open_clip resizes an image of ``size`` to; a copy's own sides were rounded."""
         if self._mode == "squash":
-            return self._size
-        (width, height), (columns, rows) = size, self._size
+            return self.size
+        (width, height), (columns, rows) = size, self.size
         if self._mode == "shortest" and columns == rows:  # torchvision's: rounded down
             return columns * width // min(size), rows * height // min(size)
         ratio = (max if self._mode == "longest" else min)(width / columns, height / rows)
         return round(width / ratio), round(height / ratio)
-
-
-def _resample(step: Any) -> Image.Resampling:
-    return Image.Resampling[step.interpolation.name]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, NamedTuple, cast, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 from PIL import Image
 from torch import Tensor, nn
@@ -17,6 +20,9 @@ from ueo_fast.finetune.data.image_list import ImageList, read_images
 from ueo_fast.finetune.data.labels import match_labels
 from ueo_fast.finetune.data.names import counted, printable
 from ueo_fast.finetune.data.transforms import preprocessing, test_transform, training_transform
+
+if TYPE_CHECKING:
+    from ueo_fast.finetune.data.copies import Copies
 
 Images = (
     str
@@ -47,12 +53,18 @@ class Views(NamedTuple):
     names: tuple[str, ...]
 
 
-def views_of(images: ImageList, model: nn.Module, labels: Tensor | None, decode: Decoding) -> Views:
+def views_of(
+    images: ImageList,
+    model: nn.Module,
+    labels: Tensor | None,
+    decode: Decoding,
+    copies: Copies | None = None,
+) -> Views:
     """Image files with the model's own preprocessing and the authors' augmentation."""
     preprocess = preprocessing(model)
     return Views(
-        ImageDataset(images, test_transform(preprocess), decode),
-        ImageDataset(images, training_transform(preprocess), decode),
+        ImageDataset(images, test_transform(preprocess), decode, copies),
+        ImageDataset(images, training_transform(preprocess), decode, copies),
         labels,
         images.names,
     )
@@ -67,6 +79,7 @@ def make_views(
     *,
     needs_labels: bool = False,
     decode: Decoding = "auto",
+    copies: Copies | None = None,
 ) -> Views:
     """Prepare any kind of images for a model.
 
@@ -77,7 +90,8 @@ def make_views(
         augmented: with a dataset: the same images, drawn anew each time they are asked for.
         labels: (N,) int64, of images that bring none.
         needs_labels: fail if the images' own labels cannot be used.
-        decode: how image files are decoded.
+        decode: how images are decoded.
+        copies: keeps small copies of image files.
 
     Raises:
         TypeError, ValueError, OSError: an argument is unusable.
@@ -91,8 +105,8 @@ def make_views(
         )
     if isinstance(images, tuple):
         preprocess = preprocessing(model)
-        plain = PictureDataset(images, test_transform(preprocess))
-        seen = PictureDataset(images, training_transform(preprocess))
+        plain = PictureDataset(images, test_transform(preprocess), decode)
+        seen = plain.seen_by(training_transform(preprocess))
         return Views(plain, seen, labels, tuple(map(str, range(len(images)))))
     if not isinstance(images, ImageList):
         return Views(images, augmented, labels, tuple(map(str, range(len(cast(Sized, images))))))
@@ -105,7 +119,58 @@ def make_views(
         )
     elif len(labels) != len(images):
         raise ValueError(f"labels has {len(labels)} entries, but there are {len(images)} images")
-    return views_of(images, model, labels, decode)
+    return views_of(images, model, labels, decode, copies)
+
+
+def open_copies(
+    cache: str | os.PathLike[str], folder: Path, decode: Decoding, most_bytes: int | None = None
+) -> Copies | None:
+    """Where copies of image files are kept; ``None``: nowhere.
+
+    Args:
+        cache: ``auto``, ``off``, or a folder.
+        folder: what ``auto`` stands for.
+        decode: ``full`` has no use for copies.
+        most_bytes: as for :class:`~ueo_fast.finetune.data.copies.Copies`.
+
+    Raises:
+        ValueError: an empty name, or a folder together with ``decode="full"``.
+        OSError: the folder cannot be made.
+    """
+    if cache == "":
+        raise ValueError("cache is empty: it is 'auto', 'off', or a folder")
+    if decode == "full" and cache not in ("auto", "off"):
+        raise ValueError(
+            f"cache={os.fspath(cache)!r} keeps small copies of images, but decode='full' makes "
+            "views of all pixels: leave out one of the two"
+        )
+    if decode == "full" or cache == "off":
+        return None
+    try:
+        from ueo_fast.finetune.data.copies import Copies
+    except ImportError as error:
+        warnings.warn(
+            f"images are decoded in every epoch, as this Python has no sqlite3 ({error}); "
+            "cache='off' (--cache off) says that it may be so",
+            stacklevel=2,
+        )
+        return None
+    return Copies(folder if cache == "auto" else cache, most_bytes)
+
+
+@contextlib.contextmanager
+def temporary_copies(cache: str | os.PathLike[str], decode: Decoding) -> Iterator[Copies | None]:
+    """As :func:`open_copies`; ``auto`` stands for a folder that is there while the block runs."""
+    if cache != "auto":
+        yield open_copies(cache, Path(), decode)
+        return
+    with tempfile.TemporaryDirectory(prefix="ueo_fast-", ignore_cleanup_errors=True) as folder:
+        copies = open_copies(cache, Path(folder), decode)
+        try:
+            yield copies
+        finally:
+            if copies is not None:
+                copies.remove()
 
 
 def check_decode(decode: object) -> None:

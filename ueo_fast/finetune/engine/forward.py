@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.training_config import TrainerConfig
-from ueo_fast.finetune.evaluation.predict import PRECISIONS, warn_of_slow
+from ueo_fast.finetune.evaluation.predict import PRECISIONS, on_device, warn_of_slow
 
 
 class Forward:
@@ -48,10 +48,8 @@ class Forward:
         self._fixed_text: Tensor | None = None
 
     def to_device(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) where and as the tower wants them."""
-        if self._channels_last:
-            return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        return images.to(self.device, non_blocking=True)
+        """A batch where and as the tower wants it."""
+        return on_device(images, self.device, self._channels_last)
 
     def image_features(self, images: Tensor) -> Tensor:
         """(B, E), L2-normalised, float32 whatever the precision."""

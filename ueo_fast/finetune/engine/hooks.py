@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ueo_fast.finetune.data.loader import LoadingMeter
+
 
 @dataclass(frozen=True)
 class StartRecord:
@@ -177,19 +179,22 @@ def training_bar(title: str, show: bool | None = True) -> Iterator[Any]:
 
 
 def bar_hooks(bar: Any) -> Hooks:
-    """Hooks that move a progress bar of tqdm's."""
+    """Hooks that move a progress bar of tqdm's, with the losses, the images per second and what
+    they are waited for."""
+    meter = LoadingMeter()
 
     def on_start(record: StartRecord) -> None:
         bar.reset(total=record.total)
         bar.update(record.step)
 
     def on_step(record: StepRecord) -> None:
-        bar.set_postfix(
-            loss=_fixed(record.loss, 4),
-            conditional=_fixed(record.conditional_entropy, 3),
-            marginal=_fixed(record.marginal_entropy, 3),
-            refresh=False,
+        values = (
+            f"loss={_fixed(record.loss, 4)}",
+            f"conditional={_fixed(record.conditional_entropy, 3)}",
+            f"marginal={_fixed(record.marginal_entropy, 3)}",
+            meter.text(),
         )
+        bar.set_postfix_str(", ".join(filter(None, values)), refresh=False)
         bar.update()
 
     return Hooks(on_start, on_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 import warnings
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.batches import tolerant_loader
-from ueo_fast.finetune.data.loader import TolerantBatch
+from ueo_fast.finetune.data.loader import LoadingMeter, TolerantBatch
 from ueo_fast.ranges import MOST_WORKERS, check_count
 
 PRECISIONS: dict[str, torch.dtype | None] = {
@@ -79,11 +80,14 @@ class Predicted(NamedTuple):
         positions: (B,) int64, of the images that could be read.
         cosines: (B, C) float32 on the CPU, of those images; B may be 0.
         failures: the others of the batch.
+        features: (B, E) float32 on the CPU, L2-normalised, of the images; ``None`` where nobody
+            asked for them.
     """
 
     positions: Tensor
     cosines: Tensor
     failures: tuple[Failure, ...]
+    features: Tensor | None = None
 
 
 class HasImages(Protocol):
@@ -108,11 +112,13 @@ class Readable(NamedTuple):
         positions: (M,) int64, ascending.
         cosines: (M, C) float32 on the CPU.
         failures: the other images.
+        features: (M, E) float32 on the CPU, or ``None``, as in :class:`Predicted`.
     """
 
     positions: Tensor
     cosines: Tensor
     failures: tuple[Failure, ...]
+    features: Tensor | None = None
 
 
 def predict_batches(
@@ -123,6 +129,7 @@ def predict_batches(
     num_workers: int = 0,
     precision: str = "fp32",
     channels_last: bool = False,
+    keep_features: bool = False,
 ) -> Iterator[Predicted]:
     """Cosines of every readable image with every class, batch by batch, in the order of ``images``.
 
@@ -134,18 +141,26 @@ def predict_batches(
     Args:
         classifier: the model, on the device where the work is to be done.
         images: a dataset or tensor of N un-augmented images; an item that cannot be read raises
-            ``UnreadableImageError``.
+            ``UnreadableImageError``. Or their features (N, E) from an earlier pass, as long as the
+            image tower is the same.
         batch_size: images per forward pass; it changes speed and memory, and cosines by rounding
             (:func:`cosine_error`).
         num_workers: worker processes of the loader.
         precision: of the image tower, one of :data:`PRECISIONS`.
         channels_last: hand the images over in that memory format, which convolutions like.
+        keep_features: return the images' features as well.
 
     Raises:
         TypeError, ValueError: no image, an unknown ``precision``, or a number out of range.
     """
     loader, precision_type = _start(classifier, images, batch_size, num_workers, precision)
-    return _predict(classifier, loader, precision_type, channels_last)
+    return _predict(classifier, loader, precision_type, channels_last, keep_features)
+
+
+def on_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
+    """Images (B, 3, H, W) where and as the image tower wants them; or features (B, E)."""
+    like = torch.channels_last if channels_last and images.ndim == 4 else torch.preserve_format
+    return images.to(device, non_blocking=True, memory_format=like)
 
 
 def watched(
@@ -160,24 +175,47 @@ def watched(
     """
 
     def watch(batches: Iterator[Batch]) -> Iterator[Batch]:
-        from tqdm import tqdm
-
-        hidden = None if show is None else not show
-        with tqdm(total=images, desc=title, unit="image", leave=False, disable=hidden) as bar:
+        done = 0
+        with image_bar(title, images, show) as advance:
             for batch in batches:
-                bar.update(len(batch.positions) + len(batch.failures))
+                done += len(batch.positions) + len(batch.failures)
+                advance(done, images)
                 yield batch
 
     return watch
 
 
+@contextlib.contextmanager
+def image_bar(
+    title: str, images: int, show: bool | None = True
+) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of images, with what is waited for; arguments as for :func:`watched`.
+
+    Yields:
+        What moves the bar, called once per batch with images done and images in all.
+    """
+    from tqdm import tqdm
+
+    hidden = None if show is None else not show
+    meter = LoadingMeter()
+    with tqdm(total=images, desc=title, unit="image", leave=False, disable=hidden) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.set_postfix_str(meter.text(rate=False), refresh=False)
+            bar.update(done - bar.n)
+
+        yield advance
+
+
 def collect(predicted: Iterable[Predicted]) -> Readable:
     """All batches of :func:`predict_batches` as one."""
     batches = list(predicted)
+    features = [batch.features for batch in batches if batch.features is not None]
     return Readable(
         torch.cat([batch.positions for batch in batches]),
         torch.cat([batch.cosines for batch in batches]),
         tuple(failure for batch in batches for failure in batch.failures),
+        torch.cat(features) if features else None,
     )
 
 
@@ -267,16 +305,17 @@ def _predict(
     loader: Iterable[TolerantBatch],
     precision: torch.dtype | None,
     channels_last: bool,
+    keep_features: bool = False,
 ) -> Iterator[Predicted]:
     device = classifier.logit_scale.device
-    memory_format = torch.channels_last if channels_last else torch.preserve_format
     text = classifier.text_features()
     for images, positions, errors in loader:
         failures = tuple(Failure(position, error.reason) for position, error in errors)
         if images is None:
-            yield Predicted(positions, text.new_zeros(0, len(text), device="cpu"), failures)
+            none, kept = (text.new_zeros(0, size, device="cpu") for size in text.shape)
+            yield Predicted(positions, none, failures, kept if keep_features else None)
             continue
-        batch = images.to(device, non_blocking=True, memory_format=memory_format)
+        batch = on_device(images, device, channels_last)
         if precision is None:
             features = classifier.image_features(batch)
         else:
@@ -284,4 +323,4 @@ def _predict(
                 features = classifier.image_features(batch)
             features = F.normalize(features.float(), dim=-1)
         cosines = classifier.compare(features, text).cosines.float().cpu()
-        yield Predicted(positions, cosines, failures)
+        yield Predicted(positions, cosines, failures, features.cpu() if keep_features else None)

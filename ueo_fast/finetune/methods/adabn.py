@@ -53,6 +53,9 @@ class AdaBN(Method):
                 "(a ViT, for example): choose another method, or a ResNet tower"
             )
 
+    def trains_tower(self, config: TrainerConfig) -> bool:
+        return True
+
     @torch.no_grad()
     def adapt(
         self,

@@ -43,6 +43,10 @@ class Method(ABC):
             ValueError: a choice that cannot work; the message has the way out.
         """
 
+    def trains_tower(self, config: TrainerConfig) -> bool:
+        """Whether the image tower changes; else its features of an image can be kept."""
+        return config.affine_lr > 0
+
     @abstractmethod
     def adapt(
         self,
@@ -132,12 +136,16 @@ class LossMethod(Method):
         config: TrainerConfig | None = None,
         hooks: Hooks | None = None,
     ) -> History:
-        self.check(config or TrainerConfig(), len(target))
+        config = config or TrainerConfig()
+        self.check(config, len(target))
         objective = self.objective(classifier, target)
         objective.choices = choices_of(self)
+        images = target.training_images
+        if target.augmented is None and not self.trains_tower(config):
+            images = target.evaluation_images
         return train(
             classifier,
-            target.training_images,
+            images,
             objective,
             config=config,
             hooks=hooks,

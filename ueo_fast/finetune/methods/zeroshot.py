@@ -19,6 +19,9 @@ class ZeroShot(Method):
     name: ClassVar[str] = "zeroshot"
     title: ClassVar[str] = "zero-shot"
 
+    def trains_tower(self, config: TrainerConfig) -> bool:
+        return False
+
     def adapt(
         self,
         classifier: ClipClassifier,

@@ -61,7 +61,7 @@ def score_batches(
         channels_last: memory format of the images.
     """
     logit_scale = float(classifier.logit_scale)
-    for positions, cosines, failures in predict_batches(
+    for positions, cosines, failures, _ in predict_batches(
         classifier,
         images,
         batch_size=batch_size,
