@@ -1,8 +1,8 @@
 """`python -m benchmarks [PART ...]`: measures, writes benchmarks/results/*.csv, redraws the docs.
 
 Parts: `loss` (about five minutes on two cores), `affine` and `visual` (some six together), `step`
-(a quarter of an hour and 16 GB), `input` (two minutes); all of them without a name. Time is
-measured by pytest-benchmark in a process of its own, of the loss and of the affine layers twice:
+(a quarter of an hour and 16 GB), `input` (a quarter of an hour); all of them without a name. Time
+is measured by pytest-benchmark in a process of its own, of the loss and of the affine layers twice:
 with an allocator that keeps its memory, and with the allocator as a process comes.
 """
 
@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks import (
     input_report,
+    input_run,
     memory,
     render,
     results_file,
@@ -150,12 +151,14 @@ def measure_step(header: Header, threads: int, repeats: int) -> None:
 
 
 def measure_input(header: Header, threads: int, repeats: int) -> None:
-    """On one thread, as a worker that loads images; ``threads`` has no effect."""
+    """Loading on one thread, as a worker does it; then whole runs on all."""
     rows = measure_time("bench_input.py", input_report.KEYS, 1, repeats, {})
     about = {**header, "threads": "1", "allocator": _words({})}
     for name in ("pillow", "torchvision"):
         about[name] = importlib.metadata.version(name)
     results_file.write(input_report.CSV, describe(**about), rows)
+    about["threads"] = header["threads"]
+    results_file.write(input_report.RUNS, describe(**about), input_run.measure(threads))
 
 
 PARTS: dict[str, tuple[Callable[[Header, int, int], None], int]] = {

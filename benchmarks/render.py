@@ -23,7 +23,9 @@ from benchmarks import (
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = tuple(
-    page for name in ("performance", "math", "patch") if (page := DOCS / f"{name}.md").exists()
+    page
+    for name in ("performance", "math", "patch", "guide")
+    if (page := DOCS / f"{name}.md").exists()
 )
 PICTURE = DOCS / "images" / "ueo_loss_cpu.png"
 
