@@ -15,18 +15,8 @@ _FLOATING = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float
 
 def check_dense(name: str, value: Tensor, *, padded: str = "(0.0)") -> None:
     """A strided floating tensor, in this process; ``padded`` goes with a nested or masked one."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    kind = type(value).__name__
-    if kind == "DTensor":
-        raise TypeError(
-            f"{name} is a DTensor, whose rows live in several processes: "
-            f"pass the rows of this process with {name}.to_local()"
-        )
-    if kind == "MaskedTensor":
-        raise TypeError(
-            f"{name} is a masked tensor: pass a dense one, e.g. {name}.to_tensor{padded}"
-        )
+    if type(value) is not Tensor:
+        _check_kind(name, value, padded)
     if value.is_nested:
         raise TypeError(
             f"{name} is a nested tensor: pass a dense one, e.g. {name}.to_padded_tensor{padded}"
@@ -42,18 +32,34 @@ def check_dense(name: str, value: Tensor, *, padded: str = "(0.0)") -> None:
         )
 
 
+def _check_kind(name: str, value: Tensor, padded: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    kind = type(value).__name__
+    if kind == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, whose rows live in several processes: "
+            f"pass the rows of this process with {name}.to_local()"
+        )
+    if kind == "MaskedTensor":
+        raise TypeError(
+            f"{name} is a masked tensor: pass a dense one, e.g. {name}.to_tensor{padded}"
+        )
+
+
 def check_matrix(name: str, value: Tensor) -> None:
     """A dense floating (B, C) tensor with C > 0, in this process."""
     check_dense(name, value, padded="(float('-inf')), whose padding counts as masked classes")
-    if value.ndim != 2:
+    shape = value.shape
+    if len(shape) != 2:
         raise ValueError(
-            f"{name} must have shape (B, C), got {tuple(value.shape)}: "
+            f"{name} must have shape (B, C), got {tuple(shape)}: "
             f"flatten leading dimensions with {name}.flatten(0, -2), "
             f"or add the batch with {name}.unsqueeze(0)"
         )
-    if value.shape[1] == 0:
+    if shape[1] == 0:
         raise ValueError(
-            f"{name} must have at least one class, got shape {tuple(value.shape)}: "
+            f"{name} must have at least one class, got shape {tuple(shape)}: "
             "check the list of class names"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any, Literal, NamedTuple, overload
 
@@ -55,6 +56,8 @@ def _name_ranks() -> None:
 # As torch.compiler.assume_constant_result: runs, and warns, while a graph is traced.
 _name_ranks._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
+
+_AS_IT_IS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 _Arguments = tuple[str, Tensor, Tensor | None, Tensor | None, float, float, float]
 """backend, logits, confidence, marginal_weights, trade_off, confidence_scale, eps: checked."""
@@ -298,7 +301,7 @@ def ueo_loss_and_grad(
             grad, (loss, stats) = torch.func.grad(_with_results, has_aux=True)(copy, *args[2:])
         loss, grad = loss.detach(), grad.detach()
         return (loss, grad, stats) if return_stats else (loss, grad)
-    with torch.no_grad():
+    with torch.no_grad() if logits.requires_grad else _AS_IT_IS:
         try:
             loss, saved, grad = op.loss_and_grad(*args)
         except RuntimeError:
