@@ -1,9 +1,10 @@
 """`python -m benchmarks [PART ...]`: measures, writes benchmarks/results/*.csv, redraws the docs.
 
-Parts: `loss` (about five minutes on two cores), `affine` and `visual` (some six together), `step`
-(a quarter of an hour and 16 GB), `input` (a quarter of an hour); all of them without a name. Time
-is measured by pytest-benchmark in a process of its own, of the loss and of the affine layers twice:
-with an allocator that keeps its memory, and with the allocator as a process comes.
+Parts: `loss` (about five minutes on two cores), `calls` (half a minute), `affine` and `visual`
+(some six together), `step` (a quarter of an hour and 16 GB), `input` (a quarter of an hour); all of
+them without a name. Time is measured by pytest-benchmark in a process of its own (that of `calls` in
+this one), of the loss and of the affine layers twice: with an allocator that keeps its memory, and
+with the allocator as a process comes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import (
+    bench_calls,
+    calls_report,
     input_report,
     input_run,
     memory,
@@ -36,6 +41,7 @@ from benchmarks.allocator import MAPPED_ALLOCATOR as MAPPED
 from benchmarks.allocator import TUNED_ALLOCATOR
 from benchmarks.cases import CASES
 from benchmarks.environment import describe
+from ueo_fast import backends
 
 FOLDER = Path(__file__).parent
 MEMORY_CONTENDERS = ("ueo_fast", "eager", "compile")
@@ -114,6 +120,19 @@ def measure_loss(header: Header, threads: int, repeats: int) -> None:
     results_file.write("ueo_loss_cpu_memory.csv", describe(**header), measure_memory())
 
 
+def measure_calls(header: Header, threads: int, repeats: int) -> None:
+    """On one thread, as what is measured is Python; ``threads`` has no effect."""
+    reason = backends.unavailable_reason("cpp")
+    if reason is not None:
+        sys.exit(f"calls: {reason}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = bench_calls.measure(repeats)
+    torch.set_num_threads(before)
+    about = {**header, "threads": "1", "allocator": _words({})}
+    results_file.write(calls_report.CSV, describe(**about), rows)
+
+
 def measure_affine(header: Header, threads: int, repeats: int) -> None:
     keys = ("op", "shape", "layout", "dtype")
     for name, allocator in ALLOCATORS.items():
@@ -163,6 +182,7 @@ def measure_input(header: Header, threads: int, repeats: int) -> None:
 
 PARTS: dict[str, tuple[Callable[[Header, int, int], None], int]] = {
     "loss": (measure_loss, 7),
+    "calls": (measure_calls, 1000),
     "affine": (measure_affine, 5),
     "visual": (measure_visual, 3),
     "step": (measure_step, 3),

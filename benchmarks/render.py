@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks import (
     affine_report,
+    calls_report,
     gpu_report,
     input_report,
     markdown,
@@ -120,6 +121,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         f"Measured with {line.replace('`', '')}"
         for line in markdown.provenance("gpu_experiments.csv")
     ],
+    **calls_report.TABLES,
     **gpu_report.TABLES,
     **affine_report.TABLES,
     **step_report.TABLES,

@@ -5,8 +5,9 @@
 
 namespace ueo_fast {
 
-// Raised together with INTERFACE in ueo_fast/_extension.py whenever a schema, or the meaning of a
-// tensor that ops hand to each other, changes: a stale binary is then told apart.
-inline constexpr int64_t kInterface = 5;
+// Raised together with INTERFACE in ueo_fast/_extension.py whenever a schema, the meaning of a tensor
+// that ops hand to each other, or a check that Python leaves to an op changes: a stale binary is then
+// told apart.
+inline constexpr int64_t kInterface = 6;
 
 }  // namespace ueo_fast

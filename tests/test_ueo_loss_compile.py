@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from loss_backends import COMPILED, shrink
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ueo_fast import ueo_loss
 
@@ -46,6 +47,25 @@ def test_compile_fullgraph_equals_eager(compiler, backend):
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(entropy, expected_entropy)
         torch.testing.assert_close(logits.grad, eager.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["confidence", "marginal_weights"])
+@pytest.mark.parametrize("trace", ["aot_eager", "inductor", "make_fx"])
+def test_a_graph_refuses_bad_weights_when_it_runs(trace, name):
+    torch._dynamo.reset()
+
+    def loss(logits, weights):
+        return ueo_loss(logits, **{name: weights}, backend="cpp")
+
+    logits, weights = make_logits().detach(), torch.rand(60) + 0.1
+    if trace == "make_fx":
+        graph = make_fx(loss)(logits, weights)
+    else:
+        graph = torch.compile(loss, fullgraph=True, backend=trace)
+    torch.testing.assert_close(graph(logits, weights), loss(logits, weights))
+    weights[40] = -2.5
+    with pytest.raises(RuntimeError, match=f"{name} must be .*, got values from -2.5 to [01]"):
+        graph(logits, weights)
 
 
 @pytest.mark.parametrize("backend", COMPILED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import traceback
 
 import numpy as np
 import pytest
@@ -71,6 +72,29 @@ BAD_WEIGHTS = [
 def test_weights(weights, error, message, name, backend):
     with pytest.raises(error, match=re.escape(message.replace("{}", name))):
         ueo_loss(LOGITS, **{name: weights}, backend=backend)
+
+
+@pytest.mark.parametrize("function", [ueo_loss, ueo_loss_and_grad])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -0.1, 0.0])
+@pytest.mark.parametrize("name", ["confidence", "marginal_weights"])
+def test_the_cpp_op_finds_a_bad_value_wherever_it_is(name, bad, dtype, function):
+    for count in (1, 15, 16, 37):  # fewer, as many and more than the op reads at a time
+        for place in range(count):
+            weights = torch.rand(count).add(0.1).to(dtype)
+            weights[place] = bad
+            logits = torch.randn(count, 4, dtype=dtype, requires_grad=True)
+            if name == "marginal_weights" and bad == 0 and count > 1:
+                result = function(logits, **{name: weights}, backend="cpp")
+                assert torch.isfinite(result if function is ueo_loss else result[0])
+                continue
+            said = []
+            for backend in ("cpp", "reference"):
+                with pytest.raises(ValueError, match=f"{name} must be") as raised:
+                    function(logits, **{name: weights}, backend=backend)
+                said.append("".join(traceback.format_exception_only(raised.value)))
+                assert "ueo_fast: " not in "".join(traceback.format_exception(raised.value))
+            assert said[0] == said[1]
 
 
 def test_zero_confidence_is_an_error_but_a_zero_marginal_weight_is_not():

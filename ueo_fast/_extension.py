@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 OLDEST_TORCH = (2, 10)
-INTERFACE = 5
+INTERFACE = 6
 """Of the ops that this Python code calls; kInterface in csrc/interface.h."""
 
 REBUILD = "pip install --no-build-isolation -e . (in a clone), or reinstall the ueo_fast wheel"

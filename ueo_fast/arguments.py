@@ -15,18 +15,8 @@ _FLOATING = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float
 
 def check_dense(name: str, value: Tensor, *, padded: str = "(0.0)") -> None:
     """A strided floating tensor, in this process; ``padded`` goes with a nested or masked one."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    kind = type(value).__name__
-    if kind == "DTensor":
-        raise TypeError(
-            f"{name} is a DTensor, whose rows live in several processes: "
-            f"pass the rows of this process with {name}.to_local()"
-        )
-    if kind == "MaskedTensor":
-        raise TypeError(
-            f"{name} is a masked tensor: pass a dense one, e.g. {name}.to_tensor{padded}"
-        )
+    if type(value) is not Tensor:
+        _check_kind(name, value, padded)
     if value.is_nested:
         raise TypeError(
             f"{name} is a nested tensor: pass a dense one, e.g. {name}.to_padded_tensor{padded}"
@@ -42,18 +32,34 @@ def check_dense(name: str, value: Tensor, *, padded: str = "(0.0)") -> None:
         )
 
 
+def _check_kind(name: str, value: Tensor, padded: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    kind = type(value).__name__
+    if kind == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, whose rows live in several processes: "
+            f"pass the rows of this process with {name}.to_local()"
+        )
+    if kind == "MaskedTensor":
+        raise TypeError(
+            f"{name} is a masked tensor: pass a dense one, e.g. {name}.to_tensor{padded}"
+        )
+
+
 def check_matrix(name: str, value: Tensor) -> None:
     """A dense floating (B, C) tensor with C > 0, in this process."""
     check_dense(name, value, padded="(float('-inf')), whose padding counts as masked classes")
-    if value.ndim != 2:
+    shape = value.shape
+    if len(shape) != 2:
         raise ValueError(
-            f"{name} must have shape (B, C), got {tuple(value.shape)}: "
+            f"{name} must have shape (B, C), got {tuple(shape)}: "
             f"flatten leading dimensions with {name}.flatten(0, -2), "
             f"or add the batch with {name}.unsqueeze(0)"
         )
-    if value.shape[1] == 0:
+    if shape[1] == 0:
         raise ValueError(
-            f"{name} must have at least one class, got shape {tuple(value.shape)}: "
+            f"{name} must have at least one class, got shape {tuple(shape)}: "
             "check the list of class names"
         )
 
@@ -83,19 +89,16 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}")
 
 
-def check_weights(
-    name: str, value: Tensor | None, logits: Tensor, *, positive: bool
-) -> Tensor | None:
-    """Constant weights of the rows in the compute dtype; ``positive`` forbids zeros."""
-    if value is None:
-        return None
+def check_weights(name: str, value: Tensor, logits: Tensor) -> Tensor:
+    """Constant weights of the rows, converted to the compute dtype."""
     check_dense(name, value, padded="(1.0)")
-    if value.shape != logits.shape[:1]:
+    shape = value.shape
+    if len(shape) != 1 or shape[0] != logits.shape[0]:
         raise ValueError(
             f"{name} must have shape (B,) = ({logits.shape[0]},) to match logits "
-            f"{tuple(logits.shape)}, got {tuple(value.shape)}"
+            f"{tuple(logits.shape)}, got {tuple(shape)}"
         )
-    if value.device != logits.device:
+    if not (value.is_cpu and logits.is_cpu) and value.device != logits.device:
         raise ValueError(
             f"{name} is on {value.device} but logits are on {logits.device}: "
             f"move it with {name}.to(logits.device)"
@@ -104,14 +107,25 @@ def check_weights(
         raise ValueError(
             f"{name} requires grad, but it is a constant of the method: pass {name}.detach()"
         )
-    backends.check_memory(name, value)
     dtype = compute_dtype(logits.dtype)
-    if value.dtype != dtype:
-        value = value.to(dtype)
+    if value.dtype == dtype:
+        return value
+    backends.check_memory(name, value)
+    return value.to(dtype)
+
+
+def check_contents(name: str, value: Tensor | None, *, positive: bool) -> None:
+    """The memory and the values of weights, which ``check_weights`` leaves alone.
+
+    The C++ op checks both itself, as it reads the values anyway: a call of PyTorch's costs as much
+    as the op. ``positive`` forbids zeros.
+    """
+    if value is None:
+        return
+    backends.check_memory(name, value)
     # Values are looked at only where that needs no device sync and nothing is being traced.
-    if value.device.type == "cpu" and value.shape[0] > 0 and not torch.compiler.is_compiling():
+    if value.is_cpu and value.shape[0] > 0 and not torch.compiler.is_compiling():
         _check_range(name, value, positive)
-    return value
 
 
 def _check_range(name: str, value: Tensor, positive: bool) -> None:

@@ -116,6 +116,15 @@ def cpu_capability() -> str | None:
     return CAPABILITIES[torch.ops.ueo_fast.cpu_capability()]
 
 
+def device_type(tensor: Tensor) -> str:
+    """``tensor.device.type``, faster on the CPU: PyTorch makes a new string of the enum each time,
+    which takes as long as the checks of a whole call."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
+_is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def is_transformed(*tensors: Tensor | None) -> bool:
     """Whether torch.func or forward-mode differentiation follows what happens to the tensors.
 
@@ -125,9 +134,8 @@ def is_transformed(*tensors: Tensor | None) -> bool:
         return False
     if forward_ad._current_level >= 0:
         return True
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for tensor in tensors:  # noqa: SIM110 - a generator expression costs more than the checks
-        if tensor is not None and is_wrapped(tensor):
+        if tensor is not None and _is_functorch_wrapped(tensor):
             return True
     return False
 
@@ -171,7 +179,7 @@ def _owns_memory(tensor: Tensor) -> bool:
 def _error(backend: str, device: torch.device) -> str | None:
     """Why ``backend``, which serves the device's type, cannot run there; None if it can."""
     error = _library_error(backend)
-    if error is not None or device.type == "cpu":
+    if error is not None or COMPILED[backend].device == "cpu":
         return error
     return _device_error(
         backend, torch.cuda.current_device() if device.index is None else device.index
@@ -181,9 +189,9 @@ def _error(backend: str, device: torch.device) -> str | None:
 def _automatic(tensor: Tensor, others: tuple[Tensor | None, ...]) -> str:
     if is_transformed(tensor, *others):
         return "reference"
-    device = tensor.device
+    wanted = device_type(tensor)
     for name, backend in COMPILED.items():
-        if backend.device == device.type and _error(name, device) is None:
+        if backend.device == wanted and _error(name, tensor.device) is None:
             return name
     return "reference"
 
@@ -208,15 +216,15 @@ def choose(backend: str, tensor: Tensor, *others: Tensor | None, name: str = "lo
     error = _library_error(backend)
     if error is not None:
         raise RuntimeError(f"backend={backend!r} cannot run: {error}; or use backend='auto'")
-    device = tensor.device
-    wanted = COMPILED[backend]
-    interpreted = backend == "triton" and is_triton_interpreted() and device.type == "cpu"
-    if device.type != wanted.device and not interpreted:
+    found = device_type(tensor)
+    wanted = COMPILED[backend].device
+    interpreted = backend == "triton" and is_triton_interpreted() and found == "cpu"
+    if found != wanted and not interpreted:
         raise ValueError(
-            f"backend={backend!r} runs on {wanted.device} tensors, got {name} on {device}: "
-            f"move with {name}.{wanted.device}(), or use backend='auto'"
+            f"backend={backend!r} runs on {wanted} tensors, got {name} on {tensor.device}: "
+            f"move with {name}.{wanted}(), or use backend='auto'"
         )
-    if not interpreted and (error := _error(backend, device)) is not None:
+    if not interpreted and (error := _error(backend, tensor.device)) is not None:
         raise RuntimeError(f"backend={backend!r} cannot run: {error}; or use backend='auto'")
     if is_transformed(tensor, *others):
         raise RuntimeError(

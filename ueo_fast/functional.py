@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any, Literal, NamedTuple, overload
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from ueo_fast import backends, reference
-from ueo_fast.arguments import check_matrix, check_weights
+from ueo_fast.arguments import check_contents, check_matrix, check_weights
 from ueo_fast.ops import ueo_loss as op
 from ueo_fast.ranges import check_number
 
@@ -56,11 +57,14 @@ def _name_ranks() -> None:
 _name_ranks._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-_Arguments = tuple[Tensor, Tensor | None, Tensor | None, float, float, float]
-"""Checked logits, confidence, marginal_weights, trade_off, confidence_scale, eps."""
+_AS_IT_IS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+_Arguments = tuple[str, Tensor, Tensor | None, Tensor | None, float, float, float]
+"""backend, logits, confidence, marginal_weights, trade_off, confidence_scale, eps: checked."""
 
 
 def _check(
+    backend: str,
     logits: Tensor,
     confidence: Tensor | None,
     marginal_weights: Tensor | None,
@@ -76,14 +80,38 @@ def _check(
             f"confidence_scale={scale} has no effect on a given confidence: "
             "leave out one of the two"
         )
-    return (
+    if confidence is not None:
+        confidence = check_weights("confidence", confidence, logits)
+    if marginal_weights is not None:
+        marginal_weights = check_weights("marginal_weights", marginal_weights, logits)
+    arguments = (
+        backends.choose(backend, logits, confidence, marginal_weights),
         logits,
-        check_weights("confidence", confidence, logits, positive=True),
-        check_weights("marginal_weights", marginal_weights, logits, positive=False),
+        confidence,
+        marginal_weights,
         check_number("trade_off", trade_off, sign="any"),
         scale,
         check_number("eps", eps, sign="not negative"),
     )
+    if arguments[0] != "cpp":  # whose op looks itself: _refuse_weights
+        _check_contents(arguments)
+    if arguments[0] == "reference":
+        backends.check_memory("logits", logits)
+    return arguments
+
+
+def _check_contents(arguments: _Arguments) -> None:
+    _, _, confidence, marginal_weights, *_ = arguments
+    check_contents("confidence", confidence, positive=True)
+    check_contents("marginal_weights", marginal_weights, positive=False)
+
+
+def _refuse_weights(arguments: _Arguments) -> None:
+    """Raise, of weights that the C++ op has refused, the errors of every other backend."""
+    try:
+        _check_contents(arguments)
+    except (RuntimeError, ValueError) as error:
+        raise error from None  # without the op's own
 
 
 def _reference(
@@ -179,7 +207,8 @@ def ueo_loss(
             ``+inf``, or a row that is masked whole, gives a NaN loss.
         confidence: (B,) positive constants ``w`` on the logits' device. ``None``: the maximum of
             ``softmax(confidence_scale * logits)``, recomputed here, as a constant. Values are
-            checked on the CPU in eager mode, nowhere else.
+            checked on the CPU, where a graph of torch.compile raises RuntimeError instead of
+            ValueError, and not on a GPU.
         marginal_weights: (B,) constants ``v``, not negative; ``None`` means ``1 / w``.
         trade_off: λ, any sign. With all confidences 1, ``trade_off=1`` is InfoMax and
             ``trade_off=0`` is EntMin.
@@ -203,16 +232,18 @@ def ueo_loss(
     Source: Liang et al., ICML 2024 (arXiv 2308.12919), section 3.3; authors' code
     github.com/tim-learn/UEO.
     """
-    args = _check(logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
-    chosen = backends.choose(backend, logits, confidence, marginal_weights)
-    if chosen == "reference":
-        backends.check_memory("logits", logits)
-        loss, stats = _reference(*args)
+    args = _check(backend, logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
+    if args[0] == "reference":
+        loss, stats = _reference(*args[1:])
         return (loss, stats) if return_stats else loss
-    if logits.requires_grad and torch.is_grad_enabled():
-        result = op.UEOLossFunction.apply(chosen, *args, return_stats)
-        return (result[0], _stats(result[1])) if return_stats else result
-    loss, saved = op.forward(chosen, *args)
+    try:
+        if logits.requires_grad and torch.is_grad_enabled():
+            result = op.UEOLossFunction.apply(*args, return_stats)
+            return (result[0], _stats(result[1])) if return_stats else result
+        loss, saved = op.forward(*args)
+    except RuntimeError:
+        _refuse_weights(args)
+        raise
     if not return_stats:
         return loss
     return loss, _stats(op.statistics(saved, logits.shape[1]))
@@ -262,18 +293,20 @@ def ueo_loss_and_grad(
         ``(loss, dlogits)``, with ``return_stats`` ``(loss, dlogits, UEOStats)``: loss 0-d,
         dlogits (B, C) contiguous in the logits' dtype.
     """
-    args = _check(logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
-    chosen = backends.choose(backend, logits, confidence, marginal_weights)
-    if chosen == "reference":
-        backends.check_memory("logits", logits)
+    args = _check(backend, logits, confidence, marginal_weights, trade_off, confidence_scale, eps)
+    if args[0] == "reference":
         with torch.inference_mode(False), torch.enable_grad():
-            copy = args[0].detach().clone(memory_format=torch.contiguous_format)
+            copy = logits.detach().clone(memory_format=torch.contiguous_format)
             # Unlike autograd.grad it works within vmap.
-            grad, (loss, stats) = torch.func.grad(_with_results, has_aux=True)(copy, *args[1:])
+            grad, (loss, stats) = torch.func.grad(_with_results, has_aux=True)(copy, *args[2:])
         loss, grad = loss.detach(), grad.detach()
         return (loss, grad, stats) if return_stats else (loss, grad)
-    with torch.no_grad():
-        loss, saved, grad = op.loss_and_grad(chosen, *args)
+    with torch.no_grad() if logits.requires_grad else _AS_IT_IS:
+        try:
+            loss, saved, grad = op.loss_and_grad(*args)
+        except RuntimeError:
+            _refuse_weights(args)
+            raise
         if not return_stats:
             return loss, grad
         return loss, grad, _stats(op.statistics(saved, logits.shape[1]))

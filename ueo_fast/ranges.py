@@ -24,9 +24,6 @@ MOST_WORKERS = 1024
 """Processes that a run may ask for; how many are started depends on the machine."""
 
 
-_USUAL_NUMBERS = (float, int)  # a tuple: making a union takes longer than the check
-
-
 def check_count(name: str, value: int, least: int = 1, most: int = MOST) -> int:
     """A whole number of things.
 
@@ -52,7 +49,7 @@ def check_number(
     most: float = LARGEST,
 ) -> float:
     """A number of a magnitude up to ``most``; with a sign asked for, also 0 or at least 1e-30."""
-    if not isinstance(value, _USUAL_NUMBERS) or isinstance(value, bool):
+    if type(value) is not float and type(value) is not int:  # any other question takes longer
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             kind = type(value).__name__
             raise TypeError(f"{name} must be a number, got {kind} {value!r}: convert with float()")

@@ -1,7 +1,11 @@
 #include "ueo_loss_driver.h"
 
 #include <algorithm>
+#include <limits>
 #include <new>
+#include <numeric>
+#include <sstream>
+#include <stdexcept>
 #include <vector>
 
 #include "tuning.h"
@@ -37,6 +41,49 @@ class Buffer {
   A* data_;
 };
 
+template <class A>
+struct Range {
+  A low;
+  A high;
+};
+
+// The smallest and the largest value; NaN both where any is.
+template <class A>
+Range<A> range_of(const A* values, int64_t count) {
+  // Selects in arrays of lanes, which compilers vectorise: a third of std::minmax_element's time.
+  constexpr int64_t kLanes = 16;
+  A low[kLanes], high[kLanes], nan[kLanes];
+  std::fill_n(low, kLanes, values[0]);
+  std::fill_n(high, kLanes, values[0]);
+  std::fill_n(nan, kLanes, A(0));
+  const auto include = [&](int64_t l, A value) {
+    low[l] = value < low[l] ? value : low[l];
+    high[l] = value > high[l] ? value : high[l];
+    nan[l] = value == value ? nan[l] : value;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) include(l, values[i + l]);
+  }
+  for (; i < count; ++i) include(0, values[i]);
+  const A any_nan = std::accumulate(nan, nan + kLanes, A(0));
+  if (any_nan != 0) return {any_nan, any_nan};
+  return {*std::min_element(low, low + kLanes), *std::max_element(high, high + kLanes)};
+}
+
+// ueo_fast/arguments.py says the same in Python's words, and with a way out.
+template <class A>
+Range<A> checked_range(const char* name, const A* values, int64_t count, bool positive) {
+  const Range<A> range = range_of(values, count);
+  const bool above = positive ? range.low > 0 : range.low >= 0 && range.high > 0;
+  if (above && range.high <= std::numeric_limits<A>::max()) return range;
+  std::ostringstream message;
+  message << "ueo_fast: " << name << " must be "
+          << (positive ? "positive and finite" : "finite, not negative and not all zero")
+          << ", got values from " << range.low << " to " << range.high;
+  throw std::invalid_argument(message.str());
+}
+
 // kRowGroup rows of exponentials and two tiles.
 int64_t scratch_size(int64_t columns) {
   return kRowGroup * round_up(columns, kPad) + 2 * kTileColumns;
@@ -49,13 +96,13 @@ double ueo_forward(const UeoLoops<A>& loops, ForwardRows<A> args, A* summary, A*
                    const ParallelFor& parallel_for) {
   const int64_t rows = args.logits.rows;
   if (args.confidence) {
-    const auto [low, high] = std::minmax_element(args.confidence, args.confidence + rows);
-    args.smallest_confidence = *low;
-    args.largest_confidence = *high;
+    const auto [low, high] = checked_range("confidence", args.confidence, rows, true);
+    args.smallest_confidence = low;
+    args.largest_confidence = high;
   }
   if (args.marginal_weights) {
     args.largest_marginal_weight =
-        *std::max_element(args.marginal_weights, args.marginal_weights + rows);
+        checked_range("marginal_weights", args.marginal_weights, rows, false).high;
   }
   const int64_t columns = args.logits.columns;
   const int64_t row_size = round_up(columns, kPad);

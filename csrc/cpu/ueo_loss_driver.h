@@ -9,7 +9,9 @@
 namespace ueo_fast::cpu {
 
 // Steps 1 to 7. Writes row_stats (rows, kRowStats), summary (kSummary,) and marginal (columns,);
-// returns the loss. The result does not depend on how parallel_for splits its range.
+// returns the loss. The result does not depend on how parallel_for splits its range. Throws
+// std::invalid_argument, before anything is written, where a confidence is not positive and finite,
+// or a marginal weight negative or not finite, or all of them are 0.
 template <class A>
 double ueo_forward(const UeoLoops<A>& loops, ForwardRows<A> args, A* summary, A* marginal,
                    const ParallelFor& parallel_for);

@@ -94,22 +94,10 @@ def forward(
     confidence_scale: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The loss without autograd, and what :func:`backward` and :func:`statistics` need."""
+    """The loss without autograd, and what backward and :func:`statistics` need."""
     return registry.of(backend).ueo_loss_forward(
         logits, confidence, marginal_weights, trade_off, confidence_scale, eps
     )
-
-
-def backward(
-    backend: str,
-    grad_loss: Tensor,
-    logits: Tensor,
-    saved: Tensor,
-    trade_off: float,
-    eps: float,
-) -> Tensor:
-    """The gradient (B, C) in the logits' dtype, from what :func:`forward` returned."""
-    return registry.of(backend).ueo_loss_backward(grad_loss, logits, saved, trade_off, eps)
 
 
 def loss_and_grad(
@@ -151,12 +139,11 @@ class UEOLossFunction(torch.autograd.Function):
         eps: float,
         return_stats: bool,
     ) -> Any:
-        loss, saved = forward(
-            backend, logits, confidence, marginal_weights, trade_off, confidence_scale, eps
+        loss, saved = registry.of(backend).ueo_loss_forward(
+            logits, confidence, marginal_weights, trade_off, confidence_scale, eps
         )
         ctx.save_for_backward(logits, saved)
-        ctx.backend = backend
-        ctx.options = (trade_off, eps)
+        ctx.options = backend, trade_off, eps
         if not return_stats:
             return loss
         ctx.set_materialize_grads(False)
@@ -166,12 +153,17 @@ class UEOLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 6
-        if grad_loss is None:  # the loss is not part of what is differentiated
-            return None, None, *nothing
-        compute = _OnceDifferentiable.apply if torch.is_grad_enabled() else backward
-        grad = compute(ctx.backend, grad_loss, *ctx.saved_tensors, *ctx.options)
-        return None, grad, *nothing
+        grad = None
+        if grad_loss is not None:  # None: the loss is not part of what is differentiated
+            chosen, trade_off, eps = ctx.options
+            logits, saved = ctx.saved_tensors
+            if torch.is_grad_enabled():
+                grad = _OnceDifferentiable.apply(chosen, grad_loss, logits, saved, trade_off, eps)
+            else:
+                grad = registry.of(chosen).ueo_loss_backward(
+                    grad_loss, logits, saved, trade_off, eps
+                )
+        return None, grad, None, None, None, None, None, None
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -183,8 +175,9 @@ class _OnceDifferentiable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        return backward(*args)
+    def forward(ctx: Any, backend: str, *args: Any) -> Tensor:
+        grad: Tensor = registry.of(backend).ueo_loss_backward(*args)
+        return grad
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
