@@ -2,9 +2,9 @@
 
 Parts: `loss` (about five minutes on two cores), `calls` (half a minute), `affine` and `visual`
 (some six together), `step` (a quarter of an hour and 16 GB), `input` (a quarter of an hour); all of
-them without a name. Time is measured by pytest-benchmark in a process of its own (that of `calls` in
-this one), of the loss and of the affine layers twice: with an allocator that keeps its memory, and
-with the allocator as a process comes.
+them without a name. Time is measured by pytest-benchmark in a process of its own (that of `calls`
+in this one), of the loss and of the affine layers twice: with an allocator that keeps its memory,
+and with the allocator as a process comes.
 """
 
 from __future__ import annotations
