@@ -4,11 +4,14 @@ Parts: `loss` (about five minutes on two cores), `affine` and `visual` (some six
 (a quarter of an hour and 16 GB), `input` (two minutes); all of them without a name. Time is
 measured by pytest-benchmark in a process of its own, of the loss and of the affine layers twice:
 with an allocator that keeps its memory, and with the allocator as a process comes.
+`loss --instruction-set avx2` measures the loss's time, with the first of these, as on a processor
+without AVX-512.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -23,6 +26,7 @@ from typing import Any
 
 from benchmarks import (
     input_report,
+    instruction_set,
     memory,
     render,
     results_file,
@@ -113,6 +117,14 @@ def measure_loss(header: Header, threads: int, repeats: int) -> None:
     results_file.write("ueo_loss_cpu_memory.csv", describe(**header), measure_memory())
 
 
+def measure_restricted_loss(header: Header, threads: int, repeats: int, name: str) -> None:
+    """As :func:`measure_loss`, of what depends on the instruction set."""
+    keys = ("rows", "columns", "dtype")
+    rows = measure_time("bench_ueo_loss.py", keys, threads, repeats, TUNED_ALLOCATOR)
+    about = describe(**header, allocator=_words(TUNED_ALLOCATOR))
+    results_file.write(f"ueo_loss_cpu_tuned_allocator_{name}.csv", about, rows)
+
+
 def measure_affine(header: Header, threads: int, repeats: int) -> None:
     keys = ("op", "shape", "layout", "dtype")
     for name, allocator in ALLOCATORS.items():
@@ -181,15 +193,32 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, help="by default what suits the part")
+    parser.add_argument(
+        "--instruction-set",
+        choices=instruction_set.RESTRICTIONS,
+        help="keep ours, PyTorch and torch.compile to it (loss only)",
+    )
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}: choose of {', '.join(PARTS)}")
+    parts = args.parts or list(PARTS)
+    restricted: str | None = args.instruction_set
+    if restricted is not None:
+        if parts != ["loss"]:
+            parser.error(
+                f"--instruction-set {restricted} measures the loss alone: "
+                f"python -m benchmarks loss --instruction-set {restricted}"
+            )
+        instruction_set.restrict(restricted)
     pinned = pin(args.threads)
     failed = []
-    for part in args.parts or PARTS:
+    for part in parts:
         measure, usual = PARTS[part]
         repeats = args.repeats or usual
         command = f"python -m benchmarks {part} --threads {args.threads} --repeats {repeats}"
+        if restricted is not None:
+            measure = functools.partial(measure_restricted_loss, name=restricted)
+            command += f" --instruction-set {restricted}"
         header = {"threads": f"{args.threads}{pinned}", "command": command}
         try:
             measure(header, args.threads, repeats)
