@@ -5,11 +5,14 @@ Parts: `loss` (about five minutes on two cores), `calls` (half a minute), `affin
 them without a name. Time is measured by pytest-benchmark in a process of its own (that of `calls`
 in this one), of the loss and of the affine layers twice: with an allocator that keeps its memory,
 and with the allocator as a process comes.
+`loss --instruction-set avx2` measures the loss's time, with the first of these, as on a processor
+without AVX-512.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -29,6 +32,7 @@ from benchmarks import (
     calls_report,
     input_report,
     input_run,
+    instruction_set,
     memory,
     render,
     results_file,
@@ -133,6 +137,14 @@ def measure_calls(header: Header, threads: int, repeats: int) -> None:
     results_file.write(calls_report.CSV, describe(**about), rows)
 
 
+def measure_restricted_loss(header: Header, threads: int, repeats: int, name: str) -> None:
+    """As :func:`measure_loss`, of what depends on the instruction set."""
+    keys = ("rows", "columns", "dtype")
+    rows = measure_time("bench_ueo_loss.py", keys, threads, repeats, TUNED_ALLOCATOR)
+    about = describe(**header, allocator=_words(TUNED_ALLOCATOR))
+    results_file.write(f"ueo_loss_cpu_tuned_allocator_{name}.csv", about, rows)
+
+
 def measure_affine(header: Header, threads: int, repeats: int) -> None:
     keys = ("op", "shape", "layout", "dtype")
     for name, allocator in ALLOCATORS.items():
@@ -204,15 +216,32 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, help="by default what suits the part")
+    parser.add_argument(
+        "--instruction-set",
+        choices=instruction_set.RESTRICTIONS,
+        help="keep ours, PyTorch and torch.compile to it (loss only)",
+    )
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}: choose of {', '.join(PARTS)}")
+    parts = args.parts or list(PARTS)
+    restricted: str | None = args.instruction_set
+    if restricted is not None:
+        if parts != ["loss"]:
+            parser.error(
+                f"--instruction-set {restricted} measures the loss alone: "
+                f"python -m benchmarks loss --instruction-set {restricted}"
+            )
+        instruction_set.restrict(restricted)
     pinned = pin(args.threads)
     failed = []
-    for part in args.parts or PARTS:
+    for part in parts:
         measure, usual = PARTS[part]
         repeats = args.repeats or usual
         command = f"python -m benchmarks {part} --threads {args.threads} --repeats {repeats}"
+        if restricted is not None:
+            measure = functools.partial(measure_restricted_loss, name=restricted)
+            command += f" --instruction-set {restricted}"
         header = {"threads": f"{args.threads}{pinned}", "command": command}
         try:
             measure(header, args.threads, repeats)

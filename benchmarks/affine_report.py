@@ -242,6 +242,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "affine beyond the floor": _if_measured(TUNED, lambda: beyond_the_floor(_affine(TUNED, None))),
     "affine provenance": _if_measured(TUNED, lambda: markdown.provenance(TUNED)),
     "affine default": _if_measured(DEFAULT, lambda: affine_table(DEFAULT)),
+    "affine default provenance": _if_measured(DEFAULT, lambda: markdown.provenance(DEFAULT)),
     "patch speed": _if_measured(STEP, step_table),
     "patch no gain": _if_measured(STEP, lambda: no_gain(_steps(None), "patched", tower_cells)),
     "patch speed provenance": _if_measured(STEP, lambda: markdown.provenance(STEP)),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import ueo_fast
-from ueo_fast.backends import cpu_capability
+from benchmarks import instruction_set
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +30,7 @@ def describe(**more: str) -> dict[str, str]:
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
-        "instruction set": str(cpu_capability()),
+        "instruction set": instruction_set.describe(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ueo_fast": ueo_fast.__version__,

@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from benchmarks import instruction_set
+
 REPEATS = int(os.environ.get("UEO_FAST_BENCH_REPEATS", "7"))
 SLICE_SECONDS = 0.05
 """About how long one contender is measured before the next one's turn."""
@@ -19,6 +21,7 @@ class Prepared:
     """Contenders of the case in hand, built and warmed up once: compilation is not measured."""
 
     def __init__(self, make: Callable[[str, Hashable], Run | None], warm_up: int = 3) -> None:
+        instruction_set.verify()
         torch.set_num_threads(int(os.environ.get("UEO_FAST_BENCH_THREADS", "2")))
         self._make = make
         self._warm_up = warm_up

@@ -28,7 +28,8 @@ struct LogitsView {
 enum RowStat : int64_t {
   kRowMax,      // max_c z_ic
   kRowSum,      // sum_c exp(z_ic - max)
-  kRowMeanLog,  // mean under p of log2(exp(z - max)); with eps, of log(p + eps) + p / (p + eps)
+  kRowMeanLog,  // mean under p of log2(exp(z - max)); with eps, of log(p + eps) + p / (p + eps);
+                // 0 on a CPU, where backward has no use for it
   kRowConfidence,      // w_i, up to the scale of a given w
   kRowMarginalWeight,  // v_i, up to a scale
   kRowStats

@@ -9,15 +9,14 @@
 #include <type_traits>
 
 #include "half.h"
-#include "lane_sums.h"
 #include "stream.h"
 #include "tuning.h"
 #include "ueo_loss.h"
+#include "vectors.h"
 
 namespace {
 
 using ueo_fast::LogitsView;
-using ueo_fast::cpu::tuning::kPad;
 using ueo_fast::cpu::tuning::kPrefetchBytes;
 using ueo_fast::cpu::tuning::kTileColumns;
 
@@ -113,39 +112,51 @@ struct RowReader {
   void copy(int64_t begin, int64_t valid) {
     if (buffered == begin) return;
     buffered = begin;
+    constexpr A kInfinity = std::numeric_limits<A>::infinity();
     A* __restrict to = buffer;
-    for (int64_t j = valid; j < padded(valid); ++j) to[j] = -std::numeric_limits<A>::infinity();
+    // All of the last pad: a register that is read back from several short stores has to wait.
+    for (int64_t j = 0; j < kPad; ++j) to[padded(valid) - kPad + j] = -kInfinity;
 #pragma omp simd
     for (int64_t j = 0; j < valid; ++j) to[j] = to_float(data[begin + j]);
   }
 };
 
-template <class A>
-inline A larger(A a, A b) {
+// Of the scalars or registers a and b.
+template <class T>
+inline T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-// The largest value of a tile. NaN is ignored here and comes out of the exponentials instead.
+// The largest value of a tile. NaN may be lost here and comes out of the exponentials instead.
 template <class A>
 inline A max_tile(const Columns<const A*>& x) {
-  constexpr int64_t kChains = 4 * kPad;  // enough independent maxima to hide their latency
-  A max[kChains];
-  for (int64_t l = 0; l < kChains; ++l) max[l] = -std::numeric_limits<A>::infinity();
+  // Independent maxima: enough to hide their latency, half of the registers that the older
+  // instruction sets have.
+  constexpr int64_t kVectors = 4 * kPad / kLanes<A> < 8 ? 4 * kPad / kLanes<A> : 8;
+  constexpr int64_t kChains = kVectors * kLanes<A>;
+  Vector<A> max[kVectors];
+#pragma GCC unroll 8
+  for (int64_t v = 0; v < kVectors; ++v) max[v] = broadcast(-std::numeric_limits<A>::infinity());
   const A* data = x.whole_data;
   int64_t j = 0;
   for (; j + kChains <= x.whole; j += kChains) {
-#pragma omp simd
-    for (int64_t l = 0; l < kChains; ++l) max[l] = larger(data[j + l], max[l]);
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < kVectors; ++v) max[v] = larger(max[v], load(data + j + v * kLanes<A>));
   }
   for_each_pad<A>({data + j, x.tail, x.whole - j}, [&](const A* pad, int64_t) {
-#pragma omp simd
-    for (int64_t l = 0; l < kPad; ++l) max[l] = larger(pad[l], max[l]);
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < kPad / kLanes<A>; ++v) {
+      max[v] = larger(max[v], load(pad + v * kLanes<A>));
+    }
   });
-  for (int64_t l = 0; l < 2 * kPad; ++l) max[l] = larger(max[l], max[l + 2 * kPad]);
-  for (int64_t l = 0; l < kPad; ++l) max[l] = larger(max[l], max[l + kPad]);
-  for (int64_t l = 0; l < kPad / 2; ++l) max[l] = larger(max[l], max[l + kPad / 2]);
-  for (int64_t l = 0; l < kPad / 4; ++l) max[l] = larger(max[l], max[l + kPad / 4]);
-  return larger(larger(max[0], max[1]), larger(max[2], max[3]));
+#pragma GCC unroll 8
+  for (int64_t v = 1; v < kVectors; ++v) max[0] = larger(max[0], max[v]);
+  A lane[kLanes<A>];
+  store<A>(max[0], lane);
+  for (int64_t n = kLanes<A> / 2; n > 0; n /= 2) {
+    for (int64_t l = 0; l < n; ++l) lane[l] = larger(lane[l], lane[l + n]);
+  }
+  return lane[0];
 }
 
 template <class A, class S>

@@ -1,11 +1,18 @@
-// 2^t and log as plain arithmetic, so that a loop around them is vectorised at every instruction
-// set. tests/test_cpu_loops.py holds their errors.
+// 2^t on registers, and log as plain arithmetic, so that a loop around it is vectorised at every
+// instruction set. tests/test_cpu_loops.py holds their errors.
 //
 // Internal linkage throughout: see half.h.
 #pragma once
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
+
+#include "vectors.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -26,9 +33,8 @@ struct FloatTraits<float> {
   static constexpr Bits kOne = 0x3f800000u;
   static constexpr Bits kSqrtHalf = 0x3f3504f3u;
   // (2^r - 1) / r on |r| <= 1/2: least maximum error of 2^r (Lawson's iteration), 9.2e-8.
-  static inline float exp2_slope(float r) {
-    float p = 0.001326472707f;
-    p = p * r + 0.009671512649f;
+  static inline Vector<float> exp2_slope(Vector<float> r) {
+    Vector<float> p = 0.001326472707f * r + 0.009671512649f;
     p = p * r + 0.05550733744f;
     p = p * r + 0.2402224209f;
     return p * r + 0.6931469776f;
@@ -55,9 +61,8 @@ struct FloatTraits<double> {
   static constexpr Bits kOne = 0x3ff0000000000000u;
   static constexpr Bits kSqrtHalf = 0x3fe6a09e667f3bcdu;
   // (2^r - 1) / r on |r| <= 1/2: Taylor's ln(2)^k / k!, the first term left out below 2^-57.
-  static inline double exp2_slope(double r) {
-    double p = 1.3691488853904128e-12;
-    p = p * r + 2.5678435993488206e-11;
+  static inline Vector<double> exp2_slope(Vector<double> r) {
+    Vector<double> p = 1.3691488853904128e-12 * r + 2.5678435993488206e-11;
     p = p * r + 4.4455382718708116e-10;
     p = p * r + 7.0549116208011233e-09;
     p = p * r + 1.0178086009239699e-07;
@@ -83,35 +88,85 @@ struct FloatTraits<double> {
   }
 };
 
-// The exponent at which exp2_clamped gives 0, as a value that the compiler does not know. GCC
-// would otherwise see that a clamped exponent gives a constant, and make a branch of the select
-// in clamped_exponent: a loop with a branch is not vectorised. Read it before a loop.
+// x, but no more than `limit`: finite for infinity, NaN for NaN.
 template <class A>
-inline A zero_exponent() {
-  const volatile A value = -FloatTraits<A>::kBias;
-  return value;
+inline Vector<A> at_most(Vector<A> limit, Vector<A> x) {
+  return limit < x ? limit : x;
 }
 
-// scale * x, but no lower than `zero`: finite for x = -inf, NaN for NaN.
+// The exponent at which exp2_minus(x, 1) gives 0, as a value that the compiler does not know: GCC
+// makes one instruction of at_most only where it cannot rewrite the comparison with a constant.
 template <class A>
-inline A clamped_exponent(A x, A scale, A zero) {
-  const A t = scale * x;
-  return t < zero ? zero : t;
+inline Vector<A> zero_exponent() {
+  const volatile A value = FloatTraits<A>::kBias;
+  return broadcast<A>(value);
 }
 
-// 2^t for zero_exponent() <= t <= 0 or NaN. Exactly 1 at t = 0, and exactly 0 from half a unit
-// above zero_exponent() down, so that a masked class has probability 0.
+// The same for exp_minus.
 template <class A>
-inline A exp2_clamped(A t) {
+inline Vector<A> zero_distance() {
+  const volatile A value = static_cast<A>(FloatTraits<A>::kBias * kLn2);
+  return broadcast<A>(value);
+}
+
+// 2^(-scale * x) for 0 <= scale * x <= kBias or NaN. Exactly 1 at 0, and exactly 0 at kBias, so that
+// a masked class has probability 0. Where the instruction set fuses multiplication and addition,
+// the product is not rounded.
+template <class A>
+inline Vector<A> exp2_minus(Vector<A> x, A scale) {
   using T = FloatTraits<A>;
-  using Bits = typename T::Bits;
+  using Bits = typename VectorOf<A>::Bits;
   constexpr A kBiasedRound = T::kRound + T::kBias;
-  const A rounded = t + kBiasedRound;
-  const A r = t - (rounded - kBiasedRound);
-  const A fraction = T::exp2_slope(r) * r + A(1);
+  const Vector<A> rounded = kBiasedRound - x * scale;
+  const Vector<A> r = -(x * scale) - (rounded - kBiasedRound);
   // The biased integer part stands in the low bits of `rounded`: shifted, it is 2^n. Multiplied,
-  // not added to the exponent field, so that every NaN stays one.
-  return fraction * __builtin_bit_cast(A, __builtin_bit_cast(Bits, rounded) << T::kMantissa);
+  // not added to the exponent field, so that every NaN stays one; by r, while the polynomial is
+  // still computed.
+  const Vector<A> power = (Vector<A>)((Bits)rounded << T::kMantissa);
+  return T::exp2_slope(r) * (r * power) + power;
+}
+
+#if defined(__AVX2__)
+#define UEO_FAST_EIGHTHS                                                                  \
+  0x3f800000u, 0x3f7b95c2u, 0x3f7837f0u, 0x3f75fed7u, 0x3f7504f3u, 0x3f75672au, 0x3f7744fdu, \
+      0x3f7ac0c7u
+
+// The bits of 2^(j / 8), less j << 20, for the last three bits j of each lane of `index`.
+inline VectorOf<float>::Bits eighths(VectorOf<float>::Bits index) {
+  using Bits = VectorOf<float>::Bits;
+#if defined(__AVX512F__)
+  const Bits table = {UEO_FAST_EIGHTHS, UEO_FAST_EIGHTHS};
+  // Masked: of the plain intrinsic, GCC 12 warns in its own header.
+  return (Bits)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)index, (__m512i)table);
+#else
+  const Bits table = {UEO_FAST_EIGHTHS};
+  return (Bits)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)index);
+#endif
+}
+
+// As above, with the eight values of 2^(j / 8) in a register: on |r| <= 1/16 two terms less are
+// needed, and of the processor's units those that multiply are the busiest.
+inline Vector<float> exp2_minus(Vector<float> x, float scale) {
+  using T = FloatTraits<float>;
+  using Bits = VectorOf<float>::Bits;
+  constexpr float kRound = T::kRound / 8;  // adding it rounds to a multiple of 1/8
+  const Vector<float> rounded = kRound - x * scale;
+  const Vector<float> r = -(x * scale) - (rounded - kRound);
+  // The low bits of `rounded` are 8 n + j. The permutation looks at j alone. Shifted, they are n in
+  // the exponent field and j << 20 below it, which the table has subtracted.
+  const Bits bits = (Bits)rounded;
+  const Vector<float> power = (Vector<float>)((bits << (T::kMantissa - 3)) + eighths(bits));
+  // (2^r - 1) / r on |r| <= 1/16: least maximum error of 2^r (Lawson's iteration), 2.7e-8.
+  Vector<float> p = 0.055496223f * r + 0.24025764f;
+  p = p * r + 0.69314724f;
+  return p * (r * power) + power;
+}
+#endif
+
+// exp(-d) for 0 <= d <= zero_distance() or NaN.
+template <class A>
+inline Vector<A> exp_minus(Vector<A> d) {
+  return exp2_minus(d, FloatTraits<A>::kLog2e);
 }
 
 // log(x) for x >= 0 or NaN; below the smallest normal number (0 included) the log of that number,

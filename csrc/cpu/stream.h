@@ -23,6 +23,11 @@ inline void stream_copy(void* target, const void* source, int64_t bytes) {
   for (; done + 64 <= bytes; done += 64) {
 #if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to + done), _mm512_loadu_si512(from + done));
+#elif defined(__AVX__)
+    for (int64_t part = done; part < done + 64; part += 32) {
+      const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + part));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + part), value);
+    }
 #else
     for (int64_t part = done; part < done + 64; part += 16) {
       const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + part));

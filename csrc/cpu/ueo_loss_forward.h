@@ -3,6 +3,7 @@
 // Internal linkage throughout: see half.h.
 #pragma once
 
+#include "lane_sums.h"
 #include "rows.h"
 #include "simd_math.h"
 #include "tuning.h"
@@ -13,23 +14,22 @@ namespace {
 
 using tuning::kRowGroup;
 
-// e = exp(x - max); adds up e and e * log2(e).
+// With d = max - x: e = exp(-d); adds up e and e * d.
 template <class A>
 inline void exp_tile(const Columns<const A*>& x, A max, const Ahead& ahead, A* __restrict e,
                      double& sum, double& dot) {
-  const A zero = zero_exponent<A>();
-  LaneSums<A> sums;
-  LaneSums<A> dots;
+  const Vector<A> limit = zero_distance<A>();
+  VectorSums<A> sums;
+  VectorSums<A> dots;
   for_each_pad<A>(x, [&](const A* __restrict pad, int64_t j) {
     ahead.prefetch(j);
-#pragma omp simd
-    for (int64_t l = 0; l < kPad; ++l) {
-      const A t = clamped_exponent(pad[l] - max, FloatTraits<A>::kLog2e, zero);
-      const A value = exp2_clamped(t);
-      e[j + l] = value;
-      sums.lane[l] += value;
-      dots.lane[l] += value * t;
-    }
+    for_each_vector<A>([&](int64_t l) {
+      const Vector<A> d = at_most<A>(limit, max - load(pad + l));
+      const Vector<A> value = exp_minus<A>(d);
+      store<A>(value, e + j + l);
+      sums.at(l) += value;
+      dots.at(l) += value * d;
+    });
   });
   sum += sums.total();
   dot += dots.total();
@@ -39,34 +39,29 @@ inline void exp_tile(const Columns<const A*>& x, A max, const Ahead& ahead, A* _
 template <class A>
 inline double scaled_exp_sum_tile(const Columns<const A*>& x, A max, double scale) {
   const A log2_scale = static_cast<A>(scale * FloatTraits<double>::kLog2e);
-  const A zero = zero_exponent<A>();
-  LaneSums<A> sums;
+  const Vector<A> limit = zero_exponent<A>();
+  VectorSums<A> sums;
   for_each_pad<A>(x, [&](const A* __restrict pad, int64_t) {
-#pragma omp simd
-    for (int64_t l = 0; l < kPad; ++l) {
-      sums.lane[l] += exp2_clamped(clamped_exponent(pad[l] - max, log2_scale, zero));
-    }
+    for_each_vector<A>([&](int64_t l) {
+      sums.at(l) += exp2_minus(at_most<A>(limit, log2_scale * (max - load(pad + l))), A(1));
+    });
   });
   return sums.total();
 }
 
-// With p = e * inverse_sum: sums of p log(p + eps) and of p^2 / (p + eps).
+// With p = e * inverse_sum: sum of p log(p + eps).
 template <class A>
-inline void entropy_eps_tile(const A* __restrict e, A inverse_sum, A eps, int64_t n, double& plogp,
-                             double& ratio) {
+inline double entropy_eps_tile(const A* __restrict e, A inverse_sum, A eps, int64_t n) {
   assume_padded(n);
-  LaneSums<A> plogps;
-  LaneSums<A> ratios;
+  LaneSums<A> sums;
   for (int64_t j = 0; j < n; j += kPad) {
 #pragma omp simd
     for (int64_t l = 0; l < kPad; ++l) {
       const A p = e[j + l] * inverse_sum;
-      plogps.lane[l] += p * log_nonnegative(p + eps);
-      ratios.lane[l] += p * (p / (p + eps));
+      sums.lane[l] += p * log_nonnegative(p + eps);
     }
   }
-  plogp += plogps.total();
-  ratio += ratios.total();
+  return sums.total();
 }
 
 // sums (+)= sum_r weight_r * e_r over a group of rows.
@@ -87,58 +82,76 @@ inline void add_rows(const A* __restrict e, const A* weight, int64_t row_size,
   }
 }
 
-// Steps 1, 2 and 4 of one row: e = exp(z - max) (padded with zeros), and its statistics.
+// What forward knows of a group of rows once their exponentials are added up.
+template <class A>
+struct RowGroup {
+  A max[kRowGroup] = {};
+  double sum[kRowGroup] = {1, 1, 1, 1};         // of e
+  double dot[kRowGroup] = {};                   // of e (max - z)
+  double scaled_sum[kRowGroup] = {1, 1, 1, 1};  // of exp(confidence_scale * (z - max))
+  double log_sum[kRowGroup];
+  A column_weight[kRowGroup] = {};
+  static_assert(kRowGroup == 4);
+};
+
+// Steps 1 and 2 of row r of the group: e = exp(z - max), padded with zeros, and its sums.
 template <class A, class S>
-inline void forward_row(const ForwardRows<A>& args, int64_t row, A* e, A* buffer, BlockSums& sums,
-                        A& column_weight) {
+inline void softmax_row(const ForwardRows<A>& args, int64_t row, int64_t r, A* e, A* buffer,
+                        RowGroup<A>& group) {
   RowReader<A, S> z(args.logits, row, buffer);
-  const UeoOptions& options = args.options;
   const A max = row_max(z);
   double sum = 0;
   double dot = 0;
   for_each_tile(z.columns, [&](const Tile& tile) {
     exp_tile(z.read(tile), max, z.ahead(tile), e + tile.begin, sum, dot);
   });
-  const double inverse_sum = 1 / sum;
+  group.max[r] = max;
+  group.sum[r] = sum;
+  group.dot[r] = dot;
+  group.scaled_sum[r] = sum;
+  const double scale = args.options.confidence_scale;
+  if (scale == 1 || args.confidence) return;
+  double scaled_sum = 0;
+  for_each_tile(z.columns, [&](const Tile& tile) {
+    scaled_sum += scaled_exp_sum_tile(z.read(tile), max, scale);
+  });
+  group.scaled_sum[r] = scaled_sum;
+}
 
-  double confidence = inverse_sum;
-  double marginal_weight = sum;  // 1 / confidence
+// Steps 2 and 4 of row r of the group: its statistics.
+template <class A>
+inline void row_statistics(const ForwardRows<A>& args, int64_t row, int64_t r, const A* e,
+                           RowGroup<A>& group, BlockSums& sums) {
+  const double inverse_sum = 1 / group.sum[r];
+  double confidence = 1 / group.scaled_sum[r];
+  double marginal_weight = group.scaled_sum[r];
   if (args.confidence) {
     confidence = args.confidence[row] / args.largest_confidence;
     marginal_weight = args.smallest_confidence / args.confidence[row];
-  } else if (options.confidence_scale != 1) {
-    marginal_weight = 0;
-    for_each_tile(z.columns, [&](const Tile& tile) {
-      marginal_weight += scaled_exp_sum_tile(z.read(tile), max, options.confidence_scale);
-    });
-    confidence = 1 / marginal_weight;
   }
   if (args.marginal_weights) {
     marginal_weight = args.marginal_weights[row] / args.largest_marginal_weight;
   }
 
-  double mean_log = dot * inverse_sum;
-  double plogp = kLn2 * mean_log - log_nonnegative(sum);
-  if (options.eps != 0) {
+  double plogp = -group.dot[r] * inverse_sum - group.log_sum[r];
+  if (args.options.eps != 0) {
     plogp = 0;
-    double ratio = 0;
-    for_each_tile(z.columns, [&](const Tile& tile) {
-      entropy_eps_tile(e + tile.begin, static_cast<A>(inverse_sum), static_cast<A>(options.eps),
-                       tile.padded, plogp, ratio);
+    for_each_tile(args.logits.columns, [&](const Tile& tile) {
+      plogp += entropy_eps_tile(e + tile.begin, static_cast<A>(inverse_sum),
+                                static_cast<A>(args.options.eps), tile.padded);
     });
-    mean_log = plogp + ratio;
   }
 
   A* stats = args.row_stats + row * kRowStats;
-  stats[kRowMax] = max;
-  stats[kRowSum] = static_cast<A>(sum);
-  stats[kRowMeanLog] = static_cast<A>(mean_log);
+  stats[kRowMax] = group.max[r];
+  stats[kRowSum] = static_cast<A>(group.sum[r]);
+  stats[kRowMeanLog] = 0;
   stats[kRowConfidence] = static_cast<A>(confidence);
   stats[kRowMarginalWeight] = static_cast<A>(marginal_weight);
   sums.confidence += confidence;
   sums.marginal_weight += marginal_weight;
   sums.weighted_entropy -= confidence * plogp;
-  column_weight = static_cast<A>(marginal_weight * inverse_sum);
+  group.column_weight[r] = static_cast<A>(marginal_weight * inverse_sum);
 }
 
 template <class A, class S>
@@ -147,19 +160,22 @@ void forward_rows(const ForwardRows<A>& args, int64_t begin, int64_t end, BlockS
   const int64_t row_size = padded(args.logits.columns);
   A* buffer = scratch + kRowGroup * row_size;
   for (int64_t first = begin; first < end; first += kRowGroup) {
-    A weight[kRowGroup] = {};
-    for (int64_t r = 0; r < kRowGroup; ++r) {
-      A* e = scratch + r * row_size;
-      if (first + r < end) {
-        forward_row<A, S>(args, first + r, e, buffer, *sums, weight[r]);
-      } else {  // the last, incomplete group: what an earlier group left must not be added
-        for (int64_t j = 0; j < row_size; ++j) e[j] = 0;
-      }
+    RowGroup<A> group;
+    const int64_t rows = end - first < kRowGroup ? end - first : kRowGroup;
+    for (int64_t r = 0; r < rows; ++r) {
+      softmax_row<A, S>(args, first + r, r, scratch + r * row_size, buffer, group);
+    }
+    // The last, incomplete group: what an earlier one left must not be added, not even times 0.
+    for (int64_t j = rows * row_size; j < kRowGroup * row_size; ++j) scratch[j] = 0;
+#pragma omp simd
+    for (int64_t r = 0; r < kRowGroup; ++r) group.log_sum[r] = log_nonnegative(group.sum[r]);
+    for (int64_t r = 0; r < rows; ++r) {
+      row_statistics(args, first + r, r, scratch + r * row_size, group, *sums);
     }
     if (first == begin) {
-      add_rows<A, true>(scratch, weight, row_size, column_sums);
+      add_rows<A, true>(scratch, group.column_weight, row_size, column_sums);
     } else {
-      add_rows<A, false>(scratch, weight, row_size, column_sums);
+      add_rows<A, false>(scratch, group.column_weight, row_size, column_sums);
     }
   }
 }

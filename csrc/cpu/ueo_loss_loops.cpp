@@ -1,6 +1,6 @@
 // The loss's loops for one instruction set: this file is compiled once for each, with
-// UEO_FAST_LEVEL set to base, avx2 or avx512 (CMakeLists.txt). The loops are plain, under
-// `omp simd`, in ueo_loss_forward.h and ueo_loss_backward.h.
+// UEO_FAST_LEVEL set to base, avx2 or avx512 (CMakeLists.txt). The loops, on registers (vectors.h)
+// or plain under `omp simd`, are in ueo_loss_forward.h and ueo_loss_backward.h.
 //
 // Everything but the last functions has internal linkage: see half.h.
 #include "ueo_loss.h"
