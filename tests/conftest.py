@@ -97,6 +97,15 @@ def _loss_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setitem(backends.COMPILED, CUDA_HOST.name, CUDA_HOST)
 
 
+@pytest.fixture
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without their charts, for tests of the rest: drawing takes most of a page's time."""
+    from ueo_fast.finetune.report import page
+
+    for name in ("score_charts", "training_charts"):
+        monkeypatch.setattr(page, name, lambda run: [])
+
+
 @pytest.fixture(scope="session")
 def cuda_on_host() -> ModuleType:
     """The pybind11 module that runs the CUDA kernels on the host; built by g++ on first use."""
