@@ -212,6 +212,7 @@ class BuildWithCMake(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DUEO_FAST_CUDA={'OFF' if toolkit is None else 'ON'}",
+            "-DUEO_FAST_TEST_MODULE=OFF",  # the tests build theirs in the same folder
         ]
         environment = dict(os.environ)
         if cuda is not None:

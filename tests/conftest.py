@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -96,6 +97,15 @@ def _loss_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setitem(backends.COMPILED, CUDA_HOST.name, CUDA_HOST)
 
 
+@pytest.fixture
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without their charts, for tests of the rest: drawing takes most of a page's time."""
+    from ueo_fast.finetune.report import page
+
+    for name in ("score_charts", "training_charts"):
+        monkeypatch.setattr(page, name, lambda run: [])
+
+
 @pytest.fixture(scope="session")
 def cuda_on_host() -> ModuleType:
     """The pybind11 module that runs the CUDA kernels on the host; built by g++ on first use."""
@@ -107,11 +117,15 @@ def loops() -> ModuleType:
     """The pybind11 module that runs raw CPU kernels; built by CMake on first use."""
     import pybind11
 
-    build = ROOT / "build" / f"tests-{sys.implementation.cache_tag}"
+    # Where the library was built: the loops are the same objects, and compiling them again would
+    # take half a minute.
+    build = ROOT / "build" / "cmake"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = dict(os.environ, PATH=path)
     configure = [
         *("cmake", "-S", str(ROOT), "-B", str(build), "-GNinja", "-DUEO_FAST_TEST_MODULE=ON"),
+        "-UPYTHON_MODULE_EXTENSION",  # pybind11 remembers that of another Python
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
     ]
@@ -121,8 +135,9 @@ def loops() -> ModuleType:
         for command in (configure, ["cmake", "--build", str(build), "--target", "ueo_fast_loops"]):
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-    (library,) = build.glob("ueo_fast_loops*.so")
-    spec = importlib.util.spec_from_file_location("ueo_fast_loops", library)
+    spec = importlib.util.spec_from_file_location(
+        "ueo_fast_loops", build / f"ueo_fast_loops{suffix}"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

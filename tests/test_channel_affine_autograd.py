@@ -43,7 +43,8 @@ def relu_of(backend):
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_gradcheck(activation, residual, backend):
-    leaves = make(backend, torch.float64, (2, 3, 4, 5))
+    interpreted = backend == "triton" and backend.device == "cpu"  # 20 ms a call
+    leaves = make(backend, torch.float64, (2, 3, 2, 3) if interpreted else (2, 3, 4, 5))
     names = NAMES if residual else NAMES[:3]
 
     def call(*values):
@@ -209,8 +210,16 @@ def test_compile_fullgraph_equals_eager(layout, compiler, backend):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),  # which strides a result has does not depend on its dtype
+    [
+        (torch.channels_last, torch.float32),
+        *(
+            (torch.contiguous_format, dtype)
+            for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        ),
+    ],
+)
 def test_opcheck(layout, dtype, backend):
     ops = backend.ops
     x, scale, shift, residual = (value.detach() for value in make(backend, dtype).values())

@@ -12,6 +12,8 @@ from photo_folder import CORRUPT, photo_folder
 from ueo_fast.cli import main
 from ueo_fast.finetune.files.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("without_charts")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -14,6 +14,8 @@ from ueo_fast.finetune.data import decode
 
 ESCAPE = "zero/\x1b[31mred\x07.png"
 
+pytestmark = pytest.mark.usefixtures("without_charts")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

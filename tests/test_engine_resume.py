@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 import random
 
@@ -59,6 +61,16 @@ def run(tower, config, start=None, objective=None):
     return classifier, history, told, store
 
 
+@functools.cache
+def whole():
+    """A run of nine steps that many tests stop somewhere."""
+    return run("vit", FULL)
+
+
+def saved_after(step):
+    return copy.deepcopy(whole()[3].saved[step - 1])
+
+
 def without_seconds(records):
     return [dataclasses.replace(record, seconds=0.0) for record in records]
 
@@ -87,8 +99,8 @@ def test_from_any_step_on_nothing_differs(tower, tmp_path):
 
 
 def test_workers_and_checkpoints_may_differ():
-    expected, *_ = run("vit", FULL)
-    start = run("vit", FULL)[3].saved[3]
+    expected, *_ = whole()
+    start = saved_after(4)
     config = dataclasses.replace(FULL, num_workers=2, checkpoint_every=5)
     again, _, _, store = run("vit", config, start)
     assert_same_state(again, state_of(expected))
@@ -97,8 +109,8 @@ def test_workers_and_checkpoints_may_differ():
 
 def test_a_run_goes_another_way_without_each_part_of_its_state():
     """Nothing in a checkpoint is there for nothing: the tests above would notice."""
-    classifier, _, _, store = run("vit", FULL)
-    start = store.saved[3]
+    classifier, *_ = whole()
+    start = saved_after(4)
     for name in ("adapted/prompt.context", "objective/bank", "momentum/0"):
         tensors = {**start.tensors, name: torch.zeros_like(start.tensors[name])}
         other, *_ = run("vit", FULL, dataclasses.replace(start, tensors=tensors))
@@ -134,8 +146,8 @@ def test_a_log_has_every_step_of_a_checkpoint():
 
 
 def test_a_finished_run_does_nothing_more():
-    classifier, history, _, store = run("vit", FULL)
-    again, resumed, told, store_again = run("vit", FULL, store.saved[-1])
+    classifier, history, *_ = whole()
+    again, resumed, told, store_again = run("vit", FULL, saved_after(9))
     assert_same_state(again, state_of(classifier))
     assert resumed == history
     assert told.steps == told.epochs == store_again.saved == []
@@ -152,13 +164,13 @@ def test_a_finished_run_does_nothing_more():
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(change, message):
-    start = run("vit", FULL)[3].saved[0]
+    start = saved_after(1)
     with pytest.raises(ValueError, match=message):
         run("vit", dataclasses.replace(FULL, **change), start)
 
 
 def test_a_checkpoint_of_other_classes_images_or_models_is_refused():
-    start, images = run("vit", FULL)[3].saved[0], make_images()
+    start, images = saved_after(1), make_images()
     hooks = Hooks(checkpoints=MemoryStore(start))
     objective = Remembering(infomax(images), 10)
     with pytest.raises(ValueError, match=r"images=10, and this one has images=9"):
@@ -221,7 +233,7 @@ FORGED = {
 )
 def test_a_checkpoint_with_values_that_no_run_has(tmp_path, fields, tensors, values, message):
     """Its checksum fits: somebody wrote it so."""
-    start = run("vit", FULL)[3].saved[3]
+    start = saved_after(4)
     changed = dict(start.tensors)
     for name, change in tensors.items():
         if change is None:
@@ -261,7 +273,7 @@ def test_statistics_of_batch_norm_that_follow_a_stream_are_resumed():
 
 def test_a_checkpoint_of_another_prompt_is_refused():
     """Of as many words, so that the context's shape says nothing."""
-    start, images = run("vit", FULL)[3].saved[0], make_images()
+    start, images = saved_after(1), make_images()
     other = make_classifier()
     other.prompt.suffix_text = " outdoors."
     with pytest.raises(ValueError, match=r"prompt='.* {}\.', and this one has prompt='.* outdoors"):

@@ -183,16 +183,18 @@ print(len(said[0]), len(said[1]), *said[1])
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+CALLS = {
+    "loss": "ueo_loss",
+    "loss and grad": "ueo_loss_and_grad",
+    # Compiled before there is a group, it is traced again in one.
+    "compiled": "lambda z: torch.compile(ueo_loss, fullgraph=True, backend='aot_eager')(z)",
+}
+# What says nothing leaves nothing behind: one process for all of them.
+ALL = f"lambda z: [call(z) for call in ({', '.join(f'({call})' for call in CALLS.values())})]"
+
+
 @pytest.mark.parametrize(
-    "call",
-    [
-        "ueo_loss",
-        "ueo_loss_and_grad",
-        # Compiled before there is a group, it is traced again in one.
-        "lambda z: torch.compile(ueo_loss, fullgraph=True, backend='aot_eager')(z)",
-    ],
-    ids=["loss", "loss and grad", "compiled"],
+    ("call", "ranks"), [(ALL, 1), *((call, 2) for call in CALLS.values())], ids=["one rank", *CALLS]
 )
 def test_a_group_of_several_ranks_warns_once(call, ranks):
     pytest.importorskip("torch.testing._internal.distributed.fake_pg")

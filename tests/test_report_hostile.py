@@ -17,6 +17,8 @@ from report_run import make_run
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.report import read_run, write_report, write_thumbnails
 
+pytestmark = pytest.mark.usefixtures("without_charts")  # which name no file
+
 SECRET = (250, 10, 200)
 
 

@@ -18,6 +18,8 @@ from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.report import read_run, write_report, write_thumbnails
 from ueo_fast.finetune.report.predictions import KEPT, KNOWN, UNKNOWN
 
+pytestmark = pytest.mark.usefixtures("without_charts")
+
 
 @pytest.fixture
 def run(tmp_path):

@@ -85,43 +85,47 @@ def launches(dtype, shape, count):
     return found
 
 
-def check_case(case, folder, count):
-    arch, dtype, _ = case
-    variants = compilation.run(__file__, "resources", *case, count, folder=folder)
-    kernels = {variant["kernel"].partition(".")[2].replace("_tiled", "") for variant in variants}
-    assert kernels == {"forward_kernel", "backward_kernel", "max_softmax_kernel", "finish_kernel"}
-    compilation.check_budgets(variants, arch, dtype)
+def check_cases(cases, folder, count):
+    found = compilation.run(__file__, "resources", *((*c, count) for c in cases), folder=folder)
+    expected = {"forward_kernel", "backward_kernel", "max_softmax_kernel", "finish_kernel"}
+    for (arch, dtype, shape), variants in zip(cases, found, strict=True):
+        kernels = {v["kernel"].partition(".")[2].replace("_tiled", "") for v in variants}
+        assert kernels == expected, (arch, dtype, shape)
+        compilation.check_budgets(variants, arch, dtype)
 
 
-@pytest.mark.parametrize("case", DEFAULT_CASES, ids="-".join)
-def test_representative_kernels_compile_within_their_budgets(case, tmp_path):
-    check_case(case, tmp_path, count=2)
+def test_representative_kernels_compile_within_their_budgets(tmp_path):
+    check_cases(DEFAULT_CASES, tmp_path, count=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ALL_CASES, ids="-".join)
 def test_every_kernel_compiles_within_its_budget(case, tmp_path):
-    check_case(case, tmp_path, count=None)
+    check_cases([case], tmp_path, count=None)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_literal_changes_the_precision(dtype, tmp_path):
-    variants = compilation.run(__file__, "precision", dtype, list(SHAPES), folder=tmp_path)
-    compilation.check_precision(variants, DOUBLE, KERNELS)
+def test_no_literal_changes_the_precision(tmp_path):
+    cases = [(dtype, list(SHAPES)) for dtype in ("float32", "bfloat16")]
+    for variants in compilation.run(__file__, "precision", *cases, folder=tmp_path):
+        compilation.check_precision(variants, DOUBLE, KERNELS)
 
 
 def test_a_literal_that_changes_the_precision_is_seen(tmp_path):
-    (variant,) = compilation.run(__file__, "precision", "float32", ["planted"], folder=tmp_path)
+    case = "float32", ["planted"]
+    ((variant,),) = compilation.run(__file__, "precision", case, folder=tmp_path)
     # Of the literal, the maximum, and the quotient.
     assert {"arith.constant", "arith.divf"} <= set(variant["double"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tile_loops_are_short_and_have_no_barriers(dtype, tmp_path):
+def test_tile_loops_are_short_and_have_no_barriers(tmp_path):
+    cases = [("sm_90", dtype, "tiled", 1) for dtype in ("float32", "bfloat16")]
+    for variants in compilation.run(__file__, "loops", *cases, folder=tmp_path):
+        check_loops(variants)
+
+
+def check_loops(variants):
     from ueo_fast.triton.tuning import BUDGETS
 
-    case = "sm_90", dtype, "tiled", 1
-    variants = compilation.run(__file__, "loops", *case, folder=tmp_path)
     seen = set()
     for variant in variants:
         budget = BUDGETS[variant["kernel"]].loop_instructions

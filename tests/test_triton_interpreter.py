@@ -71,8 +71,17 @@ EDGES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("edge", EDGES, ids=str)
+# Half precision is float32 with other loads and stores: on the interpreter, which takes a second a
+# case, one held and two tiled rows will do.
+CASES = [
+    (edge, dtype)
+    for edge in EDGES
+    for dtype in DTYPES
+    if DEVICE == "cuda" or dtype.itemsize > 2 or edge in ((257, 9, 1), (3, 8193, 1), (7, 8200, 2))
+]
+
+
+@pytest.mark.parametrize(("edge", "dtype"), CASES, ids=str)
 def test_where_tiles_and_chunks_end(edge, dtype, processors):
     rows, columns, count = edge
     processors(count)
@@ -90,9 +99,18 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("shape", [(37, 130), (5, 8195)], ids=["held", "tiled"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+HELD, TILED = (37, 130), (5, 8195)
+OPTION_CASES = [
+    (options, dtype, shape)
+    for options in OPTIONS
+    for dtype in DTYPES
+    for shape in (HELD, TILED)
+    # Held rows of every dtype are in test_ueo_loss.py too, there as one chunk.
+    if DEVICE == "cuda" or dtype == torch.float32 or (dtype == torch.float64 and shape == TILED)
+]
+
+
+@pytest.mark.parametrize(("options", "dtype", "shape"), OPTION_CASES, ids=str)
 def test_options(options, dtype, shape, processors):
     processors(2)
     logits = make_logits(shape, dtype)
@@ -161,9 +179,11 @@ def test_tiled_rows_with_a_stride_and_masked_tiles(columns):
     assert_exact(loss, grad, logits)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("column", [0, 5000, 8194])
-def test_tiled_nan_and_infinity_are_never_a_silent_number(column, value):
+@pytest.mark.parametrize(
+    ("value", "column"),  # in the first tile, one in the middle, and the last, which is masked
+    [(math.nan, 0), (math.inf, 5000), (math.nan, 8194), (math.inf, 8194)],
+)
+def test_tiled_nan_and_infinity_are_never_a_silent_number(value, column):
     logits = make_logits((3, 8195))
     logits[1, column] = value
     loss, stats = ueo_loss(logits, return_stats=True, backend="triton")
@@ -285,7 +305,7 @@ def test_ops_refuse_what_would_read_foreign_memory():
         ops.ueo_loss_backward(loss[None], logits, saved, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("tile_scale", autotune.TILE_SCALES)
+@pytest.mark.parametrize("tile_scale", autotune.TILE_SCALES[1:])  # the first: all tests above
 @pytest.mark.parametrize("shape", [(130, 345), (3, 4096), (5, 8195)], ids=str)
 def test_the_plans_of_the_search_compute_the_same(shape, tile_scale, monkeypatch):
     monkeypatch.setattr(autotune, "TILE_SCALES", (tile_scale,))

@@ -37,9 +37,11 @@ def test_any_upstream_gradient(dtype, upstream, backend):
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("options", [{}, {"eps": 1e-5, "trade_off": -0.3}], ids=str)
 def test_gradcheck_of_the_kernel(options, backend):
-    logits = make_logits(backend, torch.float64, rows=6, columns=19)
+    interpreted = backend == "triton" and backend.device == "cpu"  # 20 ms a call
+    rows, columns = (3, 9) if interpreted else (6, 19)
+    logits = make_logits(backend, torch.float64, rows, columns)
     # The confidence is a constant of the method: hold it, or finite differences would see it.
-    confidence = torch.rand(6, dtype=torch.float64, device=backend.device) + 0.1
+    confidence = torch.rand(rows, dtype=torch.float64, device=backend.device) + 0.1
 
     def loss(z):
         return ueo_loss(z, confidence, backend=backend, **options)

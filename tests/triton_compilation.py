@@ -174,36 +174,45 @@ def innermost_loops(binary: Path) -> list[list[str]]:
 
 
 def main(launches: Callable[[str, str, int | None], list[Launch]]) -> None:
-    """One line of JSON per variant of what the command line asks for."""
+    """One line of JSON per case of the command line: the variants that it compiles."""
+    task, cases = json.loads(sys.argv[1])
+    for case in cases:
+        variants = precision_of if task == "precision" else compiled_for
+        print(json.dumps(list(variants(launches, task, *case))), flush=True)
+
+
+def precision_of(
+    launches: Callable[..., list[Launch]], task: str, dtype: str, shapes: list[str]
+) -> Iterator[dict[str, Any]]:
+    for shape in shapes:
+        for found, source, options in variants_of(launches(dtype, shape, None)):
+            yield found | {"double": double_arithmetic(intermediate_code(source, options))}
+
+
+def compiled_for(
+    launches: Callable[..., list[Launch]], task: str, arch: str, *case: Any
+) -> Iterator[dict[str, Any]]:
     import triton
 
-    task, *case = json.loads(sys.argv[1])
     folder = Path(os.environ["TRITON_CACHE_DIR"])
-    if task == "precision":
-        dtype, shapes = case
-        for shape in shapes:
-            for found, source, options in variants_of(launches(dtype, shape, None)):
-                double = double_arithmetic(intermediate_code(source, options))
-                print(json.dumps(found | {"double": double}), flush=True)
-        return
-    arch, *case = case
     for found, source, options in variants_of(launches(*case)):
         compiled = triton.compile(source, target=target_of(arch), options=options)
-        found |= resources_of(compiled, arch, folder)
+        found |= {"arch": arch, **resources_of(compiled, arch, folder)}
         if task == "loops":
             found["loops"] = innermost_loops(folder / "kernel.cubin")
-        print(json.dumps(found), flush=True)
+        yield found
 
 
 # ---- in the test's process -----------------------------------------------------------------------
 
 
-def run(script: str, task: str, *case: Any, folder: Path) -> list[dict[str, Any]]:
-    """What ``main`` of a test module finds."""
+def run(script: str, task: str, *cases: Any, folder: Path) -> list[list[dict[str, Any]]]:
+    """What ``main`` of a test module finds in each case; one process for all, because starting one
+    takes as long as compiling a case."""
     environment = dict(os.environ, TRITON_CACHE_DIR=str(folder))
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, script, json.dumps([task, *case])],
+        [sys.executable, script, json.dumps([task, cases])],
         capture_output=True,
         text=True,
         env=environment,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -35,6 +36,7 @@ CAPTIONS = (
 )
 
 
+@functools.cache  # reading the vocabulary takes longer than building the model
 def tiny_tokenizer() -> SimpleTokenizer:
     """CLIP's own BPE tokenizer (it ships with open_clip), for captions of up to 16 tokens."""
     return SimpleTokenizer(context_length=CONTEXT_LENGTH)
