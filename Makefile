@@ -43,11 +43,15 @@ setup: .venv/.installed ueo_fast/_cpu.so
 demo: setup ## adapt a small CLIP to unlabelled digits with unknown classes among them
 	$(BIN)/ueo-fast demo
 
+# A worker begins with tests that lie side by side, so that what a file shares is made once, and takes
+# over some of another's when it has none left.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: setup ## every test but the slow extras
-	$(BIN)/python -m pytest -n auto
+	$(PYTEST)
 
 test-all: setup ## every test
-	$(BIN)/python -m pytest -n auto -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: setup ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -28,10 +28,12 @@ if not torch.cuda.is_available():
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="ueo-fast-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
-# Workers share the processors.
+# Workers share the processors, and so do the processes that their tests start.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    torch.set_num_threads(max(1, processors // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    share = max(1, processors // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(share)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
 import cuda_host_build  # noqa: E402
 from loss_backends import CUDA_HOST, LossBackend, spared_reason  # noqa: E402

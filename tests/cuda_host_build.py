@@ -100,7 +100,7 @@ def load(name: str, source: str, with_kernels: bool) -> ModuleType:
 
     includes = (pybind11.get_include(), sysconfig.get_path("include"))
     # Symbols stay visible, so that messages can name kernels; pybind11 would rather hide its own.
-    flags = ["-O2", "-Wno-attributes", *(f"-isystem{path}" for path in includes)]
+    flags = ["-O1", "-Wno-attributes", *(f"-isystem{path}" for path in includes)]
     spec = importlib.util.spec_from_file_location(
         name, build(name, source, flags, ".so", with_kernels)
     )

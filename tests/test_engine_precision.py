@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 
 import pytest
@@ -36,21 +37,24 @@ def images() -> torch.Tensor:
     return make_images()
 
 
+@functools.cache
+def trained_in_double(tower, micro_batch_size):
+    """State and losses."""
+    images, classifier = make_images(dtype=torch.float64), make_classifier(tower, torch.float64)
+    config = dataclasses.replace(
+        CONFIG, batch_size=7, momentum=0.9, micro_batch_size=micro_batch_size
+    )
+    objective, told = Remembering(infomax(images), 10).double(), Told()
+    train(classifier, images, objective, config=config, hooks=told.hooks())
+    return classifier.state_dict(), [record.loss for record in told.steps]
+
+
 @pytest.mark.parametrize("tower", ["vit", "bn"])
 @pytest.mark.parametrize("micro", [1, 3, 4])
 def test_micro_batches_have_the_gradient_of_the_whole_batch(tower, micro):
     """In double, where the only difference left is the order of the sums."""
-    images = make_images(dtype=torch.float64)
-    config = dataclasses.replace(CONFIG, batch_size=7, momentum=0.9)
-
-    def trained(micro_batch_size):
-        classifier, told = make_classifier(tower, torch.float64), Told()
-        changed = dataclasses.replace(config, micro_batch_size=micro_batch_size)
-        objective = Remembering(infomax(images), 10).double()
-        train(classifier, images, objective, config=changed, hooks=told.hooks())
-        return classifier.state_dict(), [record.loss for record in told.steps]
-
-    (state, losses), (expected, expected_losses) = trained(micro), trained(None)
+    state, losses = trained_in_double(tower, micro)
+    expected, expected_losses = trained_in_double(tower, None)
     before = make_classifier(tower, torch.float64).state_dict()
     assert losses == pytest.approx(expected_losses, rel=1e-12, abs=1e-14)
     for name, value in expected.items():
