@@ -55,7 +55,7 @@ def scores(place: Path, out: Path, run: Path, *more: str) -> list[str]:
 
 
 def test_the_classes_of_real_photographs_are_the_same(place):
-    """And their cosines almost, but not quite."""
+    """And their cosines and scores almost, but not quite."""
     tables = [rows(place / how / "predictions.csv") for how in ("auto", "full")]
     classes = [[row["zeroshot_class"] for row in table] for table in tables]
     assert classes[0] == classes[1]
@@ -64,6 +64,9 @@ def test_the_classes_of_real_photographs_are_the_same(place):
         RunFolder(place / how).read_tensors("zero_shot.safetensors")[0]["train"]
         for how in ("auto", "full")
     ]
+    pairs = [[float(row["zeroshot_mcm"]) for row in table] for table in tables]
+    furthest = max(abs(one - other) for one, other in zip(*pairs, strict=True))
+    assert 0 < furthest < 0.002
     # The guide's distance, of a model of 32 pixels, whose copies have 64.
     assert 0 < float((cosines[0] - cosines[1]).abs().max()) < 0.03
 
