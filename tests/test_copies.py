@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -379,6 +380,28 @@ def test_which_folder_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with temporary_copies("mine", "auto") as copies:
         assert copies is not None
     assert (tmp_path / "mine").is_dir()
+
+
+@pytest.mark.parametrize("cache", [None, False, 3, b"x"])
+def test_a_cache_of_another_type_is_refused(tmp_path: Path, cache: object) -> None:
+    with pytest.raises(TypeError, match="cache must be 'auto', 'off', or a folder, got "):
+        open_copies(cache, tmp_path, "auto")  # type: ignore[arg-type]
+
+
+def test_without_a_place_to_write_images_are_decoded_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with (
+        pytest.warns(UserWarning, match="their copies have no place: .* Set TMPDIR"),
+        temporary_copies("auto", "auto") as copies,
+    ):
+        assert copies is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for cache, decode in (("off", "auto"), ("auto", "full")):
+            with temporary_copies(cache, decode) as copies:  # type: ignore[arg-type]
+                assert copies is None
 
 
 def test_without_sqlite_images_are_decoded_each_time(
