@@ -111,7 +111,7 @@ def test_a_limit_is_said_when_it_is_reached(place, capsys):
     assert same_result(place, "plain", "limited")
 
 
-@pytest.mark.parametrize("lost", ["kept", "lost", "damaged", "elsewhere"])
+@pytest.mark.parametrize("lost", ["kept", "lost", "damaged", "elsewhere", "unwanted"])
 def test_resumed_with_it_without_it_or_when_it_was_lost(
     place, lost, monkeypatch, opens, tmp_path, capsys
 ):
@@ -125,13 +125,15 @@ def test_resumed_with_it_without_it_or_when_it_was_lost(
         shutil.rmtree(cache)
     elif lost == "damaged":
         (cache / "copies.sqlite").write_bytes(b"damaged" * 10000)
+    elif lost == "unwanted":
+        more = ["--cache", "off"]
     elif lost == "elsewhere":
         more = ["--cache", str(tmp_path / "elsewhere"), "--cache-limit", "1"]
     opens.clear()
     assert main(["finetune", "--resume", "--out", str(place / lost), *more]) == 0
     if lost == "kept":
         assert opens == []
-        assert not cache.exists()
+    assert not cache.exists()  # wherever the rest of the run kept its copies
     if lost == "elsewhere":
         assert (tmp_path / "elsewhere" / "copies.sqlite").exists()
     assert same_result(place, "plain", lost)
@@ -171,7 +173,32 @@ def test_a_run_does_not_choose_where_copies_are_made(place, has_copies, monkeypa
         shutil.rmtree(elsewhere)
     assert main(["finetune", "--resume", "--out", str(place / out)]) == 0
     assert elsewhere.exists() == has_copies
+    assert not (place / out / "cache").exists()
     assert same_result(place, "plain", out)
+
+
+def test_a_link_in_the_place_of_the_cache_is_not_followed(place, monkeypatch, tmp_path, capsys):
+    """In a run folder from others it could lead to copies of the user's, to delete them."""
+    assert finetune(place, "first", *EPOCHS, "--cache", str(tmp_path / "mine")) == 0
+    stopped_after(monkeypatch, place, "linked", 3)
+    shutil.rmtree(place / "linked" / "cache")
+    (place / "linked" / "cache").symlink_to(tmp_path / "mine")
+    resume = ["finetune", "--resume", "--out", str(place / "linked")]
+    assert main(resume) == 1
+    assert "cache is a link to another folder: remove it" in capsys.readouterr().err
+    (place / "linked" / "cache").unlink()
+    assert main(resume) == 0
+    assert same_result(place, "plain", "linked")
+    (place / "linked" / "cache").symlink_to(tmp_path / "mine")
+    assert main(resume) == 0  # it is finished
+    assert (tmp_path / "mine" / "copies.sqlite").exists()
+
+
+def test_copies_that_a_killed_run_left_are_removed(place):
+    assert finetune(place, "killed", *EPOCHS) == 0
+    Copies(place / "killed" / "cache").read(place / "photos" / "three" / "0.jpg", (32, 32))
+    assert main(["finetune", "--resume", "--out", str(place / "killed")]) == 0
+    assert not (place / "killed" / "cache").exists()
 
 
 def test_what_sees_each_image_once_keeps_none(place, capsys):

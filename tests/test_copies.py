@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,6 +151,29 @@ def test_names_of_any_bytes(tmp_path: Path) -> None:
     assert same(copies.read(path, VIEW), first)
 
 
+def test_files_of_any_time(tmp_path: Path) -> None:
+    """A camera without a clock; a time in nanoseconds of more than 63 bits."""
+    path = save_jpeg(real_photo(0, (100, 80)), tmp_path / "a.jpg")
+    copies = Copies(tmp_path / "cache")
+    for seconds in (-(10**9), 0, 10**10):
+        os.utime(path, (seconds, seconds))
+        for _ in range(2):
+            assert same(copies.read(path, VIEW), read_picture(path, VIEW))
+    assert copies.stopped is None
+
+
+@pytest.mark.parametrize("name", [b"\xff", "é".encode() * 100, b"x" + "é".encode() * 100])
+def test_a_reason_names_a_folder_of_any_name(photos: Path, tmp_path: Path, name: bytes) -> None:
+    folder = tmp_path / os.fsdecode(name)
+    folder.mkdir()
+    (folder / "copies.sqlite").symlink_to(tmp_path / "other")
+    copies = Copies(folder)
+    assert all_right(copies, photos)
+    assert copies.stopped is not None
+    assert copies.stopped.startswith("it cannot be read (")
+    copies.text().encode()
+
+
 def test_unreadable_images_are_none(photos: Path, tmp_path: Path) -> None:
     copies = Copies(tmp_path)
     for _ in range(2):
@@ -204,6 +228,31 @@ def test_a_file_that_is_no_cache_changes_nothing(
         assert copies.stopped.startswith(("it cannot be read", "it cannot be written"))
         assert "small copies of" in copies.text()
     assert all_right(copies, photos)
+
+
+_ENDLESS = """WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n)
+    SELECT x || '' AS path, x || 'a' AS made, 3 * x AS bytes, 2 * x AS mtime_ns, 1 AS width,
+    1 AS height, 1 AS columns, 1 AS rows, 1 AS crc, x'00' AS pixels FROM n"""
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        f"CREATE VIEW copies AS {_ENDLESS}",
+        "CREATE TRIGGER t AFTER INSERT ON copies BEGIN DELETE FROM copies; END",
+        "CREATE TABLE others (x)",
+    ],
+)
+def test_a_file_that_computes_is_not_used(photos: Path, tmp_path: Path, schema: str) -> None:
+    """It may come with a run folder from others; this view would never end."""
+    if "VIEW" not in schema:
+        assert all_right(Copies(tmp_path), photos)
+    file = sqlite3.connect(tmp_path / "copies.sqlite", isolation_level=None)
+    file.execute(schema)
+    file.close()
+    copies = Copies(tmp_path)
+    assert all_right(copies, photos)
+    assert copies.stopped == "it cannot be read (it holds something other than copies: remove it)"
 
 
 def test_a_deleted_cache_changes_nothing(photos: Path, tmp_path: Path) -> None:
@@ -331,6 +380,28 @@ def test_which_folder_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with temporary_copies("mine", "auto") as copies:
         assert copies is not None
     assert (tmp_path / "mine").is_dir()
+
+
+@pytest.mark.parametrize("cache", [None, False, 3, b"x"])
+def test_a_cache_of_another_type_is_refused(tmp_path: Path, cache: object) -> None:
+    with pytest.raises(TypeError, match="cache must be 'auto', 'off', or a folder, got "):
+        open_copies(cache, tmp_path, "auto")  # type: ignore[arg-type]
+
+
+def test_without_a_place_to_write_images_are_decoded_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with (
+        pytest.warns(UserWarning, match="their copies have no place: .* Set TMPDIR"),
+        temporary_copies("auto", "auto") as copies,
+    ):
+        assert copies is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for cache, decode in (("off", "auto"), ("auto", "full")):
+            with temporary_copies(cache, decode) as copies:  # type: ignore[arg-type]
+                assert copies is None
 
 
 def test_without_sqlite_images_are_decoded_each_time(

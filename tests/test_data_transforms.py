@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg, image_transform, image_transform_v2
 from PIL import Image
 from torch import nn
 from torchvision import transforms as tv
@@ -130,3 +130,17 @@ def test_transforms_can_be_sent_to_workers(make: Callable[..., transforms.Transf
         wanted = transform(photo())
     with seeded(0):
         assert torch.equal(again(photo()), wanted)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [(0.5, 0.25), (None, None), ([0, 0, 0], [1, 1, 1]), ([0.4], [0.2])]
+)
+def test_statistics_are_what_open_clip_takes(mean: object, std: object) -> None:
+    model = nn.Module()
+    model.visual = nn.Module()
+    model.visual.preprocess_cfg = {"size": 32, "mean": mean, "std": std}
+    whole = image_transform(32, is_train=False, mean=mean, std=std)
+    pixels = transforms.test_transform(transforms.preprocessing(model))(photo())
+    statistics = transforms.pixel_statistics(model)
+    assert [value.shape for value in statistics] == [(3,), (3,)]
+    assert torch.equal(transforms.normalize(pixels, *statistics), whole(photo()))

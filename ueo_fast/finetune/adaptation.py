@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from ueo_fast.finetune.clip.adapted_state import adapted_state, load_adapted_state
+from ueo_fast.finetune.clip.adapted_state import CONTEXT, adapted_state, load_adapted_state
 from ueo_fast.finetune.clip.base_model import BaseModel, describe_base
 from ueo_fast.finetune.clip.delta import save_delta
 from ueo_fast.finetune.clip.model import ClipClassifier
@@ -107,6 +107,7 @@ class Adaptation:
         unreadable: (name, reason) of each image that was left out.
         start: what training may change, as it was before.
         decode: how image files are decoded.
+        precision: of the image tower, during :func:`adapt`.
     """
 
     classifier: ClipClassifier
@@ -117,6 +118,7 @@ class Adaptation:
     unreadable: tuple[tuple[str, str], ...]
     start: Mapping[str, Tensor]
     decode: Decoding = "auto"
+    precision: str = "fp32"
 
     def __repr__(self) -> str:
         left_out = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
@@ -162,7 +164,9 @@ class Adaptation:
         choice = parse_threshold("otsu" if threshold is None else threshold)
         check_number("mcm_scale", mcm_scale, sign="positive")
         if images is None:
-            views = Views(self.target.evaluation_images, None, self.target.labels, self.names)
+            fits = self._features_fit(precision)
+            seen_by_tower = self.target.evaluation_images if fits else self.target.images
+            views = Views(seen_by_tower, None, self.target.labels, self.names)
         else:
             views = make_views(
                 images,
@@ -210,6 +214,12 @@ class Adaptation:
             cosines=_joined(seen, "cosines"),
             unreadable=unreadable,
         )
+
+    def _features_fit(self, precision: str) -> bool:
+        """Whether features that were kept are of this precision, and of the tower as it is now."""
+        now = adapted_state(self.classifier)
+        tower = (name for name in now if name != CONTEXT)
+        return precision == self.precision and all(now[n].equal(self.start[n]) for n in tower)
 
     def restore(self) -> None:
         """Put the model back as it was before :func:`adapt`: zero-shot CLIP, to adapt anew.
@@ -321,7 +331,8 @@ def adapt(
     )
     if classifier.was_adapted:
         warnings.warn(_ADAPTED_BEFORE, UserWarning, stacklevel=2)
-    with temporary_copies("off" if isinstance(chosen, ZeroShot) else cache, decode) as copies:
+    needs_none = isinstance(chosen, ZeroShot) or isinstance(images, Tensor | Dataset)
+    with temporary_copies("off" if needs_none else cache, decode) as copies:
         views = make_views(
             images,
             classifier.model,
@@ -355,8 +366,9 @@ def adapt(
                 classifier, start.target, config=config, hooks=combine(bar_hooks(bar), told)
             )
     kept = tuple(views.names[position] for position in start.positions.tolist())
+    unreadable, precision = start.unreadable, config.precision
     return Adaptation(
-        classifier, start.target, history, chosen, kept, start.unreadable, before, decode
+        classifier, start.target, history, chosen, kept, unreadable, before, decode, precision
     )
 
 
@@ -417,7 +429,7 @@ def zero_shot(
         config: its workers, precision and memory format are used.
         strict: fail at an image that cannot be read.
         batch_size: images per forward pass.
-        keep_features: keep the images' features in the target.
+        keep_features: keep the images' features in the target, if all can be read.
         watch: passes the batches on, and may show how far it got.
 
     Raises:
@@ -443,7 +455,8 @@ def zero_shot(
     rows = found.positions.tolist()
     augmented = None if views.augmented is None else Subset(views.augmented, rows)
     plain = Subset(_dataset(views.plain), rows)
-    target = Target(plain, augmented, found.cosines, labels, found.features)
+    # No features: their last bits depend on the batches, which a resumed run has without the gaps.
+    target = Target(plain, augmented, found.cosines, labels)
     return ZeroShotPass(target, found.positions, unreadable)
 
 

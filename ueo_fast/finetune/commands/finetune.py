@@ -37,7 +37,7 @@ from ueo_fast.finetune.commands.recorder import Recorder
 from ueo_fast.finetune.commands.stages import Start, begin, continued, is_begun
 from ueo_fast.finetune.commands.tracking import check_trackers, training_hooks
 from ueo_fast.finetune.data.loader import STOPPING, loading_errors
-from ueo_fast.finetune.data.pictures import COPIES
+from ueo_fast.finetune.data.pictures import COPIES, remove_copies
 from ueo_fast.finetune.data.views import open_copies
 from ueo_fast.finetune.engine.checkpoint import SafetensorsCheckpoints
 from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError
@@ -86,6 +86,7 @@ def run(config: FinetuneConfig) -> Path:
             missing = [name for name in _RESULTS if not (folder.path / name).exists()]
             if missing in ([], [REPORT]):
                 folder.read_json(FINISHED, dict)
+                _remove_copies(config, folder)
                 print(f"{folder.path} is finished: there is nothing to resume")
                 if missing:
                     _report(folder)
@@ -132,8 +133,9 @@ def _run(
                 },
             )
             print(f"adapted: {folder.path / DELTA}")
-            if copies is not None and config.cache == "auto":
-                copies.remove()
+            if copies is not None:
+                copies.close()
+            _remove_copies(config, folder)
             _report(folder)
         except KeyboardInterrupt as ended:
             with contextlib.suppress(OSError):  # of a terminal that was closed
@@ -156,7 +158,9 @@ def _run(
 
 
 def _open_copies(config: FinetuneConfig, folder: RunFolder, given: FinetuneConfig) -> Copies | None:
-    cache, limit = config.cache, config.cache_limit
+    cache, limit, own = config.cache, config.cache_limit, folder.path / CACHE
+    if own.is_symlink():  # in a run folder from others it could lead anywhere
+        raise OSError(f"{own} is a link to another folder: remove it; --cache DIR names a folder")
     if config.method == "zeroshot":  # which sees each image once
         cache = "off"
     elif given.resume and cache not in ("auto", "off", given.cache):
@@ -164,10 +168,19 @@ def _open_copies(config: FinetuneConfig, folder: RunFolder, given: FinetuneConfi
         cache = cache if (Path(cache) / COPIES).is_file() else "auto"
     return open_copies(
         cache,
-        folder.path / CACHE,
+        own,
         config.decode,
         None if limit is None else round(limit * 1e9),
     )
+
+
+def _remove_copies(config: FinetuneConfig, folder: RunFolder) -> None:
+    """Of the run's own folder, which an earlier part of the run may have used with another
+    ``--cache``, or left by being killed."""
+    own = folder.path / CACHE
+    if own.is_symlink() or Path(config.cache).absolute() == own.absolute():
+        return
+    remove_copies(own)
 
 
 def _report(folder: RunFolder) -> None:

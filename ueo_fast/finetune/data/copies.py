@@ -15,8 +15,8 @@ import torch
 import torchvision
 
 from ueo_fast.finetune.data.decode import OVERSAMPLING
-from ueo_fast.finetune.data.names import plural
-from ueo_fast.finetune.data.pictures import COPIES, Picture, Size, read_picture
+from ueo_fast.finetune.data.names import plural, printable
+from ueo_fast.finetune.data.pictures import COPIES, Picture, Size, read_picture, remove_copies
 
 _RESERVE = 10**9
 """Bytes that are left free on the disk, for the run's own files and for everybody else."""
@@ -24,7 +24,7 @@ _PAGE = 32768
 """Bytes per page: SQLite reads a copy in so many pieces."""
 _PATIENCE = 60
 """Seconds that a process waits while others write."""
-_TABLE = """CREATE TABLE IF NOT EXISTS copies (
+_COLUMNS = """(
     path BLOB, made TEXT, bytes INTEGER, mtime_ns INTEGER, width INTEGER, height INTEGER,
     columns INTEGER, rows INTEGER, crc INTEGER, pixels BLOB, PRIMARY KEY (path, made))"""
 # Other versions may resize to other pixels.
@@ -79,7 +79,7 @@ class Copies:
     @property
     def stopped(self) -> str | None:
         """Why no more copies are kept; ``None`` as long as all are."""
-        return bytes(self._said.tolist()).rstrip(b"\0").decode() or None
+        return bytes(self._said.tolist()).rstrip(b"\0").decode(errors="ignore") or None
 
     def text(self) -> str:
         """A sentence for the terminal: how many copies there are, and whether that is all."""
@@ -88,24 +88,26 @@ class Copies:
             count = self._database().execute("SELECT count(*) FROM copies").fetchone()[0]
         with contextlib.suppress(OSError):
             size = self._file.stat().st_size
-        text = f"{self.folder} keeps small copies of {plural(count, 'image')} ({_size(size)})"
+        folder, images = printable(self.folder), plural(count, "image")
+        text = f"{folder} keeps small copies of {images} ({_size(size)})"
         if self.stopped is None:
             return text
         return f"{text} and takes no more: {self.stopped}; the others are decoded in every epoch"
+
+    def close(self) -> None:
+        """Close the file in this process, which opens it again when it reads the next image."""
+        database = self._databases.pop(os.getpid(), None)
+        if database is not None:
+            with contextlib.suppress(sqlite3.Error):
+                database.close()
 
     def remove(self) -> None:
         """Delete them, and the folder if nothing else is in it. Images are read from their files
         from then on."""
         self._readable[0] = False
         self._stop("it was removed")
-        for database in self._databases.values():
-            with contextlib.suppress(sqlite3.Error):
-                database.close()
-        self._databases.clear()
-        for name in (self._file.name, f"{self._file.name}-journal"):
-            (self.folder / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        self.close()
+        remove_copies(self.folder)
 
     def _key(self, path: str | os.PathLike[str], view: Size) -> tuple[Any, ...] | None:
         try:
@@ -114,7 +116,8 @@ class Copies:
             return None
         # Other versions may resize to other pixels.
         made = f"{OVERSAMPLING} x {view[0]} x {view[1]}, {_MAKERS}"
-        return os.fsencode(os.path.abspath(path)), made, found.st_size, found.st_mtime_ns
+        moment = found.st_mtime_ns % 2**63  # SQLite's integers end in the year 2262
+        return os.fsencode(os.path.abspath(path)), made, found.st_size, moment
 
     def _database(self) -> Any:
         process = os.getpid()
@@ -124,17 +127,28 @@ class Copies:
             database = sqlite3.connect(
                 self._file, _PATIENCE, isolation_level=None, check_same_thread=False
             )
-            database.execute("PRAGMA trusted_schema = OFF")  # the file may come from others
-            database.execute(f"PRAGMA page_size = {_PAGE}")
-            # A process that is killed leaves the file whole. After a power cut it may not be, which
-            # the checksums tell; waiting for the disk at every image would cost more.
-            database.execute("PRAGMA synchronous = OFF")
-            database.execute("PRAGMA journal_mode = PERSIST")  # no file made per image
-            database.execute(_TABLE)
-            page = database.execute("PRAGMA page_size").fetchone()[0]
-            database.execute(f"PRAGMA max_page_count = {max(1, self._most // page)}")
+            try:
+                self._prepare(database)
+            except BaseException:
+                database.close()
+                raise
             self._databases[process] = database
         return self._databases[process]
+
+    def _prepare(self, database: Any) -> None:
+        database.execute("PRAGMA trusted_schema = OFF")  # the file may come from others
+        database.execute(f"PRAGMA page_size = {_PAGE}")
+        # A process that is killed leaves the file whole. After a power cut it may not be, which
+        # the checksums tell; waiting for the disk at every image would cost more.
+        database.execute("PRAGMA synchronous = OFF")
+        database.execute("PRAGMA journal_mode = PERSIST")  # no file made per image
+        database.execute(f"CREATE TABLE IF NOT EXISTS copies {_COLUMNS}")
+        # A view or trigger of others could compute for ever.
+        found = database.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+        if found != [(f"CREATE TABLE copies {_COLUMNS}",)]:
+            raise sqlite3.DatabaseError("it holds something other than copies: remove it")
+        page = database.execute("PRAGMA page_size").fetchone()[0]
+        database.execute(f"PRAGMA max_page_count = {max(1, self._most // page)}")
 
     def _find(self, key: tuple[Any, ...]) -> Picture | None:
         if not self._readable:
@@ -176,8 +190,8 @@ class Copies:
             self._stop(limit if full else f"it cannot be written ({error})")
 
     def _stop(self, reason: str) -> None:
-        text = reason.encode()[: len(self._said)]
-        self._said[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        text = printable(reason).encode()[: len(self._said)].ljust(len(self._said), b"\0")
+        self._said.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
 
 
 def _picture(*row: Any) -> Picture | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +59,14 @@ def as_picture(image: Image.Image, name: str, view: Size) -> Picture:
     """As :func:`read_picture`, of an image that PIL has opened; errors name ``name``."""
     whole = as_rgb(image, name)
     return _shrunk(Decoded(whole), whole.size, _shrink(whole.size, view))
+
+
+def remove_copies(folder: Path) -> None:
+    """Delete the copies in a folder, and the folder if nothing else is in it."""
+    for name in (COPIES, f"{COPIES}-journal"):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _shrink(size: Size, view: Size) -> float:

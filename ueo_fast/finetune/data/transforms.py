@@ -59,10 +59,12 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def pixel_statistics(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, each (3,), by which ``model`` wants pixels normalised."""
+    """Mean and standard deviation, each (3,), by which ``model`` wants pixels normalised. As to
+    open_clip, one number stands for all channels, and nothing for OpenAI's."""
     config = _config(model)
-    mean, std = (torch.tensor(config[name], device="cpu") for name in ("mean", "std"))
-    return mean, std
+    values = [config[name] or _DEFAULTS[name] for name in ("mean", "std")]
+    mean, std = (torch.tensor(value, dtype=torch.float32, device="cpu") for value in values)
+    return mean.broadcast_to(3), std.broadcast_to(3)
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:

@@ -134,9 +134,12 @@ def open_copies(
         most_bytes: as for :class:`~ueo_fast.finetune.data.copies.Copies`.
 
     Raises:
+        TypeError: ``cache`` is not a text or path.
         ValueError: an empty name, or a folder together with ``decode="full"``.
         OSError: the folder cannot be made.
     """
+    if not isinstance(cache, str | os.PathLike):
+        raise TypeError(f"cache must be 'auto', 'off', or a folder, got {cache!r}")
     if cache == "":
         raise ValueError("cache is empty: it is 'auto', 'off', or a folder")
     if decode == "full" and cache not in ("auto", "off"):
@@ -160,17 +163,30 @@ def open_copies(
 
 @contextlib.contextmanager
 def temporary_copies(cache: str | os.PathLike[str], decode: Decoding) -> Iterator[Copies | None]:
-    """As :func:`open_copies`; ``auto`` stands for a folder that is there while the block runs."""
-    if cache != "auto":
-        yield open_copies(cache, Path(), decode)
-        return
-    with tempfile.TemporaryDirectory(prefix="ueo_fast-", ignore_cleanup_errors=True) as folder:
-        copies = open_copies(cache, Path(folder), decode)
+    """As :func:`open_copies`; ``auto`` stands for a folder that is there while the block runs.
+    Where none can be made (a container without a place to write) nothing is kept."""
+    if cache != "auto" or decode == "full":
+        copies = open_copies(cache, Path(), decode)
         try:
             yield copies
         finally:
             if copies is not None:
-                copies.remove()
+                copies.close()
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            own = tempfile.TemporaryDirectory(prefix="ueo_fast-", ignore_cleanup_errors=True)
+            copies = open_copies(cache, Path(stack.enter_context(own)), decode)
+        except OSError as error:
+            warnings.warn(
+                f"images are decoded in every pass, as their copies have no place: {error}. Set "
+                "TMPDIR to a folder that can be written (in Python cache=DIR does as well)",
+                stacklevel=2,
+            )
+            copies = None
+        if copies is not None:
+            stack.callback(copies.remove)
+        yield copies
 
 
 def check_decode(decode: object) -> None:
