@@ -52,11 +52,12 @@ def test_every_method_learns_the_same(name: str) -> None:
 def test_files_are_read_and_augmented_alike(tmp_path: Path, workers: int) -> None:
     images = read_images(photo_folder(tmp_path, per_class=1))
     readable = images.subset([i for i, name in enumerate(images.names) if "broken" not in name])
-    views = views_of(readable, make_classifier().model, None, "auto")
+    model = make_classifier().model
     read = []
     for device in ("cpu", "meta"):
         torch.set_default_device(device)
         try:
+            views = views_of(readable, model, None, "auto")
             batches = training_batches(views.augmented, 5, seed=1, epochs=1, num_workers=workers)
             plain = tolerant_loader(views.plain, 5, num_workers=workers)
             even = even_loader(views.plain, 5, seed=1, num_workers=workers)

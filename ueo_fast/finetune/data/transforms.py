@@ -120,7 +120,8 @@ class _Training(Transform):
     def __init__(self, config: Mapping[str, Any]) -> None:
         bilinear = config["interpolation"] == "bilinear"
         mode = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
-        self._crop = v2.RandomResizedCrop(config["size"], scale=(0.5, 1.0), interpolation=mode)
+        with torch.device("cpu"):  # it makes a tensor, which workers use
+            self._crop = v2.RandomResizedCrop(config["size"], scale=(0.5, 1.0), interpolation=mode)
         rows, columns = self._crop.size
         self.size = columns, rows
         self._finish = v2.Compose([v2.RandomHorizontalFlip(), v2.PILToTensor()])
