@@ -85,6 +85,11 @@ def _run(config: DemoConfig, folder: RunFolder) -> None:
                 f"{config.shift} ({config.effective_severity:g}), scenario {config.scenario}, "
                 f"{plural(len(problems), 'seed')}; results in {folder.path}"
             )
+            if (config.epochs, config.pretrain_steps) == (DemoConfig.epochs, None):
+                bar.write(
+                    "each seed is pre-trained, then adapted by one method after the other: usually "
+                    f"half a minute a seed, {plural(threads, 'seed')} at a time"
+                )
             for result in _results(config, problems, threads, bar):
                 folder.append_json_line("metrics.jsonl", result.record())
                 folder.append_json_line("history.jsonl", result.history_record())
