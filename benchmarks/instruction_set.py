@@ -1,7 +1,7 @@
 """Measuring as a processor with a lower instruction set would: ours, PyTorch and torch.compile.
 
-`python -m benchmarks loss --instruction-set avx2` calls :func:`restrict` before anything is
-computed; every process that measures inherits the environment and calls :func:`verify`.
+`python -m benchmarks loss --instruction-set avx2` calls :func:`restrict`; every process that
+measures inherits the environment and calls :func:`verify`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}  # csrc/cpu/capability.
 
 
 def restrict(name: str) -> None:
-    """Keep this process and its children to an instruction set; call before any tensor exists."""
+    """Keep the processes that this one starts to an instruction set."""
     os.environ.update(RESTRICTIONS[name])
-    verify()
 
 
 def verify() -> None:

@@ -335,8 +335,8 @@ def test_the_same_bits_whatever_the_order_of_blocks_and_threads():
         assert all(map(torch.equal, result, results[0]))
 
 
-def run_kernels(*arguments):
-    program = cuda_host_build.build_sanitized("affine_races", "affine_races.cpp", with_kernels=True)
+def run_kernels(dtype, *arguments):
+    program = cuda_host_build.build_sanitized("affine_races.cpp", dtype)
     done = cuda_host_build.run_sanitized(program, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "a block has a row" in done.stdout

@@ -159,7 +159,7 @@ PLANTED = {
 
 
 def run_planted(number):
-    program = cuda_host_build.build_sanitized("planted_race", "planted_race.cpp")
+    program = cuda_host_build.build_sanitized("planted_race.cpp")
     return cuda_host_build.run_sanitized(program, str(number))
 
 
@@ -177,8 +177,8 @@ def test_a_planted_race_is_found(number):
     assert all("data race" in line and PLANTED[number][1] in line for line in reports)
 
 
-def run_kernels(*arguments):
-    program = cuda_host_build.build_sanitized("kernel_races", "kernel_races.cpp", with_kernels=True)
+def run_kernels(dtype, *arguments):
+    program = cuda_host_build.build_sanitized("kernel_races.cpp", dtype)
     done = cuda_host_build.run_sanitized(program, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()

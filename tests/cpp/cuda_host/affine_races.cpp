@@ -1,5 +1,5 @@
-// The kernels of channel_affine and layer_norm under ThreadSanitizer, for the storage type that the
-// argument names, or with "quick" a part of the cases. Prints each case before it runs.
+// The kernels of channel_affine and layer_norm under ThreadSanitizer, for the storage type that it is
+// compiled for, as kernel_races.cpp; with "quick" a part of the cases. Prints each case before it runs.
 #include <cstdio>
 #include <random>
 #include <string>
@@ -107,22 +107,18 @@ void run(const NormCase& test, Storage storage, bool quick) {
 }
 
 template <class Case>
-void run_all(const Case& test, const std::string& dtype, bool quick) {
+void run_all(const Case& test, bool quick) {
   if (quick && !test.quick) return;
   std::printf("%s\n", test.what);
   std::fflush(stdout);
-  if (dtype == "float32") run<float>(test, Storage::kFloat, quick);
-  if (dtype == "float64") run<double>(test, Storage::kDouble, quick);
-  if (dtype == "float16") run<cuda::Half>(test, Storage::kHalf, quick);
-  if (dtype == "bfloat16") run<cuda::BFloat16>(test, Storage::kBFloat16, quick);
+  run<UEO_FAST_STORAGE>(test, Storage::UEO_FAST_STORAGE_NAME, quick);
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  const std::string dtype = count > 1 ? arguments[1] : "float32";
-  const bool quick = count > 2 && std::string(arguments[2]) == "quick";
-  for (const AffineCase& test : kAffine) run_all(test, dtype, quick);
-  for (const NormCase& test : kNorm) run_all(test, dtype, quick);
+  const bool quick = count > 1 && std::string(arguments[1]) == "quick";
+  for (const AffineCase& test : kAffine) run_all(test, quick);
+  for (const NormCase& test : kNorm) run_all(test, quick);
   return 0;
 }
