@@ -35,18 +35,17 @@ def table(folder: Path | None = None) -> list[str]:
 
 
 def run_table(folder: Path | None = None) -> list[str]:
-    head = ["image tower", "loading", "first pass", "an epoch", "the whole run"]
+    head = ["loading", "first pass", "the last epoch", "the whole run"]
     return markdown.table(
         head,
         [
             [
-                row["tower"],
                 row["loading"],
                 *(f"{float(row[name]):.1f} s" for name in ("first_s", "epoch_s", "run_s")),
             ]
             for row in results_file.read(RUNS, folder)[1]
         ],
-        words=2,
+        words=1,
     )
 
 

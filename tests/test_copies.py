@@ -334,7 +334,7 @@ def test_two_writers_that_are_killed(photos: Path, tmp_path: Path) -> None:
         copies = Copies(tmp_path)
         for side in range(20, 10**6):
             for path in paths:
-                copies.read(path, (side % 200, side % 199))
+                copies.read(path, (1 + side % 200, 1 + side % 199))
 
     for _ in range(2):
         writers = [forked(work) for _ in range(2)]
@@ -425,3 +425,19 @@ def test_a_link_is_not_followed(photos: Path, tmp_path: Path) -> None:
     assert "is a link to another file: remove it" in copies.text()
     copies.remove()
     assert other.read_bytes() == content
+
+
+@pytest.mark.parametrize("cache", ["auto", "mine"])
+def test_a_reached_limit_is_warned_of(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    """Where nobody prints it, as in adapt()."""
+    monkeypatch.chdir(tmp_path)
+    usage = module.shutil.disk_usage
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda p: usage(p)._replace(free=10**9))
+    with warnings.catch_warnings(record=True) as said, temporary_copies(cache, "auto") as copies:
+        warnings.simplefilter("always")
+        assert copies is not None
+        assert all_right(copies, photos)
+    texts = [str(warning.message) for warning in said]
+    assert any("takes no more: less than 1 GB is free on its disk" in text for text in texts)

@@ -25,7 +25,7 @@ def test_a_run_goes_from_measuring_to_the_docs(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # no times are kept in one
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
     monkeypatch.setenv("UEO_FAST_BENCH_CASES", "tiny")
-    for name, value in {"PHOTOS": 4, "MEGAPIXELS": "0.2", "TOWERS": ("small",)}.items():
+    for name, value in {"PHOTOS": 4, "MEGAPIXELS": "0.2"}.items():
         monkeypatch.setattr(input_run, name, value)
     monkeypatch.setattr(input_run, "LOADING", dict(list(input_run.LOADING.items())[-1:]))
     __main__.measure_input({"command": "a test", "threads": "2"}, 2, 1)

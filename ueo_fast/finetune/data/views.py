@@ -164,13 +164,15 @@ def open_copies(
 @contextlib.contextmanager
 def temporary_copies(cache: str | os.PathLike[str], decode: Decoding) -> Iterator[Copies | None]:
     """As :func:`open_copies`; ``auto`` stands for a folder that is there while the block runs.
-    Where none can be made (a container without a place to write) nothing is kept."""
+    Where none can be made (a container without a place to write) nothing is kept. Warns at the end
+    where some copies could not be kept."""
     if cache != "auto" or decode == "full":
         copies = open_copies(cache, Path(), decode)
         try:
             yield copies
         finally:
             if copies is not None:
+                _warn_if_stopped(copies)
                 copies.close()
         return
     with contextlib.ExitStack() as stack:
@@ -186,7 +188,13 @@ def temporary_copies(cache: str | os.PathLike[str], decode: Decoding) -> Iterato
             copies = None
         if copies is not None:
             stack.callback(copies.remove)
+            stack.callback(_warn_if_stopped, copies)
         yield copies
+
+
+def _warn_if_stopped(copies: Copies) -> None:
+    if copies.stopped is not None:
+        warnings.warn(copies.text(), stacklevel=2)
 
 
 def check_decode(decode: object) -> None:
