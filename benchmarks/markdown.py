@@ -44,7 +44,7 @@ def provenance(name: str, folder: Path | None = None) -> list[str]:
 def if_measured(
     name: str, make: Callable[[], list[str]], otherwise: list[str]
 ) -> Callable[[], list[str]]:
-    """Return ``make``, replaced by ``otherwise`` as long as there is no such CSV."""
+    """Return a function that makes the table, or returns ``otherwise`` if its CSV is missing."""
 
     def lines() -> list[str]:
         return make() if (results_file.FOLDER / name).exists() else otherwise

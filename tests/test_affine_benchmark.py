@@ -12,10 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     __main__,
     affine_cases,
     affine_report,
@@ -26,7 +23,9 @@ from benchmarks import (  # noqa: E402
     visual_cases,
     visual_memory,
 )
-from benchmarks.visual_cases import Step, VisualCase  # noqa: E402
+from benchmarks.visual_cases import Step, VisualCase
+
+ROOT = Path(__file__).resolve().parent.parent
 
 CPU = torch.device("cpu")
 

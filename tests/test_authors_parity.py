@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -17,18 +15,15 @@ pytest.importorskip("open_clip")
 from open_clip.model import CLIP, CLIPTextCfg
 from open_clip.tokenizer import SimpleTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.authors_step import AuthorsTraining, confidence  # noqa: E402
-from ueo_fast import affine_parameters  # noqa: E402
-from ueo_fast.finetune.clip.model import ClipClassifier  # noqa: E402
-from ueo_fast.finetune.clip.prompt import PromptLearner  # noqa: E402
-from ueo_fast.finetune.demo.tiny_clip import EMBED_DIM, TOWERS  # noqa: E402
-from ueo_fast.finetune.engine.hooks import Hooks, StepRecord  # noqa: E402
-from ueo_fast.finetune.engine.trainer import TrainerConfig  # noqa: E402
-from ueo_fast.finetune.methods import UEO  # noqa: E402
-from ueo_fast.finetune.target import Target  # noqa: E402
+from benchmarks.authors_step import AuthorsTraining, confidence
+from ueo_fast import affine_parameters
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.prompt import PromptLearner
+from ueo_fast.finetune.demo.tiny_clip import EMBED_DIM, TOWERS
+from ueo_fast.finetune.engine.hooks import Hooks, StepRecord
+from ueo_fast.finetune.engine.trainer import TrainerConfig
+from ueo_fast.finetune.methods import UEO
+from ueo_fast.finetune.target import Target
 
 NAMES = ["airplane", "The_Great_Wall_of_China", "t-shirt", "hot_dog", "zebra", "alarm_clock"]
 IMAGES, BATCH, EPOCHS, STEPS = 30, 8, 5, 20  # the fourth batch of an epoch has six images

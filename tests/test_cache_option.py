@@ -152,6 +152,8 @@ def test_resumed_with_it_without_it_or_when_it_was_lost(
             "cache_limit=1.0 has no effect with cache='off'",
         ),
         (["--cache-limit", "1", "--decode", "full"], "cache_limit=1.0 has no effect with"),
+        (["--cache-limit", "1", "--method", "zeroshot"], "cache_limit=1.0 has no effect with"),
+        (["--cache", "x", "--method", "zeroshot"], "cache='x' has no effect with method='zero"),
         (["--cache", "{place}/names.txt"], "names.txt"),
     ],
 )

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import ueo_fast  # noqa: E402
-from benchmarks import (  # noqa: E402
+import ueo_fast
+from benchmarks import (
     __main__,
     bench_calls,
     calls_report,
     render,
     results_file,
 )
-from ueo_fast import backends  # noqa: E402
+from ueo_fast import backends
 
 needs_ops = pytest.mark.skipif(
     backends.unavailable_reason("cpp") is not None, reason="it measures the C++ ops"

@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from ueo_fast.finetune.data import copies as module
 from ueo_fast.finetune.data import pictures
 from ueo_fast.finetune.data.batches import tolerant_loader, training_batches
 from ueo_fast.finetune.data.copies import Copies
-from ueo_fast.finetune.data.dataset import ImageDataset
+from ueo_fast.finetune.data.dataset import ImageDataset, PictureDataset
 from ueo_fast.finetune.data.decode import UnreadableImageError
 from ueo_fast.finetune.data.image_list import ImageList, read_images
 from ueo_fast.finetune.data.pictures import Picture, read_picture
@@ -356,6 +357,21 @@ def test_it_can_be_sent_to_a_process(photos: Path, tmp_path: Path) -> None:
     assert all_right(copies, photos)
     other = pickle.loads(pickle.dumps(copies))
     assert all_right(other, photos)
+
+
+def test_pictures_in_memory_can_be_sent_to_processes(photos: Path) -> None:
+    """More of them than a process may have files open; and views are the same bits there."""
+    images = [real_photo(i % 2, (60, 50)) for i in range(80)]
+    dataset = PictureDataset(images, test_transform({"size": 24}))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, before[1]))
+        received = ForkingPickler.loads(ForkingPickler.dumps(dataset))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    for index in range(len(images)):
+        assert torch.equal(received[index], dataset[index])
 
 
 def test_which_folder_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

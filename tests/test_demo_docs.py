@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 for module in ("open_clip", "sklearn", "matplotlib", "torchmetrics", "tqdm"):
     pytest.importorskip(module)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import setup_script
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import gpu_report, render, results_file
 
-from benchmarks import gpu_report, render, results_file  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 CPU_FACTS = {"torch", "processor", "instruction set", "threads"}
 GPU_FACTS = {"torch", "gpu", "driver", "multiprocessors", "L2", "triton", "nvcc", "commit"}

@@ -7,15 +7,11 @@ Sizes and memory: tests/test_gpu_sizes.py.
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from truth import assert_exact
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu_counters
 from ueo_fast import _extension, backends, ueo_loss, ueo_loss_and_grad

@@ -7,14 +7,10 @@ wrong, and sizes that only a GPU can run in a test.
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from cuda_affine_host import as_close_as_eager
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu_counters
 from ueo_fast import backends, normalization, reference

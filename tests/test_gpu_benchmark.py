@@ -13,10 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     bench_affine_gpu,
     bench_ueo_loss_gpu,
     gpu_cases,
@@ -26,7 +23,9 @@ from benchmarks import (  # noqa: E402
     results_file,
     sanitize_set,
 )
-from benchmarks.cases import Case  # noqa: E402
+from benchmarks.cases import Case
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 GPU = {"gpu": "Test GPU", "copied bytes": "1000000000", "command": "a test"}

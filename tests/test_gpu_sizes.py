@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from test_gpu import DEVICE, every_way, forward_backward, gpu_backend, make_logits, pytestmark
 from truth import assert_exact
 
-from ueo_fast import ueo_loss, ueo_loss_and_grad
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks import gpu_counters
+from ueo_fast import ueo_loss, ueo_loss_and_grad
 
 __all__ = ["gpu_backend", "pytestmark"]  # a fixture and a mark, shared with test_gpu.py
 

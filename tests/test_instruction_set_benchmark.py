@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import ueo_fast
+from benchmarks import __main__, instruction_set, instructions
+from ueo_fast import backends
 
-import ueo_fast  # noqa: E402
-from benchmarks import __main__, instruction_set, instructions  # noqa: E402
-from ueo_fast import backends  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 needs_avx2 = pytest.mark.skipif(
     backends.cpu_capability() not in ("avx2", "avx512"), reason="the C++ loops have no AVX2 here"

@@ -214,8 +214,8 @@ def test_huge_images_are_shrunk_without_a_second_copy_in_memory(
     real_photo(0, (640, 427)).save(path)
     by_torch = read_picture(path, (64, 64))
     sizes: list[int] = []
-    whole = pictures._pixels
-    monkeypatch.setattr(pictures, "_pixels", lambda i: sizes.append(i.width) or whole(i))
+    whole = np.array
+    monkeypatch.setattr(pictures.np, "array", lambda i: sizes.append(i.width) or whole(i))
     monkeypatch.setattr(pictures, "_MOST_PIXELS", 1000)
     by_pillow = read_picture(path, (64, 64))
     assert sizes == [192]
@@ -245,6 +245,14 @@ def test_files_are_refused_as_by_full_decoding(
             said.append(str(error.value))
         assert said[0] == said[1]
         monkeypatch.undo()  # the first is refused for its size, the others for what they are
+
+
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1)])
+def test_an_extreme_panorama_keeps_a_pixel(size: tuple[int, int]) -> None:
+    """Of 32 by 32, open_clip's rounding would leave it none on its shorter side."""
+    picture = as_picture(Image.new("RGB", size, "teal"), "a", (32, 32))
+    for mode in ("longest", "shortest", "squash"):
+        assert test_transform({"size": 32, "resize_mode": mode}).of(picture).shape == (3, 32, 32)
 
 
 def test_transforms_know_the_size_they_make() -> None:

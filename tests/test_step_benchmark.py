@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import ast
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     __main__,
     authors_step,
     render,
@@ -21,7 +17,7 @@ from benchmarks import (  # noqa: E402
     step_report,
     visual_cases,
 )
-from benchmarks.step_cases import PARTS, Step, StepCase  # noqa: E402
+from benchmarks.step_cases import PARTS, Step, StepCase
 
 TINY = step_cases.DRY_CASES[0]
 

@@ -19,12 +19,11 @@ from ueo_fast.finetune.clip.delta import save_delta
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.clip.template import split_template
-from ueo_fast.finetune.data.decode import Decoding
+from ueo_fast.finetune.data.choices import Decoding, check_decode
 from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.data.views import (
     Images,
     Views,
-    check_decode,
     make_views,
     temporary_copies,
 )
@@ -288,7 +287,7 @@ def adapt(
         config: budget and optimiser; ``None`` takes the authors'.
         hooks: callbacks of each step, and where checkpoints go. Without ``on_warning`` there is a
             Python warning of what looks wrong (a collapse).
-        augmented: with a dataset: the same images, drawn anew each time they are asked for.
+        augmented: with a dataset: the same images, randomly augmented anew at each access.
         labels: (N,) int64 position in ``class_names``, -1 for unknown, of images that bring none.
             Only the oracle looks at them; labels of a folder, list file or CSV are found by
             themselves, and left alone where they cannot be used.
@@ -298,12 +297,11 @@ def adapt(
         strict: fail at an image that cannot be read.
         eval_batch_size: images per step of the zero-shot pass.
         progress: show progress bars; ``None``: where the standard error stream is a terminal.
-        decode: ``auto`` makes views of a copy with twice the model's pixels per side, for which a
-            JPEG is decoded at 1/2, 1/4 or 1/8 of its size; ``full`` makes them of all pixels, as
-            the authors do.
-        cache: keeps the copies of image files, so that each is decoded once: ``auto`` in a
-            temporary folder until ``adapt`` returns, ``off`` nowhere; or a folder, which stays for
-            the next time.
+        decode: ``auto`` makes views from a copy with twice the model's pixels per side, for which
+            a JPEG is decoded at 1/2, 1/4 or 1/8 of its size; ``full`` makes them from all pixels,
+            as the authors do.
+        cache: where the copies of image files are kept, so that each is decoded once. ``auto``: in
+            a temporary folder until ``adapt`` returns; ``off``: nowhere; or a folder, which stays.
 
     Returns:
         The adapted classifier, and what it was made from.

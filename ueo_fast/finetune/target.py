@@ -22,8 +22,8 @@ class Target:
 
     Attributes:
         images: un-augmented, a dataset or a tensor (N, 3, H, W).
-        augmented: the same images as training sees them, drawn anew each time; ``None``: as
-            ``images``.
+        augmented: the same images as training sees them, augmented anew at each access; ``None``:
+            as ``images``.
         cosines: (N, C) what the zero-shot model says, computed once before anything is trained;
             :func:`zero_shot_target` fills it in.
         labels: (N,) int64 position in the list of known classes, -1 for unknown. No method but the

@@ -21,7 +21,7 @@ from ueo_fast.finetune.commands.evaluation import (
 )
 from ueo_fast.finetune.commands.options import EvaluateConfig
 from ueo_fast.finetune.commands.problem import Labelled, reread_problem
-from ueo_fast.finetune.data.decode import Decoding
+from ueo_fast.finetune.data.choices import Decoding
 from ueo_fast.finetune.data.image_list import check_root, read_images
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown

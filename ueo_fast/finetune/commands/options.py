@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ueo_fast.finetune.data.choices import Decoding
 from ueo_fast.ranges import MOST_WORKERS, check_count, check_number
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ MODEL_HELP = (
     "that the run names, if it was loaded on this machine before"
 )
 DECODE_HELP = (
-    "auto: decode a JPEG at a reduced size if the model's view needs no more; full: decode all "
-    "pixels; default: the run's choice"
+    "auto: make views from a copy with twice the model's pixels per side, for which a JPEG is "
+    "decoded at a reduced size; full: from all pixels; default: the run's choice"
 )
 PRETRAINED_HELP = "weights of --model, where that is a name; default: the run's tag"
 
@@ -55,7 +56,7 @@ class EvaluateConfig:
             "any case"
         },
     )
-    decode: Literal["auto", "full"] | None = field(default=None, metadata={"help": DECODE_HELP})
+    decode: Decoding | None = field(default=None, metadata={"help": DECODE_HELP})
     mcm_scale: float | None = field(
         default=None,
         metadata={"help": "multiplies the cosines in the MCM score; default: the run's"},
@@ -141,7 +142,7 @@ class ScoreConfig:
             "any case"
         },
     )
-    decode: Literal["auto", "full"] | None = field(default=None, metadata={"help": DECODE_HELP})
+    decode: Decoding | None = field(default=None, metadata={"help": DECODE_HELP})
     top_k: int = field(
         default=5,
         metadata={

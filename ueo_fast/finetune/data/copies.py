@@ -34,9 +34,9 @@ _MAKERS = f"Pillow {PIL.__version__}, torch {torch.__version__}, tv {torchvision
 class Copies:
     """Keeps the copies of image files in an SQLite file, for all processes that load images.
 
-    A copy is found again by path, size and time of modification of its file and by how it was made,
-    so that a changed file is read anew. What is lost or damaged is read anew as well, with the same
-    pixels. Several runs may use one folder at a time, and any of them may be killed.
+    The key of a copy is the path, size and time of modification of its file, and how it was made,
+    so that a changed file is read again. So is the file of a copy that was lost or damaged. Several
+    runs may use one folder at a time, and any of them may be killed.
 
     Args:
         folder: where they are kept; it is made.
@@ -51,8 +51,7 @@ class Copies:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = self.folder / COPIES
         if most_bytes is None:
-            kept = self._file.stat().st_size if self._file.exists() else 0
-            most_bytes = kept + shutil.disk_usage(self.folder).free // 2
+            most_bytes = self._used() + shutil.disk_usage(self.folder).free // 2
         self._most = most_bytes
         # By process. A forked one leaves its parent's alone: SQLite wants none to cross a fork.
         self._databases: dict[int, Any] = {}
@@ -65,7 +64,7 @@ class Copies:
         return {**self.__dict__, "_databases": {}}
 
     def read(self, path: str | os.PathLike[str], view: Size) -> Picture:
-        """As :func:`read_picture`, from the copy if there is one; else the copy is made."""
+        """As :func:`read_picture`, from the copy if there is one; else a copy is made and kept."""
         key = self._key(path, view)
         found = None if key is None else self._find(key)
         if found is not None:
@@ -83,13 +82,11 @@ class Copies:
 
     def text(self) -> str:
         """A sentence for the terminal: how many copies there are, and whether that is all."""
-        count, size = 0, 0
+        count = 0
         with contextlib.suppress(sqlite3.Error, OSError):
             count = self._database().execute("SELECT count(*) FROM copies").fetchone()[0]
-        with contextlib.suppress(OSError):
-            size = self._file.stat().st_size
         folder, images = printable(self.folder), plural(count, "image")
-        text = f"{folder} keeps small copies of {images} ({_size(size)})"
+        text = f"{folder} keeps small copies of {images} ({_size(self._used())})"
         if self.stopped is None:
             return text
         return f"{text} and takes no more: {self.stopped}; the others are decoded in every epoch"
@@ -102,12 +99,19 @@ class Copies:
                 database.close()
 
     def remove(self) -> None:
-        """Delete them, and the folder if nothing else is in it. Images are read from their files
-        from then on."""
+        """Delete the copies, and the folder if it is empty then. From here on, images are read from
+        their files."""
         self._readable[0] = False
         self._stop("it was removed")
         self.close()
         remove_copies(self.folder)
+
+    def _used(self) -> int:
+        """Bytes of the file."""
+        try:
+            return self._file.stat().st_size
+        except OSError:
+            return 0
 
     def _key(self, path: str | os.PathLike[str], view: Size) -> tuple[Any, ...] | None:
         try:
@@ -185,9 +189,9 @@ class Copies:
                 ),
             )
         except (sqlite3.Error, OSError) as error:
-            full = "full" in str(error)  # error codes have come with Python 3.11
+            reached = self._most < self._used() + len(content) + 2 * _PAGE
             limit = f"its limit of {_size(self._most)} is reached"
-            self._stop(limit if full else f"it cannot be written ({error})")
+            self._stop(limit if reached else f"it cannot be written ({error})")
 
     def _stop(self, reason: str) -> None:
         text = printable(reason).encode()[: len(self._said)].ljust(len(self._said), b"\0")

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ueo_fast.finetune.data.decode import Decoding, UnreadableImageError, as_rgb, open_rgb
+from ueo_fast.finetune.data.choices import Decoding
+from ueo_fast.finetune.data.decode import UnreadableImageError, as_rgb, open_rgb
 from ueo_fast.finetune.data.image_list import ImageList
 from ueo_fast.finetune.data.pictures import Picture, as_picture, read_picture
 from ueo_fast.finetune.data.transforms import Transform
@@ -80,8 +81,8 @@ class PictureDataset(Dataset[Tensor]):
         self.transform = transform
         self.pictures = [self._decoded(str(i), one, decode) for i, one in enumerate(pictures)]
 
-    def seen_by(self, transform: Transform) -> PictureDataset:
-        """The same pictures, transformed otherwise to the same size."""
+    def with_transform(self, transform: Transform) -> PictureDataset:
+        """The same pictures under another transform to the same size."""
         other = PictureDataset((), transform)
         other.pictures = self.pictures
         return other

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
@@ -18,10 +18,6 @@ if TYPE_CHECKING:  # lists of images need this module, but no numpy
     import numpy.typing as npt
 
     Levels = npt.NDArray[np.float64]
-
-Decoding = Literal["auto", "full"]
-"""``auto``: views are made of a copy with twice the model's pixels per side, for which a JPEG is
-decoded at 1/2, 1/4 or 1/8 of its size; ``full``: of all pixels."""
 
 OVERSAMPLING = 2
 """Pixels per side that a copy has for each pixel of the model's, if the image has so many."""

@@ -45,10 +45,10 @@ class LoadingError(OSError):
 
 
 class LoadingMeter:
-    """How fast images pass, and what is waited for: that they are loaded, or what is computed of
-    them. Recent batches count most.
+    """How many images pass per second, and whether loading or computing takes the time. Recent
+    batches count most.
 
-    It sees all images that loaders of this process hand out.
+    Counts the images of all loaders in this process.
     """
 
     def __init__(self) -> None:

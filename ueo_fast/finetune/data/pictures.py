@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -35,6 +36,14 @@ class Picture(NamedTuple):
 
     pixels: Tensor
     size: Size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As an array: of a tensor, a process that is sent it keeps a file open.
+        return _from_array, (self.pixels.permute(1, 2, 0).numpy(), self.size)
+
+
+def _from_array(pixels: NDArray[np.uint8], size: Size) -> Picture:
+    return Picture(torch.from_numpy(pixels).permute(2, 0, 1), size)
 
 
 def read_picture(path: str | os.PathLike[str], view: Size) -> Picture:
@@ -80,13 +89,10 @@ def _shrunk(decoded: Decoded, size: Size, shrink: float) -> Picture:
     width, height = (max(1, round(side / shrink)) for side in size)
     box = decoded.box(size)
     if shrink == 1:
-        return Picture(_pixels(image), size)
+        return _from_array(np.array(image), size)
     if box != (0, 0, *image.size) or image.width * image.height > _MOST_PIXELS:
         # A reduced image's sides are rounded up, so the whole one may end between its pixels.
-        return Picture(_pixels(image.resize((width, height), Image.Resampling.BICUBIC, box)), size)
-    bicubic = InterpolationMode.BICUBIC
-    return Picture(functional.resize(_pixels(image), [height, width], bicubic), size)
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        shrunk = image.resize((width, height), Image.Resampling.BICUBIC, box)
+        return _from_array(np.array(shrunk), size)
+    pixels = _from_array(np.array(image), size).pixels
+    return Picture(functional.resize(pixels, [height, width], InterpolationMode.BICUBIC), size)

@@ -41,8 +41,8 @@ class Transform(ABC):
 
     @abstractmethod
     def of(self, picture: Picture) -> Tensor:
-        """Of a copy: the same view, resized by PyTorch, which is several times faster than
-        Pillow. Values differ by a few grey levels."""
+        """Of a copy: the same view but for a few grey levels, resized by PyTorch, which is faster
+        than Pillow."""
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -184,4 +184,4 @@ class _Testing(Transform):
         if self._mode == "shortest" and columns == rows:  # torchvision's: rounded down
             return columns * width // min(size), rows * height // min(size)
         ratio = (max if self._mode == "longest" else min)(width / columns, height / rows)
-        return round(width / ratio), round(height / ratio)
+        return max(1, round(width / ratio)), max(1, round(height / ratio))

@@ -8,14 +8,14 @@ import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ueo_fast.finetune.data.choices import Decoding, check_cache
 from ueo_fast.finetune.data.dataset import ImageDataset, PictureDataset
-from ueo_fast.finetune.data.decode import Decoding
 from ueo_fast.finetune.data.image_list import ImageList, read_images
 from ueo_fast.finetune.data.labels import match_labels
 from ueo_fast.finetune.data.names import counted, printable
@@ -42,7 +42,7 @@ class Views(NamedTuple):
 
     Attributes:
         plain: un-augmented.
-        augmented: drawn anew each time, or ``None`` where there is no augmentation.
+        augmented: with a new random augmentation at each access; ``None`` without augmentation.
         labels: (N,) int64, or ``None``.
         names: N of them: the files' where there are files, else positions.
     """
@@ -87,7 +87,7 @@ def make_views(
         images: see :data:`Images`.
         model: its preprocessing is used.
         class_names: positions in them are the labels.
-        augmented: with a dataset: the same images, drawn anew each time they are asked for.
+        augmented: with a dataset: the same images, randomly augmented anew at each access.
         labels: (N,) int64, of images that bring none.
         needs_labels: fail if the images' own labels cannot be used.
         decode: how images are decoded.
@@ -106,7 +106,7 @@ def make_views(
     if isinstance(images, tuple):
         preprocess = preprocessing(model)
         plain = PictureDataset(images, test_transform(preprocess), decode)
-        seen = plain.seen_by(training_transform(preprocess))
+        seen = plain.with_transform(training_transform(preprocess))
         return Views(plain, seen, labels, tuple(map(str, range(len(images)))))
     if not isinstance(images, ImageList):
         return Views(images, augmented, labels, tuple(map(str, range(len(cast(Sized, images))))))
@@ -134,19 +134,10 @@ def open_copies(
         most_bytes: as for :class:`~ueo_fast.finetune.data.copies.Copies`.
 
     Raises:
-        TypeError: ``cache`` is not a text or path.
-        ValueError: an empty name, or a folder together with ``decode="full"``.
+        TypeError, ValueError: as :func:`~ueo_fast.finetune.data.choices.check_cache` says.
         OSError: the folder cannot be made.
     """
-    if not isinstance(cache, str | os.PathLike):
-        raise TypeError(f"cache must be 'auto', 'off', or a folder, got {cache!r}")
-    if cache == "":
-        raise ValueError("cache is empty: it is 'auto', 'off', or a folder")
-    if decode == "full" and cache not in ("auto", "off"):
-        raise ValueError(
-            f"cache={os.fspath(cache)!r} keeps small copies of images, but decode='full' makes "
-            "views of all pixels: leave out one of the two"
-        )
+    check_cache(cache, decode)
     if decode == "full" or cache == "off":
         return None
     try:
@@ -195,11 +186,6 @@ def temporary_copies(cache: str | os.PathLike[str], decode: Decoding) -> Iterato
 def _warn_if_stopped(copies: Copies) -> None:
     if copies.stopped is not None:
         warnings.warn(copies.text(), stacklevel=2)
-
-
-def check_decode(decode: object) -> None:
-    if decode not in get_args(Decoding):
-        raise ValueError(f"decode must be 'auto' or 'full', got {decode!r}")
 
 
 def _check_given_labels(labels: object, classes: int) -> None:

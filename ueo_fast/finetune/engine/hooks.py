@@ -179,8 +179,8 @@ def training_bar(title: str, show: bool | None = True) -> Iterator[Any]:
 
 
 def bar_hooks(bar: Any) -> Hooks:
-    """Hooks that move a progress bar of tqdm's, with the losses, the images per second and what
-    they are waited for."""
+    """Hooks that move a progress bar of tqdm's, with the losses, the images per second, and
+    whether loading or computing takes the time."""
     meter = LoadingMeter()
 
     def on_start(record: StartRecord) -> None:
