@@ -11,7 +11,8 @@ import yaml
 
 from ueo_fast.cli.flags import parse
 from ueo_fast.cli.option_file import MOST_BYTES
-from ueo_fast.finetune.commands.finetune_config import FinetuneConfig, MethodName
+from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
+from ueo_fast.finetune.commands.finetune_options import MethodName
 from ueo_fast.finetune.commands.options import (
     CompareConfig,
     EvaluateConfig,
