@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import random
 import signal
+import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -321,6 +323,18 @@ def test_a_lack_of_memory_says_how_to_go_on(broken: int, num_workers: int, said:
         list(training_batches(images, 2, seed=0, epochs=1, num_workers=num_workers))
     with pytest.raises(LoadingError, match=way_out), loading_errors():
         list(even_loader(images, 2, seed=0, num_workers=num_workers))
+
+
+def test_workers_of_a_loader_that_only_the_garbage_collector_finds_end_at_once() -> None:
+    loader = tolerant_loader(TensorDataset(numbered(8)), 2, num_workers=2)
+    next(loader)
+    cycle: list[object] = [loader]
+    cycle.append(cycle)
+    del loader, cycle
+    started = time.monotonic()
+    gc.collect()
+    assert not multiprocessing.active_children()
+    assert time.monotonic() - started < 5  # for which PyTorch waits for a worker that hangs
 
 
 @pytest.mark.parametrize(

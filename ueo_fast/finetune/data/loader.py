@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
@@ -157,6 +158,15 @@ def loaded(loader: Iterable[Batch]) -> Iterator[Batch]:
     """
     with loading_errors(), torch.device("cpu"):
         batches = iter(loader)
+    each = _each(batches)
+    # An error's traceback may keep the iterator in a reference cycle. Where the garbage collector
+    # has to find it, PyTorch waits 5 seconds for each worker, in vain.
+    if hasattr(batches, "_shutdown_workers"):
+        weakref.finalize(each, batches._shutdown_workers)
+    yield from each
+
+
+def _each(batches: Iterator[Batch]) -> Iterator[Batch]:
     while True:
         with loading_errors(), torch.device("cpu"):  # not around yield: the rest is the caller's
             try:
