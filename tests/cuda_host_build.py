@@ -27,9 +27,9 @@ FLAGS = (
 )
 
 
-def _digest(with_kernels: bool) -> str:
+def _digest(flags: list[str], with_kernels: bool) -> str:
     """Of everything that may be compiled in, and of the compiler."""
-    digest = hashlib.sha256(" ".join([os.environ.get("CXX", "g++"), *FLAGS]).encode())
+    digest = hashlib.sha256(" ".join([os.environ.get("CXX", "g++"), *FLAGS, *flags]).encode())
     csrc = ROOT / "csrc"
     sources = [*FOLDER.iterdir(), csrc / "cuda" / "device.cuh", csrc / "cpu" / "half.h"]
     if with_kernels:
@@ -50,7 +50,7 @@ def build(name: str, source: str, flags: list[str], suffix: str, with_kernels: b
 
     Several processes may ask for the same at once: one builds, the others wait for it.
     """
-    path = BUILD / f"{name}-{_digest(with_kernels)}{suffix}"
+    path = BUILD / f"{name}-{_digest(flags, with_kernels)}{suffix}"
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -114,7 +114,7 @@ def load(name: str, source: str, with_kernels: bool) -> ModuleType:
 
     includes = (pybind11.get_include(), sysconfig.get_path("include"))
     # Symbols stay visible, so that messages can name kernels; pybind11 would rather hide its own.
-    flags = ["-O1", "-Wno-attributes", *(f"-isystem{path}" for path in includes)]
+    flags = ["-Og", "-Wno-attributes", *(f"-isystem{path}" for path in includes)]
     spec = importlib.util.spec_from_file_location(
         name, build(name, source, flags, ".so", with_kernels)
     )

@@ -40,7 +40,9 @@ def one_thread(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("bench", ["bench_affine.py", "bench_visual_step.py"])
+@pytest.mark.parametrize(
+    "bench", ["bench_affine.py", pytest.param("bench_visual_step.py", marks=pytest.mark.slow)]
+)
 def test_the_cpu_benchmarks_run_with_tiny_shapes(bench, monkeypatch):
     """As `python -m benchmarks` does it; without torch.compile, which takes long."""
     if bench == "bench_visual_step.py":

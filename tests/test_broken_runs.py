@@ -63,7 +63,11 @@ def place(tmp_path_factory):
         (place / "stopped" / name).unlink()
     loaded = command.load_clip(str(place / "model"), None, device="cpu")
     with pytest.MonkeyPatch.context() as patch:  # loading it anew takes most of the time
-        for module, name in ((command, "load_clip"), (adapted, "load_base")):
+        for module, name in (
+            (command, "load_clip"),
+            (command, "load_base"),
+            (adapted, "load_base"),
+        ):
             patch.setattr(module, name, lambda *_, **__: copy.deepcopy(loaded))
         patch.setattr(records, "MOST_BYTES", 2**24)
         patch.setattr(records, "LONGEST_LINE", 2**20)
@@ -194,7 +198,7 @@ def tensor_changes(path: Path) -> Iterator[tuple[str, Change]]:
                 yield f"{key}={new!r}", rewritten(tensors, {**plain, "values": forged})
 
 
-_SOME = 10
+_SOME = 6
 """Values per command and file that are tried where not every one is."""
 
 

@@ -66,9 +66,11 @@ def norm_inputs(rows, columns, dtype, row_stride=None):
 
 @every_dtype
 @pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("path", PATHS)
 def test_every_path_of_layer_norm_is_exact(path, strided, dtype):
-    rows, columns, shared, _ = path
+    rows, columns, shared, _ = PATHS[path]
+    if "one sum" in path and dtype != torch.float32:
+        pytest.skip("takes seconds, and rows are counted alike whatever their dtype")
     # With a stride of its own, x starts elsewhere in its slots than grad_out does.
     inputs = norm_inputs(rows, columns, dtype, columns + 1 if strided else None)
     check_norm(norm_gpu(shared), *inputs)

@@ -67,6 +67,7 @@ def test_both_contenders_take_the_same_steps():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow  # the benchmarks of the affine layers and of loading images do it in less time
 def test_a_run_goes_from_measuring_to_the_docs(tmp_path, monkeypatch):
     """As `python -m benchmarks step` does it, but a tiny tower."""
     pytest.importorskip("open_clip")

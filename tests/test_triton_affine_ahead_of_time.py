@@ -118,7 +118,8 @@ def test_every_kernel_compiles_within_its_budget(case, tmp_path):
 
 
 def test_no_literal_changes_the_precision(tmp_path):
-    cases = [(dtype, list(SHAPES)) for dtype in ("float32", "bfloat16")]
+    # In bfloat16 only loads and stores are others: a shape of each kind of kernel will do.
+    cases = [("float32", list(SHAPES)), ("bfloat16", ["planes", "vit", "tiled"])]
     for variants in compilation.run(__file__, "precision", *cases, folder=tmp_path):
         compilation.check_precision(variants, DOUBLE, KERNELS)
 
