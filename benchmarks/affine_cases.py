@@ -56,7 +56,7 @@ class AffineCase:
 def _cases() -> tuple[AffineCase, ...]:
     """RN50's at 224 pixels: the target's first, then sizes where little is to be gained.
 
-    Among them those around ``ueo_fast.patch.batch_norm.MIN_ELEMENTS``.
+    Among them those around ``ueo_fast.patch.norms.MIN_ELEMENTS``.
     """
     target = (64, 256, 56, 56)
     grid = [

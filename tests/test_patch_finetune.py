@@ -13,7 +13,7 @@ from ueo_fast.finetune.engine.trainer import TrainerConfig
 from ueo_fast.finetune.evaluation.predict import predict_cosines
 from ueo_fast.finetune.methods import UEO, AdaBN
 from ueo_fast.finetune.target import zero_shot_target
-from ueo_fast.patch import batch_norm
+from ueo_fast.patch import norms
 
 
 def classifier(tower: str, patch: bool) -> ClipClassifier:
@@ -35,7 +35,7 @@ def test_patched_by_default():
 @pytest.mark.parametrize("method", [UEO(), AdaBN()], ids=["UEO", "AdaBN"])
 @pytest.mark.parametrize("tower", ["bn", "vit"])
 def test_the_result_is_the_same_either_way(tower, method, monkeypatch):
-    monkeypatch.setattr(batch_norm, "MIN_ELEMENTS", 0)  # images so small would not be fused
+    monkeypatch.setattr(norms, "MIN_ELEMENTS", 0)  # images so small would not be fused
     if tower == "vit" and isinstance(method, AdaBN):
         pytest.skip("AdaBN is for towers with BatchNorm")
     images = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1

@@ -15,7 +15,7 @@ from open_clip.transformer import LayerNorm, LayerNormFp32  # noqa: E402
 from timm.layers import norm as timm_norm  # noqa: E402
 
 from ueo_fast import patch_visual  # noqa: E402
-from ueo_fast.patch import layer_norm  # noqa: E402
+from ueo_fast.patch import norms  # noqa: E402
 
 NORMS = {
     "torch": nn.LayerNorm(6),
@@ -69,7 +69,7 @@ def test_arguments_of_the_kernel(name, dtype, monkeypatch):
     if "float32" in name and dtype == torch.float64:
         pytest.skip("a float32 class narrows float64, which nobody wants")
     theirs = run(eager, x)
-    monkeypatch.setattr(layer_norm, "runs_fused", lambda norm, x: True)
+    monkeypatch.setattr(norms, "layer_norm_is_fused", lambda norm, x: True)
     torch.testing.assert_close(run(patched, x), theirs)
 
 

@@ -40,7 +40,7 @@ def test_the_55_batch_norms_of_rn50():
     assert count == {
         "fused with the ReLU that follows": 35,
         "fused with the addition and the ReLU that follows": 16,
-        "fused with the 1 x 1 convolution before it, whose input is held": 4,
+        "fused with the 1 x 1 convolution before it, whose input is saved": 4,
     }
     assert {site.type for site in norms} == {"BatchNorm2d"}
     assert sum(site.kind == "conv" for site in report.sites) == 55
@@ -59,7 +59,7 @@ def test_the_55_batch_norms_of_rn50():
 EXPLAINED = (
     "fused",
     "already patched",
-    "holds no input",
+    "saves no input",
     "no fused kernel",
     "of its own",
     "several dimensions",
@@ -120,8 +120,8 @@ def own_forward(base: type[nn.Module]) -> type[nn.Module]:
         (timm.layers.FrozenBatchNormAct2d(4), "its weight and bias are buffers"),
         (nn.ConvTranspose2d(4, 4, 2), "transposed convolutions are left alone"),
         (nn.MaxPool2d(2), "max pooling's gradient needs to know where the maxima were"),
-        (nn.AvgPool1d(2), "no replacement for AvgPool1d, only 2-d averages"),
-        (nn.AdaptiveAvgPool3d(2), "no replacement for AdaptiveAvgPool3d, only 2-d averages"),
+        (nn.AvgPool1d(2), "no replacement for AvgPool1d, only for 2-d averages"),
+        (nn.AdaptiveAvgPool3d(2), "no replacement for AdaptiveAvgPool3d, only for 2-d averages"),
         (nn.LazyConv2d(4, 1), "it is not initialised: run the model once, then patch"),
         (timm.layers.Conv2dSame(4, 4, 3), "Conv2dSame has a forward of its own"),
     ],
@@ -232,10 +232,10 @@ def test_a_class_that_refuses_subclasses_is_left_alone():
     before = [type(module) for module in model.modules()]
     handle = patch_visual(model, min_elements=0)
     assert [(site.patched, site.reason) for site in handle.report.sites] == [
-        (True, "holds no input while its weight is frozen"),
-        (False, "Final allows no subclass in its place (TypeError: Final is final)"),
-        (False, "InRegistry allows no subclass in its place (ValueError: not in the registry)"),
-        (False, "Locked allows no subclass in its place (AttributeError: locked)"),
+        (True, "saves no input while its weight is frozen"),
+        (False, "Final cannot be replaced by a subclass (TypeError: Final is final)"),
+        (False, "InRegistry cannot be replaced by a subclass (ValueError: not in the registry)"),
+        (False, "Locked cannot be replaced by a subclass (AttributeError: locked)"),
         (True, "fused, no ReLU known to follow"),
     ]
     torch.testing.assert_close(model(x), expected)

@@ -16,7 +16,7 @@ from patch_models import perturbed
 from saved_activations import saved_bytes
 
 from ueo_fast import backends, freeze_all_but_affine, patch_visual
-from ueo_fast.patch import batch_norm, unpatch
+from ueo_fast.patch import norms, unpatch
 
 pytestmark = pytest.mark.skipif(
     backends.unavailable_reason("cpp") is not None, reason="without the binary nothing is fused"
@@ -53,7 +53,7 @@ def image(elements: int) -> torch.Tensor:
 def test_the_size_that_was_measured_decides():
     model = norm_relu()
     patch_visual(model)
-    limit = batch_norm.MIN_ELEMENTS
+    limit = norms.MIN_ELEMENTS
     assert not is_fused(model, image(limit - 4))
     assert is_fused(model, image(limit))
 

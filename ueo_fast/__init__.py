@@ -47,7 +47,7 @@ if not TYPE_CHECKING:  # which would take any name for a known one
         if name in __all__:
             for room in map(import_module, (f"{__name__}.{room}" for room in _ROOMS)):
                 found = {key: getattr(room, key, None) for key in __all__}
-                # Not the submodule patch.layer_norm, which has the name of a function.
+                # Not a submodule that has the name of a function.
                 globals().update({key: value for key, value in found.items() if callable(value)})
             return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

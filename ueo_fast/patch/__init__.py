@@ -1,4 +1,4 @@
-"""Adapting a network in place: fused frozen norms, and operations that hold no input in vain.
+"""Patch a network in place: fuse its frozen norms, and save no inputs that backward does not need.
 
     model, _, preprocess = open_clip.create_model_and_transforms(...)
     handle = patch_visual(model)                    # print(handle.report); handle.undo()
@@ -12,8 +12,8 @@ from ueo_fast.patch.affine_parameters import (
     affine_parameters,
     freeze_all_but_affine,
 )
-from ueo_fast.patch.apply import PatchHandle, patch_visual, unpatch
-from ueo_fast.patch.report import PatchReport, Site
+from ueo_fast.patch.apply import PatchHandle, PatchReport, patch_visual, unpatch
+from ueo_fast.patch.sites import Site
 
 __all__ = [
     "AffineParameters",

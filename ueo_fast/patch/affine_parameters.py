@@ -1,4 +1,4 @@
-"""The affine parameters of a tower's normalisation layers: what UEO trains in the images.
+"""The affine parameters of a tower's normalisation layers: what UEO trains in the image tower.
 
 Statistics and all other weights stay frozen. Keep the model in eval mode while training, so that
 BatchNorm uses its running statistics.
@@ -11,15 +11,14 @@ from typing import NamedTuple
 from torch import nn
 
 from ueo_fast.patch.patched import original_class
-from ueo_fast.patch.sites import is_norm
-from ueo_fast.patch.tower import visual_tower, visual_towers
+from ueo_fast.patch.sites import is_norm, visual_tower, visual_towers
 
 SCOPES = ("all", "authors")
 _TEXT = frozenset(
     {"text", "text_model", "text_encoder", "text_tower", "text_projection", "textual"}
     | {"language_model", "token_embedding", "word_embeddings", "embed_tokens", "wte"}
 )
-"""What is found in text towers only."""
+"""Names that occur in text towers only."""
 
 
 class Group(NamedTuple):
@@ -30,11 +29,11 @@ class Group(NamedTuple):
 
 
 class AffineParameters(dict[str, nn.Parameter]):
-    """Name to parameter, and what was chosen.
+    """A dict from name to parameter, with how they were chosen.
 
     Attributes:
         scope: the rule.
-        groups: by type of the module that owns them, how many tensors and numbers were found.
+        groups: how many tensors and numbers were found, by type of the module that owns them.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class AffineParameters(dict[str, nn.Parameter]):
         self.groups = groups
 
     def summary(self) -> str:
-        """The choice as a few lines: the rule, and the count by type."""
+        """A few lines of text: the rule, and the counts by type."""
         numbers = sum(group.numbers for group in self.groups.values())
         lines = [f"scope={self.scope!r}: {numbers:,} numbers in {len(self)} tensors"]
         lines += [
@@ -61,13 +60,12 @@ def affine_parameters(model: nn.Module, scope: str = "all") -> AffineParameters:
     Args:
         model: an open_clip model, HuggingFace's (``vision_model``), either of them in a wrapper
             (``DataParallel``, ``torch.compile``, a module that holds it), or any other module with
-            normalisation layers and no text tower, which is then taken as the tower itself;
-            patched or not.
+            normalisation layers and no text tower, which is then the tower itself; patched or not.
         scope: ``"all"`` takes the weight and bias of every normalisation layer, found by type.
             ``"authors"`` is the published rule: every visual parameter with ``bn`` or ``ln`` in
-            its name. On RN50 the rule misses the BatchNorm of the four downsampling paths (45,568
-            of 53,248 numbers); on ViT-B-16 both find 39,936; in timm's transformers, whose layers
-            are called ``norm``, it finds none.
+            its name. On RN50 it finds 45,568 of 53,248 numbers, as it misses the BatchNorm of the
+            four downsampling paths; on ViT-B-16 both rules find 39,936; in timm's transformers,
+            whose layers are called ``norm``, it finds none.
 
     Returns:
         A dict from name (as in ``model.named_parameters()``) to parameter, whose ``summary()``
@@ -75,7 +73,7 @@ def affine_parameters(model: nn.Module, scope: str = "all") -> AffineParameters:
 
     Raises:
         TypeError: the model has neither a visual tower nor a normalisation layer; or it has
-            several, or a text tower alone, so that which one to train is not known.
+            several towers, or only a text tower, so it is unclear which layers to train.
         ValueError: unknown ``scope``, or no parameter found.
 
     Source: Liang et al., 2024, arXiv 2308.12919, section 3.4; the rule is in the authors' demo.py.
@@ -90,7 +88,7 @@ def affine_parameters(model: nn.Module, scope: str = "all") -> AffineParameters:
     if tower is model and not any(map(is_norm, model.modules())):
         raise TypeError(
             f"model is a {type(model).__name__} without a visual tower (model.visual) and without "
-            "a normalisation layer of its own; give an open_clip model"
+            "a normalisation layer of its own; pass an open_clip model"
         )
     found: dict[str, nn.Parameter] = {}
     groups: dict[str, Group] = {}
@@ -106,7 +104,7 @@ def affine_parameters(model: nn.Module, scope: str = "all") -> AffineParameters:
             groups[owner] = Group(tensors + 1, numbers + parameter.numel())
     if not found:
         way_out = (
-            "use scope='all', which goes by type"
+            "use scope='all', which chooses by type"
             if scope == "authors"
             else "train the prompt only, or choose a tower with BatchNorm or LayerNorm"
         )
@@ -118,7 +116,7 @@ def affine_parameters(model: nn.Module, scope: str = "all") -> AffineParameters:
 
 
 def _check_no_text(model: nn.Module) -> None:
-    """The norms of a text tower must not be trained for those of an image tower."""
+    """Refuse a model whose text norms would be trained along with those of the images."""
     towers = visual_towers(model)
     texts = [path for path, _ in model.named_modules() if not _TEXT.isdisjoint(path.split("."))]
     if not towers and not texts:
@@ -126,11 +124,11 @@ def _check_no_text(model: nn.Module) -> None:
     found = (
         f"has {len(towers)} visual towers ({', '.join(towers)})"
         if towers
-        else f"has a text tower ({texts[0]}) and no visual tower by a name that is known"
+        else f"has a text tower ({texts[0]}) and no visual tower with a known name"
     )
     raise TypeError(
-        f"model is a {type(model).__name__} that {found}, so which normalisation layers belong to "
-        "the images is not known; give the image tower itself, and freeze the rest: "
+        f"model is a {type(model).__name__} that {found}, so it is unclear which normalisation "
+        "layers belong to the images; pass the image tower itself, and freeze the rest with "
         "model.requires_grad_(False)"
     )
 
@@ -138,18 +136,19 @@ def _check_no_text(model: nn.Module) -> None:
 def _is_chosen(module: nn.Module, name: str, scope: str) -> bool:
     if scope == "authors":
         return "bn" in name or "ln" in name
-    # EvoNorm and FRN also have parameters of their activation.
+    # EvoNorm and FRN also have parameters for their activation.
     return is_norm(module) and name.rpartition(".")[2] in ("weight", "bias")
 
 
 def freeze_all_but_affine(model: nn.Module, scope: str = "all") -> AffineParameters:
-    """Set ``requires_grad`` so that only :func:`affine_parameters` are trained, and return them.
+    """Freeze everything but the :func:`affine_parameters`, and return these.
 
-    Freezes the text tower and the logit scale as well. Changes nothing if it raises.
+    Sets ``requires_grad``, also of the text tower and the logit scale. Changes nothing if it
+    raises, for which see :func:`affine_parameters`.
 
     Args:
-        model: as for :func:`affine_parameters`, changed in place.
-        scope: as there, where the errors are listed too.
+        model: as for :func:`affine_parameters`; changed in place.
+        scope: as for :func:`affine_parameters`.
     """
     trained = affine_parameters(model, scope)
     model.requires_grad_(False)

@@ -1,34 +1,86 @@
-"""Patching one model in place, and undoing it."""
+"""Patch one model in place, report what was done, and undo it."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import Counter
+from dataclasses import dataclass
 from types import TracebackType
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ueo_fast.patch.batch_norm import (
+from ueo_fast.patch.blocks import Chain, block_of
+from ueo_fast.patch.norms import (
     MIN_ELEMENTS,
     PatchedBatchNorm,
     PatchedBatchNormAct,
     set_min_elements,
 )
-from ueo_fast.patch.blocks import Chain
-from ueo_fast.patch.hooks import has_hooks
-from ueo_fast.patch.patched import Patched, original_class, restore, swap
-from ueo_fast.patch.report import PatchReport, Site
-from ueo_fast.patch.sites import block_of, decide, kind_of
-from ueo_fast.patch.tower import visual_tower
+from ueo_fast.patch.patched import Patched, has_hooks, original_class, restore, swap
+from ueo_fast.patch.sites import KINDS, Site, decide, kind_of, visual_tower
 
 _BATCH_NORMS = (PatchedBatchNorm, PatchedBatchNormAct)
 
 
-class PatchHandle:
-    """What :func:`patch_visual` did, and how to undo it; also a context manager, which undoes.
+@dataclass(frozen=True)
+class PatchReport:
+    """All norms, convolutions and pools, in the model's order; ``str`` makes a table of them.
 
-    A deep copy of a model and its handle together gives the copy a handle of its own.
+    Attributes:
+        sites: one row each.
+        notes: what holds for the model as a whole.
+    """
+
+    sites: tuple[Site, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def patched(self) -> tuple[Site, ...]:
+        """Sites whose forward is ours."""
+        return tuple(site for site in self.sites if site.patched)
+
+    @property
+    def left_alone(self) -> tuple[Site, ...]:
+        """Sites that were left as they are."""
+        return tuple(site for site in self.sites if not site.patched)
+
+    def summary(self) -> str:
+        """One line per kind, and the number of sites for each reason."""
+        lines = []
+        for kind in KINDS:
+            sites = [site for site in self.sites if site.kind == kind]
+            if not sites:
+                continue
+            lines.append(f"{kind}: {sum(site.patched for site in sites)} of {len(sites)} patched")
+            for (patched, reason), count in Counter((s.patched, s.reason) for s in sites).items():
+                lines.append(f"  {count:4} {'patched' if patched else 'left'}: {reason}")
+        return "\n".join([*(lines or ["no norm, convolution or pool was found"]), *self.notes])
+
+    def table(self) -> str:
+        """One line per site."""
+        header = Site("name", "type", "norm", True, "")
+        names, types = (
+            max(len(str(getattr(site, column))) for site in (header, *self.sites))
+            for column in ("name", "type")
+        )
+        lines = [f"{'name':{names}}  {'type':{types}}  kind  patched  what or why"]
+        for site in self.sites:
+            word = "yes" if site.patched else "no"
+            lines.append(
+                f"{site.name:{names}}  {site.type:{types}}  {site.kind}  {word:7}  {site.reason}"
+            )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n\n{self.summary()}" if self.sites else self.summary()
+
+
+class PatchHandle:
+    """What :func:`patch_visual` did and how to undo it; a context manager that undoes on exit.
+
+    A deep copy of a model together with its handle gives the copy a handle of its own.
 
     Attributes:
         report: every norm, convolution and pool, patched or not, with the reason.
@@ -39,10 +91,9 @@ class PatchHandle:
         self._modules = modules
 
     def undo(self) -> None:
-        """Gives every module that this handle patched its class again. A second call does nothing.
+        """Give every module that this handle patched its class again. A second call does nothing.
 
-        Warns of modules on whose patched class something else was put since (parametrisations,
-        FSDP): those stay.
+        Modules whose class was changed again since (parametrisations, FSDP) stay, with a warning.
         """
         _restore_all(self._modules)
         self._modules = []
@@ -64,31 +115,31 @@ class PatchHandle:
 
 
 def patch_visual(model: nn.Module, *, min_elements: int | None = None) -> PatchHandle:
-    """Replace, on this instance, what holds memory or time in vain where only affines are trained.
+    """Replace, on this instance, what wastes memory or time if only the affines are trained.
 
-    - Batch norms by running statistics become one fused call each, with the ReLU, or the addition
-      and the ReLU, that follow where the structure is known (open_clip's ModifiedResNet,
+    - Batch norms with running statistics become one fused call each, which includes the ReLU, or
+      the addition and the ReLU, that follow if the structure is known (open_clip's ModifiedResNet,
       torchvision's residual blocks, timm's ``BatchNormAct2d``, ``nn.Sequential``). In training
       mode, and for small inputs on a CPU, they are the originals.
     - Layer norms use fused kernels on a GPU.
-    - Convolutions with a frozen weight, and average pools, hold no input for backward.
+    - Convolutions with a frozen weight, and average pools, save no input for backward.
 
     Everything else stays: the same Parameter objects, buffers, state_dict keys and hooks; a patched
-    module is an instance of its original class. What to run is decided in every call, so the order
-    of patching, freezing, ``.eval()``, ``.to()`` and ``register_forward_hook`` does not matter.
+    module is an instance of its original class. Each call decides what to run, so the order of
+    patching, freezing, ``.eval()``, ``.to()`` and ``register_forward_hook`` does not matter.
 
     Args:
         model: an open_clip model, whose ``visual`` is patched, or any other module, which is
             patched as a whole. Changed in place.
-        min_elements: inputs of a batch norm with fewer elements are left to the original on a CPU,
-            where it is faster than a fused call. None means 400,000, as measured; 0 fuses all.
+        min_elements: on a CPU, batch norms with fewer elements in their input run the original,
+            which is faster for them. None means 400,000, as measured; 0 fuses every size.
 
     Returns:
         A handle: ``print(handle.report)``, ``handle.undo()``, or ``with patch_visual(model):``. A
-        module that was patched before is left to the handle that patched it, and reported so.
+        module that is already patched stays with the handle that patched it; the report says so.
 
     Raises:
-        TypeError: ``model`` is no module, or ``min_elements`` no integer.
+        TypeError: ``model`` is not a module, or ``min_elements`` not an integer.
         ValueError: ``min_elements`` is negative.
 
     Source: Bhatia and Dangel, 2024, "Lowering PyTorch's Memory Consumption for Selective
@@ -111,7 +162,7 @@ def patch_visual(model: nn.Module, *, min_elements: int | None = None) -> PatchH
 def _patch(
     tower: nn.Module, prefix: str, min_elements: int | None, swapped: list[nn.Module]
 ) -> PatchReport:
-    """Patch what can be; ``swapped`` grows by each module whose class has changed."""
+    """Patch all that can be; ``swapped`` collects each module whose class has changed."""
     rows: list[tuple[nn.Module, Site]] = []
     for name, module in tower.named_modules():
         kind = kind_of(module)
@@ -161,7 +212,7 @@ def _check_min_elements(value: object) -> None:
 
 
 def _fused(chains: list[Chain]) -> dict[nn.Module, str]:
-    """By batch norm, what it is fused with."""
+    """What each batch norm is fused with."""
     said: dict[nn.Module, str] = {}
     for norm, activation, adds, joined in chains:
         if not isinstance(norm, PatchedBatchNorm):
@@ -170,7 +221,7 @@ def _fused(chains: list[Chain]) -> dict[nn.Module, str]:
         watched = [module for module in (norm, activation) if module and has_hooks(module)]
         if joined and not (watched or has_hooks(joined)):
             tail = " and the ReLU after it" if activation else ""
-            said[norm] = f"fused with the 1 x 1 convolution before it{tail}, whose input is held"
+            said[norm] = f"fused with the 1 x 1 convolution before it{tail}, whose input is saved"
         elif activation is None:
             said[norm] = "fused, not with the convolution before it while one of them has hooks"
         elif type(activation) is not nn.ReLU:
@@ -187,8 +238,8 @@ def _notes(tower: nn.Module, swapped: list[nn.Module], min_elements: int) -> tup
     notes = []
     if min_elements and any(isinstance(module, _BATCH_NORMS) for module in swapped):
         notes.append(
-            f"A batch norm's input of fewer than {min_elements:,} elements on the CPU is left to "
-            "PyTorch's own, which is faster there: patch_visual(model, min_elements=0) fuses all."
+            f"Batch norms run PyTorch's kernel for inputs of fewer than {min_elements:,} elements "
+            "on the CPU, where it is faster; patch_visual(model, min_elements=0) fuses every size."
         )
     if any(isinstance(m, _BatchNorm) and m.training for m in tower.modules()):
         notes.append(
@@ -199,7 +250,7 @@ def _notes(tower: nn.Module, swapped: list[nn.Module], min_elements: int) -> tup
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo every patch in ``model`` without a handle: on a copy, or one that was unpickled."""
+    """Undo every patch in ``model`` without a handle: for a copy, or an unpickled model."""
     _restore_all(list(model.modules()))
 
 
@@ -208,6 +259,6 @@ def _restore_all(modules: list[nn.Module]) -> None:
     if stuck:
         warnings.warn(
             f"{len(stuck)} patched modules stay as they are, because their class was changed again "
-            f"after the patch ({', '.join(sorted(set(stuck)))}): undo that first",
+            f"after the patch ({', '.join(sorted(set(stuck)))}): undo that change first",
             stacklevel=3,
         )

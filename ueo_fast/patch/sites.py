@@ -1,12 +1,13 @@
-"""Which modules are norms, convolutions and pools, and what each of them can become.
+"""Find a model's visual tower and its sites (norms, convolutions, pools); decide what they become.
 
-By type and by the class that defines its forward, never by name: a subclass with a forward of its
-own does something of its own.
+Sites are known by type and by the class that defines their forward, never by name: a subclass with
+a forward of its own computes something of its own.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from torch.nn.modules import pooling
@@ -15,35 +16,36 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ueo_fast.patch.batch_norm import PatchedBatchNorm, PatchedBatchNormAct
-from ueo_fast.patch.blocks import Chain
-from ueo_fast.patch.convolution import PatchedConvolution
-from ueo_fast.patch.hooks import replaced_method
-from ueo_fast.patch.layer_norm import RULES, PatchedLayerNorm
-from ueo_fast.patch.open_clip import BLOCKS as BLOCKS_OF_OPEN_CLIP
-from ueo_fast.patch.patched import Patched, defines, original_class
-from ueo_fast.patch.pooling import PatchedAdaptiveAvgPool2d, PatchedAvgPool2d
-from ueo_fast.patch.report import Kind
-from ueo_fast.patch.sequential import BLOCKS as SEQUENCES
-from ueo_fast.patch.torchvision import BLOCKS as BLOCKS_OF_TORCHVISION
+from ueo_fast.patch.convolution import (
+    PatchedAdaptiveAvgPool2d,
+    PatchedAvgPool2d,
+    PatchedConvolution,
+)
+from ueo_fast.patch.norms import (
+    LAYER_NORMS,
+    PatchedBatchNorm,
+    PatchedBatchNormAct,
+    PatchedLayerNorm,
+)
+from ueo_fast.patch.patched import Patched, defines, original_class, replaced_method
+
+Kind = Literal["norm", "conv", "pool"]
+KINDS: tuple[Kind, ...] = ("norm", "conv", "pool")
+
+_VISUAL = frozenset(
+    {"visual", "vision_model", "vision_tower", "vision_encoder", "visual_encoder", "visual_model"}
+    | {"image_encoder", "image_model"}
+)
+"""What open_clip, HuggingFace's transformers and others call the tower."""
 
 _NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_POOLS = (
-    pooling._AvgPoolNd,
-    pooling._MaxPoolNd,
-    pooling._AdaptiveAvgPoolNd,
-    pooling._AdaptiveMaxPoolNd,
-    pooling._LPPoolNd,
-    nn.FractionalMaxPool2d,
-    nn.FractionalMaxPool3d,
-)
 _MAX_POOLS = (
     pooling._MaxPoolNd,
     pooling._AdaptiveMaxPoolNd,
     nn.FractionalMaxPool2d,
     nn.FractionalMaxPool3d,
 )
-_BLOCKS = {**BLOCKS_OF_OPEN_CLIP, **BLOCKS_OF_TORCHVISION, **SEQUENCES}
+_POOLS = (*_MAX_POOLS, pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd, pooling._LPPoolNd)
 
 _BATCH_NORMS = ("torch.nn.modules.batchnorm._BatchNorm", "torch.nn.modules.batchnorm.SyncBatchNorm")
 _BATCH_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
@@ -53,11 +55,53 @@ _AVG_POOLS: dict[str, type[Patched]] = {
 }
 
 
+@dataclass(frozen=True)
+class Site:
+    """One norm, convolution or pool.
+
+    Attributes:
+        name: as in ``model.named_modules()``.
+        type: name of the class that the module was built as.
+        kind: ``norm``, ``conv`` or ``pool``.
+        patched: whether our forward is in place (it may still run the original, see ``reason``).
+        reason: what it does, or why it was left alone.
+    """
+
+    name: str
+    type: str
+    kind: Kind
+    patched: bool
+    reason: str
+
+
 class Decision(NamedTuple):
     """What a site becomes (None: it stays), and what that does or why it stays."""
 
     patch: type[Patched] | None
     reason: str
+
+
+def visual_towers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules with a visual tower's name, by path, outermost only.
+
+    ``model.visual`` alone, if there is one. Otherwise wrappers are searched as well: ``module``
+    (DataParallel), ``_orig_mod`` (torch.compile), or whatever attribute holds the model.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        outer, _, name = path.rpartition(".")
+        if name in _VISUAL and not any(f"{outer}.".startswith(f"{one}.") for one in found):
+            found[path] = module
+    return {"visual": found["visual"]} if "visual" in found else found
+
+
+def visual_tower(model: nn.Module) -> tuple[nn.Module, str]:
+    """The tower and the prefix of its names; the model itself if it has no tower, or several."""
+    found = visual_towers(model)
+    if len(found) != 1:
+        return model, ""
+    ((path, tower),) = found.items()
+    return tower, f"{path}."
 
 
 def _is_of(cls: type, library: str, *words: str) -> bool:
@@ -71,21 +115,23 @@ def _is_of(cls: type, library: str, *words: str) -> bool:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalisation layer.
 
-    open_clip's norms, and most of timm's, are subclasses of torch's. Those that are not (RmsNorm,
-    EvoNorm, InplaceAbn, FrozenBatchNorm2d, ...) are known by name and by where they are defined, so
-    that timm and torchvision stay optional.
+    open_clip's norms, and most of timm's, are subclasses of torch's. The others (RmsNorm, EvoNorm,
+    InplaceAbn, FrozenBatchNorm2d, ...) are known by their name and where they are defined, so that
+    timm and torchvision stay optional.
     """
     if isinstance(module, _NORMS):
         return True
     if not (module._parameters or module._buffers):
-        return False  # made of others that are sites themselves: ConvNormAct, NormMlpClassifierHead
+        return (
+            False  # made of modules that are sites themselves: ConvNormAct, NormMlpClassifierHead
+        )
     return _is_of(type(module), "timm.layers.", "Norm", "InplaceAbn") or _is_of(
         type(module), "torchvision.ops.misc", "FrozenBatchNorm"
     )
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """Whether a module is a site, and of which kind."""
+    """The kind of site that a module is; None if it is not a site."""
     if is_norm(module):
         return "norm"
     if isinstance(module, _ConvNd):
@@ -98,7 +144,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def decide(module: nn.Module) -> Decision:
-    """What becomes of a site."""
+    """Decide what a site becomes."""
     if replaced := replaced_method(module):
         return Decision(None, f"its {replaced} was replaced on this instance")
     cls = original_class(module)
@@ -123,16 +169,16 @@ def _norm(module: Any) -> Decision:
         return Decision(PatchedBatchNorm, "fused, no ReLU known to follow")
     if owner == _BATCH_NORM_ACT:
         return Decision(PatchedBatchNormAct, _with_activation(module))
-    if owner in RULES:
+    if owner in LAYER_NORMS:
         if len(module.normalized_shape) != 1:
             return Decision(None, "it normalises over several dimensions")
         if getattr(module, "_fast_norm", False):
             return Decision(None, "timm's fast norm is in use")
         return Decision(
-            PatchedLayerNorm, "fused on a GPU; on the CPU PyTorch's own, which is at the limit"
+            PatchedLayerNorm, "fused on a GPU; PyTorch's own on the CPU, which is near the limit"
         )
     if "FrozenBatchNorm" in original_class(module).__name__:
-        return Decision(None, "its weight and bias are buffers, nothing to train")
+        return Decision(None, "its weight and bias are buffers, so there is nothing to train")
     if isinstance(module, nn.GroupNorm | nn.RMSNorm | _InstanceNorm):
         return Decision(None, f"no fused kernel for {type(module).__name__}")
     return _own_forward(module)
@@ -156,29 +202,15 @@ def _convolution(module: nn.Module) -> Decision:
     owner = defines(cls, "forward")
     if owner not in of_torch or defines(cls, "_conv_forward") != owner:
         return _own_forward(module)
-    return Decision(PatchedConvolution, "holds no input while its weight is frozen")
+    return Decision(PatchedConvolution, "saves no input while its weight is frozen")
 
 
 def _pool(module: nn.Module) -> Decision:
     patch = _AVG_POOLS.get(defines(original_class(module), "forward"))
     if patch is not None:
-        return Decision(patch, "holds no input")
+        return Decision(patch, "saves no input")
     if isinstance(module, _MAX_POOLS):
         return Decision(None, "max pooling's gradient needs to know where the maxima were")
     if type(module).__module__ == "torch.nn.modules.pooling":
-        return Decision(None, f"no replacement for {type(module).__name__}, only 2-d averages")
+        return Decision(None, f"no replacement for {type(module).__name__}, only for 2-d averages")
     return _own_forward(module)
-
-
-def block_of(module: nn.Module) -> tuple[type[Patched], list[Chain]] | None:
-    """What a block can become whose forward says which ReLU follows which batch norm."""
-    if replaced_method(module):
-        return None
-    for (owner, method), block in _BLOCKS.items():
-        if (
-            method not in vars(module)
-            and defines(type(module), method) == owner
-            and (chains := block.chains(module))
-        ):
-            return block.patch, chains
-    return None
