@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,13 @@ import torch
 
 from benchmarks import (
     bench_calls,
-    calls_report,
-    input_report,
+    cpu_tables,
     input_run,
     instruction_set,
     memory,
     render,
     results_file,
     step_cases,
-    step_report,
     visual_cases,
     visual_memory,
 )
@@ -45,6 +43,7 @@ from benchmarks.allocator import MAPPED_ALLOCATOR as MAPPED
 from benchmarks.allocator import TUNED_ALLOCATOR
 from benchmarks.cases import CASES
 from benchmarks.environment import describe
+from benchmarks.tables import LAYER_KEYS, LOSS_KEYS, TOWER_KEYS
 from ueo_fast import backends
 
 FOLDER = Path(__file__).parent
@@ -96,12 +95,30 @@ def measure_time(
     ]
 
 
+def step_rows(runs: Sequence[Mapping[str, Any]]) -> Rows:
+    """One row per case, contender and part: medians over the turns, in seconds."""
+    spent: dict[tuple[object, ...], list[float]] = defaultdict(list)
+    for run in runs:
+        info = run["extra_info"]
+        case = (info["model"], info["batch"], info["classes"], info["contender"])
+        for part, seconds in {cpu_tables.WHOLE: run["stats"]["median"], **info["parts"]}.items():
+            spent[(*case, part)].append(seconds)
+    return [
+        {
+            **dict(zip(("model", "batch", "classes", "contender", "part"), key, strict=True)),
+            "median_s": f"{statistics.median(seconds):.5f}",
+            "lowest_s": f"{min(seconds):.5f}",
+            "highest_s": f"{max(seconds):.5f}",
+            "turns": len(seconds),
+        }
+        for key, seconds in spent.items()
+    ]
+
+
 def measure_memory() -> Rows:
     return [
         {
-            "rows": case.rows,
-            "columns": case.columns,
-            "dtype": case.dtype,
+            **case.key,
             "contender": name,
             "peak_over_logits": f"{memory.measure(case, name):.2f}",
         }
@@ -116,9 +133,8 @@ def _words(values: dict[str, str]) -> str:
 
 
 def measure_loss(header: Header, threads: int, repeats: int) -> None:
-    keys = ("rows", "columns", "dtype")
     for name, allocator in ALLOCATORS.items():
-        rows = measure_time("bench_ueo_loss.py", keys, threads, repeats, allocator)
+        rows = measure_time("bench_ueo_loss.py", LOSS_KEYS, threads, repeats, allocator)
         about = describe(**header, allocator=_words(allocator))
         results_file.write(f"ueo_loss_cpu_{name}_allocator.csv", about, rows)
     results_file.write("ueo_loss_cpu_memory.csv", describe(**header), measure_memory())
@@ -134,22 +150,20 @@ def measure_calls(header: Header, threads: int, repeats: int) -> None:
     rows = bench_calls.measure(repeats)
     torch.set_num_threads(before)
     about = {**header, "threads": "1", "allocator": _words({})}
-    results_file.write(calls_report.CSV, describe(**about), rows)
+    results_file.write(cpu_tables.CALLS, describe(**about), rows)
 
 
 def measure_restricted_loss(header: Header, threads: int, repeats: int, name: str) -> None:
     """As :func:`measure_loss`, of what depends on the instruction set."""
-    keys = ("rows", "columns", "dtype")
-    rows = measure_time("bench_ueo_loss.py", keys, threads, repeats, TUNED_ALLOCATOR)
+    rows = measure_time("bench_ueo_loss.py", LOSS_KEYS, threads, repeats, TUNED_ALLOCATOR)
     about = describe(**header, allocator=_words(TUNED_ALLOCATOR))
     results_file.write(f"ueo_loss_cpu_tuned_allocator_{name}.csv", about, rows)
 
 
 def measure_affine(header: Header, threads: int, repeats: int) -> None:
-    keys = ("op", "shape", "layout", "dtype")
     for name, allocator in ALLOCATORS.items():
         settings = allocator or {"UEO_FAST_BENCH_CASES": "few"}  # page faults take long
-        rows = measure_time("bench_affine.py", keys, threads, repeats, settings)
+        rows = measure_time("bench_affine.py", LAYER_KEYS, threads, repeats, settings)
         about = describe(**header, allocator=_words(allocator))
         results_file.write(f"affine_cpu_{name}_allocator.csv", about, rows)
 
@@ -161,8 +175,7 @@ def measure_visual(header: Header, threads: int, repeats: int) -> None:
     header = {**header, "open_clip": visual_cases.version()}
     rows = visual_memory.measure_all(threads)
     results_file.write("visual_memory.csv", describe(**header, allocator=_words(MAPPED)), rows)
-    keys = ("model", "batch", "layout", "dtype")
-    rows = measure_time("bench_visual_step.py", keys, threads, repeats, TUNED_ALLOCATOR)
+    rows = measure_time("bench_visual_step.py", TOWER_KEYS, threads, repeats, TUNED_ALLOCATOR)
     about = describe(**header, allocator=_words(TUNED_ALLOCATOR))
     results_file.write("visual_step_cpu.csv", about, rows)
 
@@ -174,22 +187,22 @@ def measure_step(header: Header, threads: int, repeats: int) -> None:
     # As it comes: glibc's heap, kept, would need half as much again of the authors' many gigabytes.
     about = {**header, "open_clip": visual_cases.version(), "allocator": _words({})}
     rows = measure_time("bench_step_text.py", ("classes", "rows"), threads, repeats, {})
-    results_file.write(step_report.TEXT, describe(**about), rows)
+    results_file.write(cpu_tables.STEP_TEXT, describe(**about), rows)
     runs: list[dict[str, Any]] = []
     for case in step_cases.CASES:  # a process each, and a file at once: they take minutes
         runs += run_bench("bench_step.py", threads, repeats, {"UEO_FAST_BENCH_CASES": str(case)})
-        results_file.write(step_report.CSV, describe(**about), step_report.rows(runs))
+        results_file.write(cpu_tables.STEP, describe(**about), step_rows(runs))
 
 
 def measure_input(header: Header, threads: int, repeats: int) -> None:
     """Loading on one thread, as a worker does it; then whole runs on all."""
-    rows = measure_time("bench_input.py", input_report.KEYS, 1, repeats, {})
+    rows = measure_time("bench_input.py", cpu_tables.INPUT_KEYS, 1, repeats, {})
     about = {**header, "threads": "1", "allocator": _words({})}
     for name in ("pillow", "torchvision"):
         about[name] = importlib.metadata.version(name)
-    results_file.write(input_report.CSV, describe(**about), rows)
+    results_file.write(cpu_tables.INPUT, describe(**about), rows)
     about["threads"] = header["threads"]
-    results_file.write(input_report.RUNS, describe(**about), input_run.measure(threads))
+    results_file.write(cpu_tables.INPUT_RUN, describe(**about), input_run.measure(threads))
 
 
 PARTS: dict[str, tuple[Callable[[Header, int, int], None], int]] = {

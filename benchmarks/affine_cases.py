@@ -33,6 +33,12 @@ class AffineCase:
     dtype: str = "float32"
 
     @property
+    def key(self) -> dict[str, object]:
+        """Its columns in a CSV."""
+        shape = "x".join(map(str, self.shape))
+        return {"op": self.op, "shape": shape, "layout": self.layout, "dtype": self.dtype}
+
+    @property
     def channels(self) -> int:
         return self.shape[1 if self.op.startswith("bn") else -1]
 

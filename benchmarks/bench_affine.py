@@ -62,12 +62,5 @@ def test_forward_backward(benchmark, prepared, case, repeat, name):
     run, seconds = prepared.get(case, name)
     calls = turns.calls(seconds, least=1)
     benchmark.group = str(case)
-    benchmark.extra_info.update(
-        op=case.op,
-        shape="x".join(map(str, case.shape)),
-        layout=case.layout,
-        dtype=case.dtype,
-        contender=name,
-        repeat=repeat,
-    )
+    benchmark.extra_info.update(**case.key, contender=name, repeat=repeat)
     benchmark.pedantic(run, rounds=calls, warmup_rounds=1 if seconds < turns.SLICE_SECONDS else 0)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from benchmarks import (
     affine_cases,
     gpu_counters,
-    gpu_report,
+    gpu_tables,
     gpu_timing,
     results_file,
     visual_cases,
@@ -62,15 +61,9 @@ class Bench:
 
     def measure_affine(self, case: AffineCase, names: Sequence[str], turn: int) -> None:
         """Every contender, as launched from Python and replayed as a graph, in turns."""
-        key: Row = {
-            "op": case.op,
-            "shape": "x".join(map(str, case.shape)),
-            "layout": case.layout,
-            "dtype": case.dtype,
-        }
 
         def add(name: str, mode: str, times: Sequence[float], inputs: int, note: str) -> None:
-            row = {**key, "contender": name, "mode": mode, **spread(times)}
+            row = {**case.key, "contender": name, "mode": mode, **spread(times)}
             self.affine.append({**row, "inputs": inputs, "round": turn, "note": note})
 
         if self.left() < AFFINE_SECONDS:
@@ -102,15 +95,9 @@ class Bench:
 
     def measure_step(self, case: VisualCase, names: Sequence[str], turn: int) -> None:
         """A tower's step, as launched from Python, in turns; then its peak of memory."""
-        key: Row = {
-            "model": case.model,
-            "batch": case.batch,
-            "layout": case.layout,
-            "dtype": case.dtype,
-        }
 
         def add(name: str, times: Sequence[float], peak: object, note: str) -> None:
-            row = {**key, "contender": name, **spread(times)}
+            row = {**case.key, "contender": name, **spread(times)}
             self.steps.append({**row, "peak_bytes": peak, "round": turn, "note": note})
 
         reason = visual_cases.unavailable_reason()
@@ -148,16 +135,8 @@ class Bench:
         return step, ""
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=results_file.FOLDER, help="folder of the CSVs")
-    parser.add_argument("--seconds", type=float, default=90, help="stop after about that long")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny shapes")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = _arguments(argv)
+    args = gpu_timing.arguments(__doc__, 90, argv)
     if gpu_timing.lacks_gpu(args.dry_run):
         return 2
     command = gpu_timing.command("bench_affine_gpu", args.seconds, args.dry_run)
@@ -179,12 +158,12 @@ def main(argv: list[str] | None = None) -> int:
             measure(case, names, turn)
         except Exception as error:  # a case that fails must not end the run
             print(f"{case} failed: {one_line(error)}", flush=True)
-        for name, rows in zip(gpu_report.AFFINE_CSVS, (bench.affine, bench.steps), strict=True):
+        for name, rows in zip(gpu_tables.AFFINE_CSVS, (bench.affine, bench.steps), strict=True):
             if rows:
                 results_file.write(name, header, rows, args.out)
         gpu_timing.clear(bench.device)
         print(f"{case}: {time.monotonic() - start:.1f} s", flush=True)
-    print("\n".join(gpu_report.short_report(args.out)))
+    print("\n".join(gpu_tables.short_report(args.out)))
     return 0
 
 

@@ -26,7 +26,5 @@ def test_forward_backward(benchmark, prepared, case, repeat, name):
         pytest.skip(f"{name} takes too long or too much memory at {case}")
     run, seconds = ready
     benchmark.group = str(case)
-    benchmark.extra_info.update(
-        rows=case.rows, columns=case.columns, dtype=case.dtype, contender=name, repeat=repeat
-    )
+    benchmark.extra_info.update(**case.key, contender=name, repeat=repeat)
     benchmark.pedantic(run, rounds=turns.calls(seconds), warmup_rounds=2)

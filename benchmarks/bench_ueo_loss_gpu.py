@@ -14,12 +14,11 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_counters, gpu_report, gpu_timing, results_file
+from benchmarks import gpu_counters, gpu_tables, gpu_timing, results_file
 from benchmarks.cases import Case
 from benchmarks.environment import describe_gpu
 from benchmarks.gpu_cases import (
@@ -64,19 +63,10 @@ class Rows:
     launches: list[Row] = field(default_factory=list)
 
 
-def _key(case: Case, name: str) -> Row:
-    return {
-        "rows": case.rows,
-        "columns": case.columns,
-        "dtype": case.dtype,
-        "contender": name,
-    }
-
-
 def _time_row(
     case: Case, name: str, mode: str, times: Sequence[float], inputs: int, note: str, turn: int
 ) -> Row:
-    row = {**_key(case, name), "mode": mode, **spread(times), "inputs": inputs}
+    row = {**case.key, "contender": name, "mode": mode, **spread(times), "inputs": inputs}
     return {**row, "round": turn, "note": note}
 
 
@@ -84,13 +74,14 @@ def left_out(case: Case, name: str, note: str, rows: Rows, turn: int = 1) -> Non
     """The reason, in every CSV, of a contender that was not measured."""
     rows.time.append(_time_row(case, name, "", (), 0, note, turn))
     if not _is_counted(case, name, rows):
-        rows.memory.append({**_key(case, name), "peak_over_logits": "", "note": note})
-        rows.launches.append({**_key(case, name), "launches": "", "kernels": "", "note": note})
+        rows.memory.append({**case.key, "contender": name, "peak_over_logits": "", "note": note})
+        nothing = {"launches": "", "kernels": ""}
+        rows.launches.append({**case.key, "contender": name, **nothing, "note": note})
 
 
 def _is_counted(case: Case, name: str, rows: Rows) -> bool:
     """Memory and launches are counted once, not in every round."""
-    key = _key(case, name).items()
+    key = {**case.key, "contender": name}.items()
     return any(key <= row.items() for row in rows.memory)
 
 
@@ -186,9 +177,9 @@ class Bench:
             return {"launches": found.total(), "kernels": kernels}
 
         nothing: Row = {"peak_over_logits": ""}
-        rows.memory.append({**_key(case, name), **self._counted(peak, nothing)})
+        rows.memory.append({**case.key, "contender": name, **self._counted(peak, nothing)})
         nothing = {"launches": "", "kernels": ""}
-        rows.launches.append({**_key(case, name), **self._counted(launches, nothing)})
+        rows.launches.append({**case.key, "contender": name, **self._counted(launches, nothing)})
 
     def _counted(self, count: Callable[[], Row], nothing: Row) -> Row:
         if self.settings.device.type == "cpu":
@@ -205,14 +196,6 @@ class Bench:
         return torch.cuda.mem_get_info()[0] + cached
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=results_file.FOLDER, help="folder of the CSVs")
-    parser.add_argument("--seconds", type=float, default=120, help="stop after about that long")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny shapes")
-    return parser.parse_args(argv)
-
-
 def _settings(args: argparse.Namespace) -> Settings:
     if args.dry_run:
         return Settings(torch.device("cpu"), 2, 1e3, 1 << 20, 1 << 10)
@@ -226,7 +209,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _arguments(argv)
+    args = gpu_timing.arguments(__doc__, 120, argv)
     if gpu_timing.lacks_gpu(args.dry_run):
         return 2
     deadline = time.monotonic() + args.seconds
@@ -251,11 +234,11 @@ def main(argv: list[str] | None = None) -> int:
                 except Exception as error:  # a shape that fails must not end the run
                     print(f"{case} failed: {one_line(error)}", flush=True)
             for name, found in zip(
-                gpu_report.LOSS_CSVS, (rows.time, rows.memory, rows.launches), strict=True
+                gpu_tables.LOSS_CSVS, (rows.time, rows.memory, rows.launches), strict=True
             ):
                 results_file.write(name, header, found, args.out)
             print(f"{case}: {time.monotonic() - start:.1f} s", flush=True)
-    print("\n".join(gpu_report.short_report(args.out)))
+    print("\n".join(gpu_tables.short_report(args.out)))
     return 0
 
 

@@ -49,12 +49,5 @@ def test_forward_backward(benchmark, prepared, case, repeat, name):
         pytest.skip(f"{name} takes too long at {case}")
     run, seconds = ready
     benchmark.group = str(case)
-    benchmark.extra_info.update(
-        model=case.model,
-        batch=case.batch,
-        layout=case.layout,
-        dtype=case.dtype,
-        contender=name,
-        repeat=repeat,
-    )
+    benchmark.extra_info.update(**case.key, contender=name, repeat=repeat)
     benchmark.pedantic(run, rounds=turns.calls(seconds, least=1))

@@ -39,6 +39,11 @@ class Case:
     def bytes(self) -> int:
         return self.rows * self.columns * DTYPES[self.dtype].itemsize
 
+    @property
+    def key(self) -> dict[str, object]:
+        """Its columns in a CSV."""
+        return {"rows": self.rows, "columns": self.columns, "dtype": self.dtype}
+
     def __str__(self) -> str:
         return f"{self.rows}x{self.columns}-{self.dtype}"
 

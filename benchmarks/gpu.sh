@@ -187,7 +187,7 @@ for ((i = 0; i < ${#steps[@]}; i++)); do
   summarize
 done
 
-timeout 20 "$PYTHON" -m benchmarks.gpu_report "$results" >"$results/report.txt"
+timeout 20 "$PYTHON" -m benchmarks.gpu_tables "$results" >"$results/report.txt"
 summarize
 echo
 cat "$out/gpu_summary.txt"

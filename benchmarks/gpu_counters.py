@@ -26,7 +26,7 @@ from benchmarks import affine_cases, gpu_cases, results_file
 from benchmarks.affine_cases import AffineCase
 from benchmarks.cases import Case
 from benchmarks.environment import describe_gpu
-from benchmarks.gpu_report import KERNELS, short_counters
+from benchmarks.gpu_tables import KERNELS, short_counters
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

@@ -5,14 +5,18 @@ On a CPU (`--dry-run`): a wall clock, no graphs. Also holds what the GPU's bench
 
 from __future__ import annotations
 
+import argparse
 import gc
 import statistics
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from benchmarks import results_file
 
 GRAPH_US = 2000.0
 """A graph takes at least this long, so that the overhead of a replay is small. No longer, since
@@ -23,6 +27,15 @@ GRAPH_PASSES = 20
 
 OUT_OF_TIME = "the time for the benchmark was spent"
 """Note of a contender that was not begun."""
+
+
+def arguments(doc: str, seconds: float, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the arguments of a benchmark that runs for about ``seconds`` by default."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=results_file.FOLDER, help="folder of the CSVs")
+    parser.add_argument("--seconds", type=float, default=seconds, help="stop after about that long")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny shapes")
+    return parser.parse_args(argv)
 
 
 def lacks_gpu(dry_run: bool) -> bool:

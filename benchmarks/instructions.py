@@ -15,9 +15,9 @@ from pathlib import Path
 
 import ueo_fast
 from benchmarks import render, results_file
+from benchmarks.cpu_tables import INSTRUCTIONS
 from benchmarks.environment import describe
 
-CSV = "ueo_loss_cpu_instructions.csv"
 KINDS = {
     "multiply": r"v?(fn?m(add|sub)|mul)",
     "add": r"v?(add|sub|max|min)p",
@@ -116,7 +116,7 @@ def main() -> None:
         "command": "python -m benchmarks.instructions",
     }
     header = describe(**facts)
-    results_file.write(CSV, header, rows(library))
+    results_file.write(INSTRUCTIONS, header, rows(library))
     render.main()
 
 

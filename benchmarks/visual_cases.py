@@ -31,6 +31,11 @@ class VisualCase:
     dtype: str = "float32"
     pixels: int = 224
 
+    @property
+    def key(self) -> dict[str, object]:
+        """Its columns in a CSV."""
+        return {name: getattr(self, name) for name in ("model", "batch", "layout", "dtype")}
+
     def __str__(self) -> str:
         return f"{self.model}-{self.batch}-{self.layout}-{self.dtype}"
 

@@ -129,13 +129,7 @@ def measure_all(threads: int) -> list[dict[str, object]]:
     for case in MEMORY_CASES:
         for name in CONTENDERS:
             found = measure(case, name, threads)
-            key = {
-                "model": case.model,
-                "batch": case.batch,
-                "layout": case.layout,
-                "dtype": case.dtype,
-                "contender": name,
-            }
+            key = {**case.key, "contender": name}
             quantities = {"saved": found.saved, "peak": found.peak, **found.by_kind}
             if case.dtype == "float32" and name in HEAP_CONTENDERS:
                 quantities["peak as it comes"] = measure(case, name, threads, {}).peak

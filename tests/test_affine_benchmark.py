@@ -15,14 +15,15 @@ from torch import nn
 from benchmarks import (
     __main__,
     affine_cases,
-    affine_report,
     bench_affine_gpu,
-    gpu_report,
+    cpu_tables,
+    gpu_tables,
     render,
     results_file,
     visual_cases,
     visual_memory,
 )
+from benchmarks.tables import LAYER_KEYS, TOWER_KEYS
 from benchmarks.visual_cases import Step, VisualCase
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +52,7 @@ def test_the_cpu_benchmarks_run_with_tiny_shapes(bench, monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "-k 'not compile'")
     # pytest-benchmark keeps no times in a worker of xdist, which this test may run in.
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    keys = {"bench_affine.py": gpu_report.LAYER_KEYS}.get(bench, gpu_report.TOWER_KEYS)
+    keys = {"bench_affine.py": LAYER_KEYS}.get(bench, TOWER_KEYS)
     rows = __main__.measure_time(bench, keys, 1, 1, {})
     ours = "ueo_fast" if bench == "bench_affine.py" else "patched"
     assert {ours, "eager"} <= {row["contender"] for row in rows}
@@ -110,12 +111,12 @@ def write_cpu_results(folder):
     slow = {"ueo_fast": 10, "eager": 10.4, "compile": 8, "floor": 5}
     layers.append(("affine", "64x197x768", "contiguous", "bfloat16", slow))
     rows = [
-        {**dict(zip(gpu_report.LAYER_KEYS, key, strict=True)), "contender": name,
+        {**dict(zip(LAYER_KEYS, key, strict=True)), "contender": name,
          "median_us": us}
         for *key, times in layers
         for name, us in times.items()
     ]  # fmt: skip
-    for name in (affine_report.TUNED, affine_report.DEFAULT):
+    for name in (cpu_tables.LAYERS_TUNED, cpu_tables.LAYERS_DEFAULT):
         results_file.write(name, {"command": "a test"}, rows, folder)
     towers = {
         ("RN50", "16"): {"patched": 1000, "eager": 1500, "compile": 900},
@@ -134,24 +135,25 @@ def write_cpu_results(folder):
                 {**key, "contender": name, "quantity": what, "bytes": int(size * 2**20)}
                 for what, size in quantities.items()
             ]
-    results_file.write(affine_report.STEP, {"command": "a test"}, times, folder)
-    results_file.write(affine_report.MEMORY, {"command": "a test"}, sizes, folder)
+    results_file.write(cpu_tables.PATCH_STEP, {"command": "a test"}, times, folder)
+    results_file.write(cpu_tables.PATCH_MEMORY, {"command": "a test"}, sizes, folder)
 
 
 def test_the_cpus_tables_are_those_of_the_csvs(tmp_path):
     write_cpu_results(tmp_path)
-    first, second = affine_report.affine_table(affine_report.TUNED, tmp_path)[2:]
+    tables = cpu_tables.AFFINE_TABLES
+    first, second = tables["affine tuned"](tmp_path)[2:]
     assert first.endswith("| **2.6** (target 2.5) | 2.0 | 90% |")
     assert second.endswith("| 1.0 | 0.8 | 50% |")
-    assert "target" not in affine_report.affine_table(affine_report.DEFAULT, tmp_path)[2]
-    steps = affine_report.step_table(tmp_path)[2:]
+    assert "target" not in tables["affine default"](tmp_path)[2]
+    steps = tables["patch speed"](tmp_path)[2:]
     assert [line.split(" | ")[-2] for line in steps] == ["1.50", "1.01"]
-    memory = affine_report.memory_table(tmp_path)[2:]
+    memory = tables["patch memory"](tmp_path)[2:]
     assert "**0.40** (target 0.5)" in memory[0]
     assert "target" not in memory[1]
-    heap = affine_report.heap_table(tmp_path)[2:]
+    heap = tables["patch memory heap"](tmp_path)[2:]
     assert heap[0].endswith("| 120 MiB | 300 MiB | 0.40 |")
-    kinds = affine_report.kinds_table("ViT-B-16", tmp_path)
+    kinds = tables["patch kinds transformer"](tmp_path)
     assert "| layer norm | 40 MiB | 100 MiB |" in kinds
     assert "| ReLU and convolution | 0.5 MiB | 0.5 MiB |" in kinds  # above a hundredth of one
     assert kinds[-1] == "| together | 40 MiB | 100 MiB |"
@@ -164,12 +166,17 @@ def test_the_cpus_tables_are_those_of_the_csvs(tmp_path):
         (40.0, "The target is beyond the floor: nowhere."),  # 2.5 times: what is asked for
     ],
 )
-def test_a_target_beyond_the_floor_is_said(floor, said):
-    target = ("bn+relu", affine_report.TARGET_SHAPE, "channels_last", "float32")
-    other = ("bn+relu", "1x64x56x56", "channels_last", "float32")
+def test_a_target_beyond_the_floor_is_said(tmp_path, floor, said):
     times = {"ueo_fast": 50.0, "eager": 100.0, "floor": floor}
-    cases = {target: times, other: {**times, "floor": 90.0}}
-    (line,) = affine_report.beyond_the_floor(affine_report.Times({}, cases))
+    cases = {cpu_tables.TARGET_SHAPE: times, "1x64x56x56": {**times, "floor": 90.0}}
+    rows = [
+        {"op": "bn+relu", "shape": shape, "layout": "channels_last", "dtype": "float32",
+         "contender": name, "median_us": us}
+        for shape, by_name in cases.items()
+        for name, us in by_name.items()
+    ]  # fmt: skip
+    results_file.write(cpu_tables.LAYERS_TUNED, {"command": "a test"}, rows, tmp_path)
+    (line,) = cpu_tables.TABLES["affine beyond the floor"](tmp_path)
     assert line.endswith(said)
     assert "1 x 64" not in line
 
@@ -177,19 +184,19 @@ def test_a_target_beyond_the_floor_is_said(floor, said):
 def test_where_patching_does_not_pay_is_said(tmp_path, monkeypatch):
     write_cpu_results(tmp_path)
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
-    eager, _, compiled = affine_report.TABLES["patch no gain"]()
+    eager, _, compiled = cpu_tables.AFFINE_TABLES["patch no gain"]()
     assert "plain PyTorch: ViT-B-16, 8, contiguous, float32 (1.01)." in eager
     assert "torch.compile: RN50, 16, contiguous, float32 (0.90)." in compiled
-    eager, _, compiled = affine_report.TABLES["affine no gain"]()
+    eager, _, compiled = cpu_tables.AFFINE_TABLES["affine no gain"]()
     assert "bfloat16 (1.04)" in eager
     assert "bfloat16 (0.80)" in compiled
-    for table in affine_report.TABLES.values():
+    for table in cpu_tables.AFFINE_TABLES.values():
         assert "Not measured" not in "\n".join(table())
 
 
 def test_without_a_csv_the_cpus_tables_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
-    for table in affine_report.TABLES.values():
+    for table in cpu_tables.AFFINE_TABLES.values():
         assert "python -m benchmarks affine visual" in table()[0]
 
 
@@ -210,7 +217,7 @@ def test_a_dry_run_of_the_affine_layers_goes_from_measuring_to_the_docs(
     printed = capsys.readouterr().out
     assert re.search(r"^bn\+relu 2x3x4x4 contiguous float32( +[0-9.]+){2}$", printed, re.M)
     assert "Left out: patched: open_clip is not installed." in printed
-    for name in gpu_report.AFFINE_CSVS:
+    for name in gpu_tables.AFFINE_CSVS:
         header, rows = results_file.read(name, tmp_path)
         assert header["gpu"] == "none: a dry run"
         assert str(tmp_path) not in header["command"]
@@ -235,11 +242,11 @@ def test_a_dry_run_measures_a_patched_tower(tmp_path, monkeypatch):
     pytest.importorskip("open_clip")
     monkeypatch.setattr(affine_cases, "DRY_CASES", ())
     assert bench_affine_gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0
-    _, rows = results_file.read(gpu_report.TOWERS, tmp_path)
+    _, rows = results_file.read(gpu_tables.TOWERS, tmp_path)
     assert {row["contender"] for row in rows} == {"patched", "eager"}
     assert all(float(row["median_us"]) > 0 and not row["note"] for row in rows)
-    assert not (tmp_path / gpu_report.LAYERS).exists()
-    assert "| tiny | 2 | channels_last |" in "\n".join(gpu_report.step_table(tmp_path))
+    assert not (tmp_path / gpu_tables.LAYERS).exists()
+    assert "| tiny | 2 | channels_last |" in "\n".join(gpu_tables.TABLES["gpu patch"](tmp_path))
 
 
 def test_a_wrong_layer_is_seen_and_left_out(tmp_path, monkeypatch):
@@ -250,13 +257,13 @@ def test_a_wrong_layer_is_seen_and_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(affine_cases, "DRY_CASES", affine_cases.DRY_CASES[:1])
     monkeypatch.setattr(visual_cases, "DRY_CASES", ())
     assert bench_affine_gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0
-    _, rows = results_file.read(gpu_report.LAYERS, tmp_path)
+    _, rows = results_file.read(gpu_tables.LAYERS, tmp_path)
     (note,) = (row["note"] for row in rows if row["contender"] == "cpp")
     assert "wrong: output off by 1" in note
 
 
 def test_ratios_of_the_affine_layers_are_those_of_the_times(tmp_path):
-    layer = dict(zip(gpu_report.LAYER_KEYS, ("bn", "8x4", "contiguous", "float32"), strict=True))
+    layer = dict(zip(LAYER_KEYS, ("bn", "8x4", "contiguous", "float32"), strict=True))
     times = [
         ("cuda", 1, 5, 2),
         ("eager", 1, 12, 9),
@@ -273,9 +280,9 @@ def test_ratios_of_the_affine_layers_are_those_of_the_times(tmp_path):
         if us
     ]  # fmt: skip
     header = {"gpu": "Test GPU", "copied bytes": "640"}
-    results_file.write(gpu_report.LAYERS, header, rows, tmp_path)
-    (line,) = gpu_report.layer_table("replayed", tmp_path)[2:]
+    results_file.write(gpu_tables.LAYERS, header, rows, tmp_path)
+    (line,) = gpu_tables.TABLES["gpu affine replayed"](tmp_path)[2:]
     # A copy moves 1280 bytes in 2 us; 8 x 4 float32, five times: 640 bytes.
     assert line.endswith("| 2.0 µs | 9.0 µs | 4.0 µs | 4.5 | 1.6 | 50% |")
-    (line,) = gpu_report.layer_table("launched", tmp_path)[2:]
+    (line,) = gpu_tables.TABLES["gpu affine launched"](tmp_path)[2:]
     assert line.endswith("| 2.4 | 1.2 | 20% |")

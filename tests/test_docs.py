@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import setup_script
 
-from benchmarks import gpu_report, render, results_file
+from benchmarks import gpu_tables, render, results_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +27,7 @@ def test_tables_are_what_the_csvs_make(page):
 @pytest.mark.parametrize("path", sorted(results_file.FOLDER.rglob("*.csv")), ids=lambda p: p.name)
 def test_results_say_where_they_were_made(path):
     header, rows = results_file.read(path.name, path.parent)
-    facts = GPU_FACTS if path.name in gpu_report.CSVS else CPU_FACTS
+    facts = GPU_FACTS if path.name in gpu_tables.CSVS else CPU_FACTS
     if path.name == "gpu_experiments.csv":
         facts = KERNEL_FACTS
     assert {"date", "command", *facts} <= set(header)
@@ -36,8 +36,8 @@ def test_results_say_where_they_were_made(path):
 
 
 def test_the_docs_have_gpu_figures_if_and_only_if_they_were_measured():
-    present = {name: (results_file.FOLDER / name).exists() for name in gpu_report.CSVS}
-    assert len({present[name] for name in gpu_report.LOSS_CSVS}) == 1, "they belong together"
+    present = {name: (results_file.FOLDER / name).exists() for name in gpu_tables.CSVS}
+    assert len({present[name] for name in gpu_tables.LOSS_CSVS}) == 1, "they belong together"
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert ("Not measured yet" in page) == (not all(present.values()))
 

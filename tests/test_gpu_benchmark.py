@@ -18,7 +18,7 @@ from benchmarks import (
     bench_ueo_loss_gpu,
     gpu_cases,
     gpu_counters,
-    gpu_report,
+    gpu_tables,
     render,
     results_file,
     sanitize_set,
@@ -40,12 +40,12 @@ def test_a_dry_run_goes_from_measuring_to_the_docs(tmp_path, monkeypatch, capsys
     assert "64 x 37 float32" in printed
     names = {"cpp", "loss_and_grad", "eager", "compile"}
     assert all(name in printed for name in names)
-    for name in gpu_report.LOSS_CSVS:
+    for name in gpu_tables.LOSS_CSVS:
         header, rows = results_file.read(name, tmp_path)
         assert header["gpu"] == "none: a dry run"
         assert str(tmp_path) not in header["command"]
         assert {row["contender"] for row in rows} - {"copy"} == names
-        if name != gpu_report.TIME:  # counted once, though ours is in both rounds
+        if name != gpu_tables.TIME:  # counted once, though ours is in both rounds
             assert len(rows) == len(names) * len(gpu_cases.DRY_CASES)
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
     for marker in LOSS_TABLES:
@@ -58,7 +58,7 @@ def test_a_dry_run_goes_from_measuring_to_the_docs(tmp_path, monkeypatch, capsys
 
 def test_without_a_csv_the_tables_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
-    for marker, table in gpu_report.TABLES.items():
+    for marker, table in gpu_tables.TABLES.items():
         if marker == "gpu predictions":
             assert all(line.count("not yet") == 4 for line in table()[2:])
         else:  # bytes are known without measuring
@@ -68,7 +68,7 @@ def test_without_a_csv_the_tables_say_so(tmp_path, monkeypatch):
 def write_times(folder, rows):
     names = ("rows", "columns", "dtype", "contender", "mode", "median_us", "inputs", "note")
     table = [dict(zip(names, row, strict=True)) for row in rows]
-    results_file.write(gpu_report.TIME, GPU, table, folder)
+    results_file.write(gpu_tables.TIME, GPU, table, folder)
 
 
 def test_ratios_and_floors_are_those_of_the_times(tmp_path):
@@ -90,7 +90,7 @@ def test_ratios_and_floors_are_those_of_the_times(tmp_path):
             (*large, "copy", "launched", 1000, 1, ""),
         ],
     )
-    replayed = gpu_report.time_table("replayed", tmp_path)
+    replayed = gpu_tables.TABLES["gpu replayed"](tmp_path)
     (line,) = (line for line in replayed if line.startswith("| 1024"))
     assert "| 5.0 µs |" in line
     assert "6.0 (target 8, missed)" in line
@@ -101,17 +101,17 @@ def test_ratios_and_floors_are_those_of_the_times(tmp_path):
     assert "1.4 (target 1.5, missed)" in line
     assert "| 98.3 µs | **98%** (target 85%) | 66% (target 85%, missed) |" in line
     assert any("Liger: liger_kernel is not installed (16384 x 1000" in line for line in replayed)
-    launched = gpu_report.time_table("launched", tmp_path)
+    launched = gpu_tables.TABLES["gpu launched"](tmp_path)
     assert "2.0 (target 8, missed)" in next(line for line in launched if line[:6] == "| 1024")
-    assert gpu_report.bandwidth(tmp_path) == pytest.approx(2000)
-    assert "copy: 2000 GB/s" in gpu_report.short_report(tmp_path)
+    assert gpu_tables.bandwidth(tmp_path) == pytest.approx(2000)
+    assert "copy: 2000 GB/s" in gpu_tables.short_report(tmp_path)
 
 
 def test_each_prediction_is_next_to_the_measurement_of_the_same_kernels(tmp_path, monkeypatch):
     key = ("16384", "1000", "float32")
 
     def line_of(kernels):
-        table = gpu_report.prediction_table()
+        table = gpu_tables.TABLES["gpu predictions"]()
         (line,) = (row for row in table if row.startswith(f"| {kernels} | 16384 x 1000 | float32"))
         return line
 
@@ -119,23 +119,23 @@ def test_each_prediction_is_next_to_the_measurement_of_the_same_kernels(tmp_path
         folder.mkdir(exist_ok=True)
         write_times(folder, [(*key, "cuda", "replayed", time, 4, ""),
                              (*key, "copy", "launched", 1000, 1, "")])  # fmt: skip
-        blank = dict.fromkeys(gpu_report.COUNTERS, "")
+        blank = dict.fromkeys(gpu_tables.COUNTERS, "")
         rows = [
             {**blank, "case": "16384x1000-float32", "kernel": name, "instructions_per_row": count}
             for name, count in instructions.items()
         ]
-        results_file.write(gpu_report.KERNELS, GPU, rows, folder)
+        results_file.write(gpu_tables.KERNELS, GPU, rows, folder)
 
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
     first = {"ueo_statistics": 1900, "ueo_marginal": 20, "ueo_gradient": 1600}
-    write(tmp_path / gpu_report.BEFORE, 200, first)
+    write(tmp_path / gpu_tables.BEFORE, 200, first)
     # Predicted: 196.6 MB at 3 TB/s, 65.5 us, are 66%. Measured at 2 TB/s, as above: 98.3 of 200 us.
     assert line_of("before").endswith("| 1876 | 1920 | 1554 | 1600 | 99 µs | 200 µs | 66% | 49% |")
     assert line_of("registers").count("not yet") == 4
     write(tmp_path, 120, {"ueo_statistics": 600, "ueo_gradient": 870})
     assert line_of("registers").endswith("| 613 | 600 | 868 | 870 | 78 µs | 120 µs | 84% | 82% |")
     assert line_of("before").endswith("| 66% | 49% |")
-    assert "600 / 1876 / 613" in "\n".join(gpu_report.short_report(tmp_path))
+    assert "600 / 1876 / 613" in "\n".join(gpu_tables.short_report(tmp_path))
 
 
 def test_only_what_is_missing_from_a_table_is_noted_below_it(tmp_path):
@@ -158,8 +158,8 @@ def test_only_what_is_missing_from_a_table_is_noted_below_it(tmp_path):
         ("64", "345", "float32", "compile", "", "", 0, 2, spent),
     ]
     table = [dict(zip(names, row, strict=True)) for row in rows]
-    results_file.write(gpu_report.TIME, GPU, table, tmp_path)
-    notes = [line for line in gpu_report.time_table("replayed", tmp_path) if "Left out" in line]
+    results_file.write(gpu_tables.TIME, GPU, table, tmp_path)
+    notes = [line for line in gpu_tables.TABLES["gpu replayed"](tmp_path) if "Left out" in line]
     assert notes == [f"Left out: (c) compile: {spent}."]
 
 
@@ -296,10 +296,10 @@ def test_the_counters_come_from_the_profiler_or_say_why_not(tmp_path, monkeypatc
     )
     ncu.chmod(0o755)
     assert gpu_counters.main(["--out", str(tmp_path)]) == 0
-    header, rows = results_file.read(gpu_report.KERNELS, tmp_path)
+    header, rows = results_file.read(gpu_tables.KERNELS, tmp_path)
     assert {"gpu", "torch", "command"} <= set(header)
     assert [row["registers"] for row in rows] == ["64", "60"]
-    table = "\n".join(gpu_report.counter_table(tmp_path))
+    table = "\n".join(gpu_tables.TABLES["gpu counters"](tmp_path))
     assert "| 16384x1000-float32 | ueo_statistics | 51.6 | 2060 | - | - | 65.6 MB |" in table
     ncu.write_text("#!/bin/bash\necho no permission; exit 9\n")
     (tmp_path / "ncu.txt").unlink()
@@ -346,7 +346,7 @@ def states(summary):
 def test_the_script_runs_every_step_and_packs_what_they_left(tmp_path):
     cases = (
         '*bench_ueo_loss_gpu*) echo a,b >"${@: -1}/ueo_loss_gpu_time.csv"; echo "$*";;'
-        '*pytest*) echo "$*"; echo 3 passed;; *gpu_report*) echo the report;;'
+        '*pytest*) echo "$*"; echo 3 passed;; *gpu_tables*) echo the report;;'
     )
     done = run_script(tmp_path, cases=cases, seconds="590")
     assert done.returncode == 0, done.stdout + done.stderr

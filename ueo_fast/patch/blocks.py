@@ -41,7 +41,7 @@ def _end(block: Any, norm: Any, relu: Any, x: Tensor, out: Tensor) -> Tensor:
         return normalize(norm, out, activation="relu", residual=identity)
     out = norm(out)
     out += identity
-    return relu(out)  # type: ignore[no-any-return]
+    return relu(out)
 
 
 class PatchedClipBottleneck(Patched):

@@ -75,15 +75,16 @@ def widens(conv: Any, norm: Any) -> bool:
 
     Only for 1 x 1 convolutions: backward computes the output again, and larger ones cost too much.
     """
+    if not (isinstance(conv, PatchedConvolution) and isinstance(norm, PatchedBatchNorm)):
+        return False
+    module: Any = conv
     return (
-        isinstance(conv, PatchedConvolution)
-        and isinstance(norm, PatchedBatchNorm)
-        and all(size == 1 for size in conv.kernel_size)
-        and len(conv.stride) == len(conv.dilation) == len(conv.kernel_size)
-        and all(step > 0 for step in (*conv.stride, *conv.dilation))
-        and 2 * conv.in_channels * math.prod(conv.stride) <= conv.out_channels
-        and conv.padding in ("valid", "same", (0,) * len(conv.stride))
-        and conv.bias is None
+        all(size == 1 for size in module.kernel_size)
+        and len(module.stride) == len(module.dilation) == len(module.kernel_size)
+        and all(step > 0 for step in (*module.stride, *module.dilation))
+        and 2 * module.in_channels * math.prod(module.stride) <= module.out_channels
+        and module.padding in ("valid", "same", (0,) * len(module.stride))
+        and module.bias is None
     )
 
 
