@@ -1,12 +1,11 @@
-"""`python -m benchmarks [PART ...]`: measures, writes benchmarks/results/*.csv, redraws the docs.
+"""`python -m benchmarks [PART ...]`: measure, write benchmarks/results/*.csv, redraw the docs.
 
 Parts: `loss` (about five minutes on two cores), `calls` (half a minute), `affine` and `visual`
-(some six together), `step` (a quarter of an hour and 16 GB), `input` (a quarter of an hour); all of
-them without a name. Time is measured by pytest-benchmark in a process of its own (that of `calls`
-in this one), of the loss and of the affine layers twice: with an allocator that keeps its memory,
-and with the allocator as a process comes.
-`loss --instruction-set avx2` measures the loss's time, with the first of these, as on a processor
-without AVX-512.
+(six minutes together), `step` (a quarter of an hour and 16 GB), `input` (a quarter of an hour).
+Without a name, all of them. pytest-benchmark measures time in a process of its own (`calls` in this
+one). The loss and the affine layers are measured twice: with an allocator that keeps its memory,
+and with the default one. `loss --instruction-set avx2` measures the loss's time with the first
+allocator, as on a processor without AVX-512.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import functools
 import importlib.metadata
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,8 +37,7 @@ from benchmarks import (
     visual_cases,
     visual_memory,
 )
-from benchmarks.allocator import MAPPED_ALLOCATOR as MAPPED
-from benchmarks.allocator import TUNED_ALLOCATOR
+from benchmarks.allocator import MAPPED, TUNED
 from benchmarks.cases import CASES
 from benchmarks.environment import describe
 from benchmarks.tables import LAYER_KEYS, LOSS_KEYS, TOWER_KEYS
@@ -49,8 +46,9 @@ from ueo_fast import backends
 FOLDER = Path(__file__).parent
 MEMORY_CONTENDERS = ("ueo_fast", "eager", "compile")
 MEMORY_FROM_BYTES = 4 << 20
-"""Below that the process's own noise is a good part of what is measured."""
-ALLOCATORS = {"tuned": TUNED_ALLOCATOR, "default": {}}
+"""With less, the noise of the process itself is a large part of the result."""
+DEFAULT: dict[str, str] = {}
+"""No settings of the allocator."""
 
 Header = dict[str, str]
 Rows = list[dict[str, object]]
@@ -59,7 +57,7 @@ Rows = list[dict[str, object]]
 def run_bench(
     bench: str, threads: int, repeats: int, allocator: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """What pytest-benchmark says of each run of a file, in a process of its own."""
+    """Run a file of benchmarks in a process of its own; return pytest-benchmark's runs."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "benchmark.json"
         environment = dict(
@@ -79,36 +77,30 @@ def measure_time(
     bench: str, keys: Sequence[str], threads: int, repeats: int, allocator: dict[str, str]
 ) -> Rows:
     """One row per case and contender: medians over the repeats, in microseconds."""
-    runs = run_bench(bench, threads, repeats, allocator)
+    names = (*keys, "contender")
     collected: dict[tuple[object, ...], list[float]] = defaultdict(list)
-    for run in runs:
-        key = tuple(run["extra_info"][name] for name in (*keys, "contender"))
+    for run in run_bench(bench, threads, repeats, allocator):
+        key = tuple(run["extra_info"][name] for name in names)
         collected[key].append(1e6 * run["stats"]["median"])
     return [
-        {
-            **dict(zip((*keys, "contender"), key, strict=True)),
-            "median_us": f"{statistics.median(times):.1f}",
-            "lowest_us": f"{min(times):.1f}",
-            "highest_us": f"{max(times):.1f}",
-        }
+        {**dict(zip(names, key, strict=True)), **results_file.spread(times)}
         for key, times in collected.items()
     ]
 
 
 def step_rows(runs: Sequence[Mapping[str, Any]]) -> Rows:
     """One row per case, contender and part: medians over the turns, in seconds."""
+    names = ("model", "batch", "classes", "contender")
     spent: dict[tuple[object, ...], list[float]] = defaultdict(list)
     for run in runs:
         info = run["extra_info"]
-        case = (info["model"], info["batch"], info["classes"], info["contender"])
+        case = tuple(info[name] for name in names)
         for part, seconds in {cpu_tables.WHOLE: run["stats"]["median"], **info["parts"]}.items():
             spent[(*case, part)].append(seconds)
     return [
         {
-            **dict(zip(("model", "batch", "classes", "contender", "part"), key, strict=True)),
-            "median_s": f"{statistics.median(seconds):.5f}",
-            "lowest_s": f"{min(seconds):.5f}",
-            "highest_s": f"{max(seconds):.5f}",
+            **dict(zip((*names, "part"), key, strict=True)),
+            **results_file.spread(seconds, "s", digits=5),
             "turns": len(seconds),
         }
         for key, seconds in spent.items()
@@ -117,31 +109,28 @@ def step_rows(runs: Sequence[Mapping[str, Any]]) -> Rows:
 
 def measure_memory() -> Rows:
     return [
-        {
-            **case.key,
-            "contender": name,
-            "peak_over_logits": f"{memory.measure(case, name):.2f}",
-        }
+        {**case.key, "contender": name, "peak_over_logits": f"{memory.measure(case, name):.2f}"}
         for case in CASES
         if case.bytes >= MEMORY_FROM_BYTES
         for name in MEMORY_CONTENDERS
     ]
 
 
-def _words(values: dict[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in values.items()) or "as it comes"
+def save(csv: str, rows: Rows, header: Header, allocator: dict[str, str]) -> None:
+    """Write a CSV with the machine, the header and the allocator's settings."""
+    words = " ".join(f"{key}={value}" for key, value in allocator.items()) or "as it comes"
+    results_file.write(csv, describe(**header, allocator=words), rows)
 
 
 def measure_loss(header: Header, threads: int, repeats: int) -> None:
-    for name, allocator in ALLOCATORS.items():
+    for csv, allocator in {cpu_tables.LOSS_TUNED: TUNED, cpu_tables.LOSS_DEFAULT: DEFAULT}.items():
         rows = measure_time("bench_ueo_loss.py", LOSS_KEYS, threads, repeats, allocator)
-        about = describe(**header, allocator=_words(allocator))
-        results_file.write(f"ueo_loss_cpu_{name}_allocator.csv", about, rows)
-    results_file.write("ueo_loss_cpu_memory.csv", describe(**header), measure_memory())
+        save(csv, rows, header, allocator)
+    results_file.write(cpu_tables.LOSS_MEMORY, describe(**header), measure_memory())
 
 
 def measure_calls(header: Header, threads: int, repeats: int) -> None:
-    """On one thread, as what is measured is Python; ``threads`` has no effect."""
+    """Measure on one thread, as this is Python's time; ``threads`` has no effect."""
     reason = backends.unavailable_reason("cpp")
     if reason is not None:
         sys.exit(f"calls: {reason}")
@@ -149,60 +138,56 @@ def measure_calls(header: Header, threads: int, repeats: int) -> None:
     torch.set_num_threads(1)
     rows = bench_calls.measure(repeats)
     torch.set_num_threads(before)
-    about = {**header, "threads": "1", "allocator": _words({})}
-    results_file.write(cpu_tables.CALLS, describe(**about), rows)
+    save(cpu_tables.CALLS, rows, {**header, "threads": "1"}, DEFAULT)
 
 
 def measure_restricted_loss(header: Header, threads: int, repeats: int, name: str) -> None:
-    """As :func:`measure_loss`, of what depends on the instruction set."""
-    rows = measure_time("bench_ueo_loss.py", LOSS_KEYS, threads, repeats, TUNED_ALLOCATOR)
-    about = describe(**header, allocator=_words(TUNED_ALLOCATOR))
-    results_file.write(f"ueo_loss_cpu_tuned_allocator_{name}.csv", about, rows)
+    """As :func:`measure_loss`, but only what depends on the instruction set."""
+    rows = measure_time("bench_ueo_loss.py", LOSS_KEYS, threads, repeats, TUNED)
+    save(f"ueo_loss_cpu_tuned_allocator_{name}.csv", rows, header, TUNED)
 
 
 def measure_affine(header: Header, threads: int, repeats: int) -> None:
-    for name, allocator in ALLOCATORS.items():
-        settings = allocator or {"UEO_FAST_BENCH_CASES": "few"}  # page faults take long
-        rows = measure_time("bench_affine.py", LAYER_KEYS, threads, repeats, settings)
-        about = describe(**header, allocator=_words(allocator))
-        results_file.write(f"affine_cpu_{name}_allocator.csv", about, rows)
+    few = {"UEO_FAST_BENCH_CASES": "few"}  # page faults take long
+    rows = measure_time("bench_affine.py", LAYER_KEYS, threads, repeats, TUNED)
+    save(cpu_tables.LAYERS_TUNED, rows, header, TUNED)
+    rows = measure_time("bench_affine.py", LAYER_KEYS, threads, repeats, few)
+    save(cpu_tables.LAYERS_DEFAULT, rows, header, DEFAULT)
+
+
+def with_open_clip(part: str, header: Header) -> Header:
+    """Add open_clip's version to the header, or exit if it is not installed."""
+    reason = visual_cases.unavailable_reason()
+    if reason is not None:
+        sys.exit(f"{part}: {reason}: pip install 'ueo_fast[clip]'")
+    return {**header, "open_clip": visual_cases.version()}
 
 
 def measure_visual(header: Header, threads: int, repeats: int) -> None:
-    reason = visual_cases.unavailable_reason()
-    if reason is not None:
-        sys.exit(f"visual: {reason}: pip install 'ueo_fast[clip]'")
-    header = {**header, "open_clip": visual_cases.version()}
-    rows = visual_memory.measure_all(threads)
-    results_file.write("visual_memory.csv", describe(**header, allocator=_words(MAPPED)), rows)
-    rows = measure_time("bench_visual_step.py", TOWER_KEYS, threads, repeats, TUNED_ALLOCATOR)
-    about = describe(**header, allocator=_words(TUNED_ALLOCATOR))
-    results_file.write("visual_step_cpu.csv", about, rows)
+    header = with_open_clip("visual", header)
+    save(cpu_tables.PATCH_MEMORY, visual_memory.measure_all(threads), header, MAPPED)
+    rows = measure_time("bench_visual_step.py", TOWER_KEYS, threads, repeats, TUNED)
+    save(cpu_tables.PATCH_STEP, rows, header, TUNED)
 
 
 def measure_step(header: Header, threads: int, repeats: int) -> None:
-    reason = visual_cases.unavailable_reason()
-    if reason is not None:
-        sys.exit(f"step: {reason}: pip install 'ueo_fast[clip]'")
-    # As it comes: glibc's heap, kept, would need half as much again of the authors' many gigabytes.
-    about = {**header, "open_clip": visual_cases.version(), "allocator": _words({})}
-    rows = measure_time("bench_step_text.py", ("classes", "rows"), threads, repeats, {})
-    results_file.write(cpu_tables.STEP_TEXT, describe(**about), rows)
+    # With the default allocator: the tuned one would need half as much again of the many gigabytes
+    # that the authors' step takes.
+    header = with_open_clip("step", header)
+    rows = measure_time("bench_step_text.py", ("classes", "rows"), threads, repeats, DEFAULT)
+    save(cpu_tables.STEP_TEXT, rows, header, DEFAULT)
     runs: list[dict[str, Any]] = []
-    for case in step_cases.CASES:  # a process each, and a file at once: they take minutes
+    for case in step_cases.CASES:  # each in its own process, and saved at once: they take minutes
         runs += run_bench("bench_step.py", threads, repeats, {"UEO_FAST_BENCH_CASES": str(case)})
-        results_file.write(cpu_tables.STEP, describe(**about), step_rows(runs))
+        save(cpu_tables.STEP, step_rows(runs), header, DEFAULT)
 
 
 def measure_input(header: Header, threads: int, repeats: int) -> None:
-    """Loading on one thread, as a worker does it; then whole runs on all."""
-    rows = measure_time("bench_input.py", cpu_tables.INPUT_KEYS, 1, repeats, {})
-    about = {**header, "threads": "1", "allocator": _words({})}
-    for name in ("pillow", "torchvision"):
-        about[name] = importlib.metadata.version(name)
-    results_file.write(cpu_tables.INPUT, describe(**about), rows)
-    about["threads"] = header["threads"]
-    results_file.write(cpu_tables.INPUT_RUN, describe(**about), input_run.measure(threads))
+    """Measure loading on one thread, as a worker does it; then whole runs on all."""
+    versions = {name: importlib.metadata.version(name) for name in ("pillow", "torchvision")}
+    rows = measure_time("bench_input.py", cpu_tables.INPUT_KEYS, 1, repeats, DEFAULT)
+    save(cpu_tables.INPUT, rows, {**header, **versions, "threads": "1"}, DEFAULT)
+    save(cpu_tables.INPUT_RUN, input_run.measure(threads), {**header, **versions}, DEFAULT)
 
 
 PARTS: dict[str, tuple[Callable[[Header, int, int], None], int]] = {
@@ -213,11 +198,11 @@ PARTS: dict[str, tuple[Callable[[Header, int, int], None], int]] = {
     "step": (measure_step, 3),
     "input": (measure_input, 5),
 }
-"""Name to what measures it and how often each contender takes its turn."""
+"""What measures each part, and the number of turns of each contender."""
 
 
 def pin(threads: int) -> str:
-    """Keeps this process and its children on as many processors as there are threads."""
+    """Keep this process and its children on as many processors as there are threads."""
     if not hasattr(os, "sched_setaffinity"):
         return ""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
@@ -228,21 +213,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, help="by default what suits the part")
+    parser.add_argument(
+        "--repeats", type=int, help="turns of each contender (default: depends on PART)"
+    )
     parser.add_argument(
         "--instruction-set",
         choices=instruction_set.RESTRICTIONS,
-        help="keep ours, PyTorch and torch.compile to it (loss only)",
+        help="restrict ours, PyTorch and torch.compile to it (loss only)",
     )
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose of {', '.join(PARTS)}")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     parts = args.parts or list(PARTS)
     restricted: str | None = args.instruction_set
     if restricted is not None:
         if parts != ["loss"]:
             parser.error(
-                f"--instruction-set {restricted} measures the loss alone: "
+                f"--instruction-set {restricted} measures only the loss: "
                 f"python -m benchmarks loss --instruction-set {restricted}"
             )
         instruction_set.restrict(restricted)
@@ -258,7 +245,7 @@ def main() -> None:
         header = {"threads": f"{args.threads}{pinned}", "command": command}
         try:
             measure(header, args.threads, repeats)
-        except subprocess.CalledProcessError as error:  # the other parts are worth having
+        except subprocess.CalledProcessError as error:  # the other parts may still work
             print(f"{part}: {error}", file=sys.stderr)
             failed.append(part)
     render.main()

@@ -25,7 +25,8 @@ from benchmarks import (
 from benchmarks.affine_cases import AffineCase
 from benchmarks.environment import describe_gpu
 from benchmarks.gpu_cases import COPY, inputs_wanted
-from benchmarks.gpu_timing import Copy, elapsed_us, in_turns, make_clocks, one_line, spread
+from benchmarks.gpu_timing import Copy, elapsed_us, in_turns, make_clocks, one_line
+from benchmarks.results_file import spread
 from benchmarks.visual_cases import Step, VisualCase
 from ueo_fast import backends
 
@@ -63,7 +64,12 @@ class Bench:
         """Every contender, as launched from Python and replayed as a graph, in turns."""
 
         def add(name: str, mode: str, times: Sequence[float], inputs: int, note: str) -> None:
-            row = {**case.key, "contender": name, "mode": mode, **spread(times)}
+            row = {
+                **case.key,
+                "contender": name,
+                "mode": mode,
+                **spread(times, digits=2),
+            }
             self.affine.append({**row, "inputs": inputs, "round": turn, "note": note})
 
         if self.left() < AFFINE_SECONDS:
@@ -97,7 +103,7 @@ class Bench:
         """A tower's step, as launched from Python, in turns; then its peak of memory."""
 
         def add(name: str, times: Sequence[float], peak: object, note: str) -> None:
-            row = {**case.key, "contender": name, **spread(times)}
+            row = {**case.key, "contender": name, **spread(times, digits=2)}
             self.steps.append({**row, "peak_bytes": peak, "round": turn, "note": note})
 
         reason = visual_cases.unavailable_reason()

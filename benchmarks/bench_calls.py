@@ -1,13 +1,12 @@
 """What a call of the loss costs besides its arithmetic, at sizes where that shows.
 
-Contenders take turns of a millisecond. Wanted are differences of contenders, which the medians of a
-busy machine bury, so the table is made of the lowest times, those of undisturbed turns.
+Contenders take turns of a millisecond. The table shows differences between contenders, which are
+lost in the medians of a busy machine, so it uses the lowest times, those of undisturbed turns.
 `python -m benchmarks calls` writes the CSV.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 import ueo_fast.ops.ueo_loss  # loads the ops
+from benchmarks import results_file
 
 CALLS = 20
 """In a turn."""
@@ -44,7 +44,7 @@ CONTENDERS = ("engine", "ops", "function", "ueo_fast")
 
 
 def contender(name: str, case: Case) -> Run:
-    """One forward and backward pass; the gradient is new in every call, as in training."""
+    """Make a forward and backward pass; the gradient is new in every call, as in training."""
     logits, confidence = case.inputs()
     constant, one = logits.detach(), torch.ones(())
     op_forward = torch.ops.ueo_fast.ueo_loss_forward.default
@@ -106,13 +106,5 @@ def measure(repeats: int) -> list[dict[str, object]]:
             for name, run in runs.items():
                 turns[name].append(_microseconds(run))
         for name, times in turns.items():
-            rows.append(
-                {
-                    **case._asdict(),
-                    "contender": name,
-                    "median_us": f"{statistics.median(times):.1f}",
-                    "lowest_us": f"{min(times):.1f}",
-                    "highest_us": f"{max(times):.1f}",
-                }
-            )
+            rows.append({**case._asdict(), "contender": name, **results_file.spread(times)})
     return rows

@@ -35,7 +35,8 @@ from benchmarks.gpu_cases import (
     lack_of_memory,
     make_inputs,
 )
-from benchmarks.gpu_timing import Copy, in_turns, make_clocks, one_line, spread
+from benchmarks.gpu_timing import Copy, in_turns, make_clocks, one_line
+from benchmarks.results_file import spread
 
 CASE_SECONDS, LARGEST_CASE_SECONDS = 4, 10
 """Seconds that must be left to begin a case."""
@@ -66,7 +67,13 @@ class Rows:
 def _time_row(
     case: Case, name: str, mode: str, times: Sequence[float], inputs: int, note: str, turn: int
 ) -> Row:
-    row = {**case.key, "contender": name, "mode": mode, **spread(times), "inputs": inputs}
+    row = {
+        **case.key,
+        "contender": name,
+        "mode": mode,
+        **spread(times, digits=2),
+        "inputs": inputs,
+    }
     return {**row, "round": turn, "note": note}
 
 

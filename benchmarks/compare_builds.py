@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.allocator import TUNED_ALLOCATOR
+from benchmarks.allocator import TUNED
 
 SHAPES = {(64, 345): 600, (256, 1000): 200, (1024, 1000): 100, (4096, 1000): 20,
           (65536, 345): 4, (4096, 21841): 3}  # fmt: skip
@@ -63,7 +63,7 @@ def main() -> None:
         for library in libraries:
             done = subprocess.run(
                 [sys.executable, "-c", script, library],
-                env=dict(os.environ, **TUNED_ALLOCATOR),
+                env=dict(os.environ, **TUNED),
                 capture_output=True,
                 text=True,
                 check=True,

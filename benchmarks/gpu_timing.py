@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
 import torch
@@ -211,13 +210,6 @@ def in_turns(
             if turn:
                 samples[key].append(spent)
     return samples
-
-
-def spread(times: Sequence[float]) -> dict[str, object]:
-    """Format the columns of a CSV; empty where nothing was measured."""
-    values = (statistics.median(times), min(times), max(times)) if times else ()
-    shown = [f"{value:.2f}" for value in values] or [""] * 3
-    return dict(zip(("median_us", "lowest_us", "highest_us"), shown, strict=True))
 
 
 def one_line(error: Exception, limit: int = 160) -> str:

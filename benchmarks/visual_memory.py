@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.allocator import MAPPED_ALLOCATOR
+from benchmarks.allocator import MAPPED
 from benchmarks.memory import status
 from benchmarks.visual_cases import DRY_CASES, MEMORY_CASES, Step, VisualCase
 
@@ -106,9 +106,7 @@ class Found:
     by_kind: dict[str, int]
 
 
-def measure(
-    case: VisualCase, name: str, threads: int, allocator: dict[str, str] = MAPPED_ALLOCATOR
-) -> Found:
+def measure(case: VisualCase, name: str, threads: int, allocator: dict[str, str] = MAPPED) -> Found:
     """Both, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.visual_memory", str(case), name, str(threads)],

@@ -1,5 +1,5 @@
-"""Towers for the tests of the patch, with statistics and affines that are not those of a new model,
-and what a patched and an unpatched tower are compared by."""
+"""Towers for the tests of the patch, with statistics and affines unlike those of a new model, and
+the comparison of a patched tower with an unpatched one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tower(name: str, image_size: int | None = None, **vision: Any) -> nn.Module:
 
 
 def patch_all(model: nn.Module) -> PatchHandle:
-    """Patch whatever the size of the inputs: those of tests are small."""
+    """Patch for inputs of any size, as those of tests are small."""
     return patch_visual(model, min_elements=0)
 
 
@@ -71,7 +71,7 @@ def images(count: int, size: int, memory_format: torch.memory_format) -> Tensor:
 
 
 def gradients(model: nn.Module, x: Tensor, *, autocast: bool = False) -> dict[str, Tensor]:
-    """The output (named "output") and the gradient of everything that is trained, of x too."""
+    """The output (named "output") and the gradients of x and of all trained parameters."""
     x = x.detach().requires_grad_()
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -92,11 +92,11 @@ def assert_as_exact_as_eager(
     tolerance: float,
     freeze: bool = True,
 ) -> None:
-    """Holds a patched model to abs(ours - truth) <= abs(eager - truth) + tolerance * abs(truth).
+    """Check a patched model: abs(ours - truth) <= abs(eager - truth) + tolerance * abs(truth).
 
-    The norm of each tensor's error; the truth is the unpatched model in float64. Under autocast
-    the roundings of both are of one size but not the same, so that of a single tensor ours may be
-    off by twice as much; over all tensors the rule holds as it stands.
+    This compares the norms of each tensor's error; the truth is the unpatched model in float64.
+    Under autocast both round by similar amounts but not equally, so ours may be off by twice as
+    much in a single tensor. Over all tensors together the rule holds as it is.
     """
     eager = build()
     if freeze:

@@ -206,7 +206,7 @@ def test_an_unknown_part_is_an_error():
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "unknown part afine: choose of loss, calls, affine, visual" in done.stderr
+    assert "unknown part afine: choose from loss, calls, affine, visual" in done.stderr
 
 
 def test_a_dry_run_of_the_affine_layers_goes_from_measuring_to_the_docs(

@@ -1,4 +1,4 @@
-"""Convolutions with a frozen weight: eager's values, gradients and layouts, and no input held."""
+"""Convolutions with a frozen weight: eager's values, gradients and layouts, but no saved input."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(convolve: Callable[..., Tensor], x: Tensor, *args: Any, **options: Any) 
 
 
 def assert_same(ours: Result, theirs: Result) -> None:
-    """Equal bits and layouts: it is the same kernel that runs."""
+    """Equal bits and layouts, because the same kernel runs."""
     for our, their in zip(ours, theirs, strict=True):
         if their is None or our is None:
             assert our is their

@@ -244,7 +244,8 @@ def test_a_sample_that_fails_is_named_and_keeps_none_from_running(monkeypatch, c
             raise AssertionError("planted")
 
     monkeypatch.setattr(sanitize_set, "_check", check)
-    monkeypatch.setattr(sanitize_set.sanitize_affine, "SAMPLES", ())
+    monkeypatch.setattr(sanitize_set, "AFFINE", ())
+    monkeypatch.setattr(sanitize_set, "NORMS", ())
     assert sanitize_set.run("cpp") == 1
     printed = capsys.readouterr().out.splitlines()
     assert "failed: rows at every alignment, float16: AssertionError: planted" in printed

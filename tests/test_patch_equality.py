@@ -1,4 +1,4 @@
-"""A patched tower gives the outputs and the gradients of the tower as it was."""
+"""A patched tower gives the outputs and gradients of the unpatched one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ueo_fast import freeze_all_but_affine  # noqa: E402
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
-# name: image size, changes of the config that spare time and touch no kind of layer
+# name: image size, config changes that save time but keep every kind of layer
 TOWERS = {
     "RN50": (64, {"layers": [1, 2, 1, 1], "width": 16}),
     "ViT-B-32": (64, {"layers": 2, "width": 64}),
@@ -33,8 +33,8 @@ TOWERS = {
 }
 FULL_TOWERS = ["RN50", "RN50x4", "ViT-B-32", "ViT-B-16", "ViT-B-16-SigLIP", "convnext_base"]
 
-# Sums of as many terms in another order. Under autocast a fused chain rounds once where eager
-# rounds twice, and another rounding turns a ReLU at zero on or off.
+# Sums of many terms in another order. Under autocast a fused chain rounds once where eager
+# rounds twice, and a rounding difference can turn a ReLU on or off at zero.
 TOLERANCE = {False: 1e-5, True: 2e-2}
 
 

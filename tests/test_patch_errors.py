@@ -33,7 +33,7 @@ MODULES += ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LayerNorm")
 
 @functools.cache
 def databases() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of PyTorch's own tests: the operations and the modules that are patched, by name."""
+    """The patched operations and modules in PyTorch's own tests, by name."""
     pytest.importorskip("expecttest", reason="PyTorch's test internals need expecttest")
     invocations = pytest.importorskip("torch.testing._internal.common_methods_invocations")
     modules = pytest.importorskip("torch.testing._internal.common_modules")
@@ -43,7 +43,7 @@ def databases() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def outcome(call: Callable[..., Tensor], x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Result and gradient by ``x``; or type and text of the error."""
+    """The result and the gradient of ``x``; or the type and text of the error."""
     leaf = x
     if isinstance(x, Tensor):
         leaf = x.detach().clone()
@@ -101,7 +101,7 @@ def test_pytorchs_errors_of_an_operation(name):
 
 
 def pair(module: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Patched and as it was, weights frozen but for those of norms."""
+    """A patched and an unpatched copy, all weights frozen but those of norms."""
     convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
     for child in module.modules():
         if isinstance(child, convolutions):

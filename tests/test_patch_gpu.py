@@ -28,7 +28,7 @@ TOWERS = {
 )
 @pytest.mark.parametrize("name", TOWERS)
 def test_gradients_are_as_exact_as_eagers(name, memory_format, dtype):
-    """Patched on the CPU, then moved."""
+    """Patched on the CPU, then moved to the GPU."""
     size, vision = TOWERS[name]
     eager = tower(name, size, **vision).to(memory_format=memory_format)
     freeze_all_but_affine(eager)
@@ -46,7 +46,7 @@ def test_gradients_are_as_exact_as_eagers(name, memory_format, dtype):
         found[label] = torch.cat([y.detach().double().flatten(), *gradients])
     truth = found["truth"]
     error, eagers = ((found[label] - truth).norm() for label in ("patched", "eager"))
-    # TensorFloat-32 and half formats: errors of one size, not the same ones.
+    # TensorFloat-32 and half formats: errors are of similar size, not equal.
     assert error <= 1.5 * eagers + 1e-5 * truth.norm()
 
 

@@ -1,4 +1,4 @@
-"""A patch is of one instance: undone, copied, pickled, hooked, compiled, moved, distributed."""
+"""A patch changes one instance, which can be undone, copied, pickled, hooked, compiled, moved."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def feature_map() -> torch.Tensor:
 
 
 def classes(model: nn.Module) -> list[str]:
-    """Names: a patched class equals its original."""
+    """Names of classes; a patched class equals its original."""
     return [f"{type(module).__module__}.{type(module).__name__}" for module in model.modules()]
 
 
@@ -148,7 +148,7 @@ def test_state_dicts_pass_both_ways():
 
 @pytest.mark.parametrize("watched", ["bn1", "act1", "bn3", "act3", "conv3"])
 def test_hooks_see_what_they_saw(watched):
-    """Registered before or after the patch: the chain that would bypass them is not fused."""
+    """A chain that would bypass a hook is not fused, also if the hook is registered later."""
     eager = block()
     before, after = copy.deepcopy(eager), copy.deepcopy(eager)
     seen: dict[str, list[torch.Tensor]] = {}
@@ -297,7 +297,7 @@ class NoLeaves(torch.fx.Tracer):
 
 @pytest.mark.parametrize("name", ["timm", "one of each"])
 def test_torch_fx_without_leaves(name):
-    """``nn.BatchNorm2d`` itself cannot be traced so."""
+    """``nn.BatchNorm2d`` itself cannot be traced this way."""
     x = photographs()
     if name == "timm":
         layers = pytest.importorskip("timm.layers")

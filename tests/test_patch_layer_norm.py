@@ -63,7 +63,7 @@ def test_the_cpu_runs_the_original(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", NORMS)
 def test_arguments_of_the_kernel(name, dtype, monkeypatch):
-    """The path of a GPU, where ueo_fast.layer_norm stands for the kernel."""
+    """The GPU's path, with ueo_fast.layer_norm in place of the kernel."""
     eager, patched = (norm.to(dtype) for norm in pair(name))
     x = inputs(name).to(dtype)
     if "float32" in name and dtype == torch.float64:

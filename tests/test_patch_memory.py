@@ -1,4 +1,4 @@
-"""What autograd holds for backward where only the affines are trained, counted by storage."""
+"""What autograd saves for backward if only the affines are trained, counted by storage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def ratio(model: nn.Module, x: torch.Tensor, scope: str = "all") -> float:
-    """Bytes held with the patch over bytes held without."""
+    """Bytes saved with the patch over bytes saved without."""
     freeze_all_but_affine(model, scope)
     eager = saved_bytes(model, lambda: model(x))
     with patch_all(model):
@@ -41,8 +41,8 @@ def test_autocast_holds_half_as_well():
 
 @pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-32"])
 def test_a_vision_transformer_holds_what_it_held(name):
-    """Attention, GELU and LayerNorm hold their inputs either way; there is no frozen convolution
-    behind a trained parameter."""
+    """Attention, GELU and LayerNorm save their inputs either way; no frozen convolution follows a
+    trained parameter."""
     x = images(2, 32 if name == "ViT-B-16" else 64, torch.contiguous_format)
     assert ratio(tower(name, x.shape[-1], layers=2), x) <= 1.0
 

@@ -1,4 +1,4 @@
-"""Batch norms of small inputs are left to PyTorch on the CPU: by size, in every call."""
+"""On the CPU, batch norms leave small inputs to PyTorch; every call decides by size."""
 
 from __future__ import annotations
 
