@@ -26,10 +26,8 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
     layer_norm(NormForwardArguments<T> args) {
   using A = ComputeType<T>;
   const RowLoop& loop = args.loop;
-  BlockTeam block = this_block();
-  LaneTeam lanes{block.rank % loop.lanes, loop.lanes};
+  auto [block, lanes, team_index] = row_teams(loop);
   auto& team = team_of<kBlock>(block, lanes);
-  const int team_index = block.rank / loop.lanes;
 
   unsigned char* memory = shared_memory() + kScratchBytes;
   const ColumnSlots<T> columns(loop.slots);
@@ -136,10 +134,8 @@ __launch_bounds__((kBlockThreads<T, kBlock>), (kNormGradientBlocks<T, kBlock, kS
     layer_norm_gradient(NormBackwardArguments<T> args) {
   using A = ComputeType<T>;
   const RowLoop& loop = args.loop;
-  BlockTeam block = this_block();
-  LaneTeam lanes{block.rank % loop.lanes, loop.lanes};
+  auto [block, lanes, team_index] = row_teams(loop);
   auto& team = team_of<kBlock>(block, lanes);
-  const int team_index = block.rank / loop.lanes;
 
   unsigned char* memory = shared_memory() + kScratchBytes;
   const ColumnSlots<T> columns(loop.slots);
@@ -161,10 +157,11 @@ __launch_bounds__((kBlockThreads<T, kBlock>), (kNormGradientBlocks<T, kBlock, kS
   const NormCache<T> cache{{slots, loop.cached}, true};
   const NormCache<T> grad_cache{{slots + loop.cached, loop.cached}, args.aligned};
   const Frame<T> frame = block_frame(args.x);
-  const auto row_of = [&](int64_t step) {
+  // The team's index by value: by reference, nvcc makes longer code.
+  const auto row_of = [&, team_index](int64_t step) {
     return row_or_nothing(args.x, frame, loop.row(team_index, step));
   };
-  const auto grad_row_of = [&](int64_t step) {
+  const auto grad_row_of = [&, team_index](int64_t step) {
     return row_or_nothing(args.grad_out, frame, loop.row(team_index, step));
   };
   if constexpr (kSums) {

@@ -20,10 +20,8 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
     max_softmax(MaxSoftmaxArguments<T> args) {
   using A = ComputeType<T>;
   const RowLoop& loop = args.loop;
-  BlockTeam block = this_block();
-  LaneTeam lanes{block.rank % loop.lanes, loop.lanes};
+  auto [block, lanes, team_index] = row_teams(loop);
   auto& team = team_of<kBlock>(block, lanes);
-  const int team_index = block.rank / loop.lanes;
   const Frame<T> frame = block_frame(args.logits);
   for (int64_t step = 0; step < loop.steps; ++step) {
     const int64_t index = loop.row(team_index, step);

@@ -4,6 +4,7 @@
 
 #include "launch.h"
 #include "rows.cuh"
+#include "team.cuh"
 
 namespace ueo_fast::cuda {
 
@@ -31,6 +32,18 @@ struct RowLoop {
     return blockIdx.x + int64_t{gridDim.x} * (team + teams * step);
   }
 };
+
+// How the threads of a block share its rows.
+struct RowTeams {
+  BlockTeam block;
+  LaneTeam lanes;  // the thread's
+  int index;       // of the team that the thread belongs to
+};
+
+__device__ __forceinline__ RowTeams row_teams(const RowLoop& loop) {
+  const BlockTeam block = this_block();
+  return {block, {block.rank % loop.lanes, loop.lanes}, block.rank / loop.lanes};
+}
 
 inline RowLoop loop_of(const RowShape& row, const RowPlan& plan) {
   return {plan.lanes, plan.teams, row.slots, plan.cached, plan.steps};

@@ -207,8 +207,7 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kRegisterThreads, (kRegisterBlocks<T, 
       has_own(0) ? load_own() : RowStatistics<float>{0, 1, 0, 0, 0};
   log_q.stage(BlockTeam{thread, tuning::kRegisterThreads, nullptr}, frame);
   __syncthreads();  // the edges as well
-  const float grad_loss = args.grad_loss == nullptr ? 1.0f : *args.grad_loss;
-  const GradientScale<float> scale(grad_loss, args.trade_off, args.eps, args.summary);
+  const GradientScale<float> scale = args.gradient_scale();
 
   float kept[4];  // maximum, 1 / s, factors of b: lane r keeps those of row r
   const auto keep = [&](const RowStatistics<float>& stats) {

@@ -90,10 +90,8 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
     ueo_statistics_any(StatisticsArguments<T> args) {
   using A = ComputeType<T>;
   const RowLoop& loop = args.loop;
-  BlockTeam block = this_block();
-  LaneTeam lanes{block.rank % loop.lanes, loop.lanes};
+  auto [block, lanes, team_index] = row_teams(loop);
   auto& team = team_of<kBlock>(block, lanes);
-  const int team_index = block.rank / loop.lanes;
 
   unsigned char* memory = shared_memory() + kScratchBytes;
   const ColumnSlots<T> columns(loop.slots);
@@ -191,6 +189,10 @@ struct GradientArguments {
   bool columns_shared;   // whether log q fits into shared memory
   bool stream;           // store past the L2
   T* grad;               // (rows, columns) contiguous
+
+  __device__ __forceinline__ GradientScale<A> gradient_scale() const {
+    return {grad_loss == nullptr ? A(1) : *grad_loss, trade_off, eps, summary};
+  }
 };
 
 // Second read and only write: step 8. Rows are visited in the opposite order of the statistics: what
@@ -200,10 +202,8 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
     ueo_gradient_any(GradientArguments<T> args) {
   using A = ComputeType<T>;
   const RowLoop& loop = args.loop;
-  BlockTeam block = this_block();
-  LaneTeam lanes{block.rank % loop.lanes, loop.lanes};
+  auto [block, lanes, team_index] = row_teams(loop);
   auto& team = team_of<kBlock>(block, lanes);
-  const int team_index = block.rank / loop.lanes;
 
   unsigned char* memory = shared_memory() + kScratchBytes;
   const ColumnSlots<T> columns(loop.slots);
@@ -220,8 +220,7 @@ UEO_FAST_KERNEL __launch_bounds__((kBlockThreads<T, kBlock>), (kResidentBlocks<T
     log_q.stage(block, frame);
     __syncthreads();
   }
-  const A grad_loss = args.grad_loss == nullptr ? A(1) : *args.grad_loss;
-  const GradientScale<A> scale(grad_loss, args.trade_off, args.eps, args.summary);
+  const GradientScale<A> scale = args.gradient_scale();
 
   for (int64_t step = loop.steps - 1; step >= 0; --step) {
     const int64_t index = loop.row(team_index, step);

@@ -179,8 +179,7 @@ UEO_FAST_KERNEL __launch_bounds__(tuning::kSharedRowThreads, 1)
   row.fetch(index);
   log_q.stage(block, frame);
   __syncthreads();
-  const float grad_loss = args.grad_loss == nullptr ? 1.0f : *args.grad_loss;
-  const GradientScale<float> scale(grad_loss, args.trade_off, args.eps, args.summary);
+  const GradientScale<float> scale = args.gradient_scale();
 
   for (; index >= 0; index -= gridDim.x) {
     const bool present = index < args.logits.rows;
