@@ -16,8 +16,8 @@ from ueo_fast import channel_affine, frozen_batch_norm, layer_norm
 
 EPS = 1e-5
 TOLERANCE = {"float32": 5e-3, "bfloat16": 0.1}
-"""Between contenders, relative: this tells a wrong contender from a right one, no more. Where a
-sum is 0 up to rounding, the ReLU lets a gradient pass in one and not in the other."""
+"""Relative difference between contenders: only enough to tell a wrong one from a right one. Where a
+sum is 0 up to rounding, the ReLU passes a gradient in one and not in the other."""
 
 Pass = Callable[[Tensor], tuple[Tensor, ...]]
 """Forward and backward: an input that requires grad in, the output and all gradients out."""
@@ -48,7 +48,7 @@ class AffineCase:
 
     @property
     def moves(self) -> float:
-        """How often the input's memory must be read or written, forward and backward.
+        """How often memory of the input's size must be read or written, forward and backward.
 
         Forward reads x and writes y; backward reads x and the gradient and writes another. A
         residual is read once, and so is its gradient written.
@@ -56,13 +56,13 @@ class AffineCase:
         return 7 if "add" in self.op else 5
 
     def __str__(self) -> str:
-        return f"{self.op}-{'x'.join(map(str, self.shape))}-{self.layout}-{self.dtype}"
+        return "-".join(map(str, self.key.values()))
 
 
 def _cases() -> tuple[AffineCase, ...]:
-    """RN50's at 224 pixels: the target's first, then sizes where little is to be gained.
+    """RN50's at 224 pixels: the target's first, then sizes with little to gain.
 
-    Among them those around ``ueo_fast.patch.norms.MIN_ELEMENTS``.
+    These include sizes around ``ueo_fast.patch.norms.MIN_ELEMENTS``.
     """
     target = (64, 256, 56, 56)
     grid = [
@@ -93,7 +93,7 @@ def _cases() -> tuple[AffineCase, ...]:
 CASES = _cases()
 FEW = tuple(case for case in CASES if case.shape[0] > 1 and case.dtype == "float32"
             and case.shape[1:] in ((256, 56, 56), (2048, 7, 7), (197, 768)))  # fmt: skip
-"""For where page faults make everything slow."""
+"""For the default allocator, whose page faults make everything slow."""
 GPU_CASES = (
     *(
         AffineCase(op, (64, 256, 56, 56), layout, dtype)

@@ -1,7 +1,7 @@
-"""UEO's training step as its authors published it, in plain PyTorch: what ours is held to.
+"""UEO's training step as its authors published it, in plain PyTorch: the baseline of ours.
 
-Written anew from what their released code does (tim-learn/UEO, demo.py, ``train_clip``), for an
-open_clip model as it comes. It is independent: nothing of ueo_fast is imported. What they do:
+Rewritten from their released code (tim-learn/UEO, demo.py, ``train_clip``) for an unpatched
+open_clip model. It is independent: it imports nothing from ueo_fast. What they do:
 
 - All C prompts go through the whole text tower in every step, at its full length (77 tokens).
 - Trained are a context that all classes share, and every visual parameter with ``bn`` or ``ln`` in

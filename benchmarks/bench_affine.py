@@ -1,7 +1,7 @@
 """Time of the affine layers, forward and backward, against their baselines.
 
-As in bench_ueo_loss.py contenders take turns. `python -m benchmarks affine` runs this file and
-condenses it into CSVs.
+Contenders take turns, as in bench_ueo_loss.py. `python -m benchmarks affine` runs this file and
+writes CSVs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CASES = {
 
 
 class Tensors:
-    """The case in hand: its tensors, shared by the contenders, and what eager makes of them."""
+    """The tensors of a case, shared by its contenders."""
 
     def __init__(self, case: AffineCase) -> None:
         (self.x,) = affine_cases.make_inputs(case, 1, torch.device("cpu"))

@@ -1,9 +1,9 @@
-"""Time from a JPEG to what the model takes, on one core: decoding, resizing or augmenting, and
-normalising. Of ours in the pass that decodes and keeps a copy, and in the epochs that read it.
+"""Time from a JPEG to the model's input, on one core: decode, resize or augment, and normalise.
 
-The files are the two photographs that scikit-learn brings, continued by mirrored copies to 12, 2
-and 0.2 megapixels: as many details per pixel as the originals have. As in bench_ueo_loss.py
-contenders take turns. `python -m benchmarks input` runs this file and condenses it into a CSV.
+Ours is timed in the first pass, which decodes and keeps a copy, and in later epochs, which read it.
+The files are scikit-learn's two photographs, extended by mirrored copies to 12, 2 and 0.2
+megapixels, so they have as much detail per pixel as the originals. Contenders take turns, as in
+bench_ueo_loss.py. `python -m benchmarks input` runs this file and writes a CSV.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIZES = {"12": (4000, 3000), "2": (1632, 1224), "0.2": (512, 384)}
 if os.environ.get("UEO_FAST_BENCH_CASES") == "tiny":
     SIZES = {"0.8": (1024, 768)}
 VIEWS = {"first pass": "test", "later epochs": "training"}
-"""What of a run is timed, and which view of an image that is."""
+"""The part of a run that is timed, and the view of an image that it takes."""
 CONTENDERS = ("ueo_fast", "authors", "tensors")
 CONFIG = {"size": 224, "mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
 Load = Callable[[str], torch.Tensor]
@@ -52,7 +52,7 @@ def photographs(megapixels: str) -> tuple[str, ...]:
 
 
 def ours(view: str) -> Load:
-    """Load by way of a copy on disk; in the first pass the file has changed each time."""
+    """Load through a copy on disk; in the first pass the file counts as changed each time."""
     from ueo_fast.finetune.data import transforms
     from ueo_fast.finetune.data.copies import Copies
     from ueo_fast.finetune.data.dataset import ImageDataset
@@ -94,7 +94,7 @@ def authors(view: str) -> Load:
 
 
 def tensors(view: str) -> Load:
-    """Load the same with torchvision's decoder, which 0.29 deprecates in favour of TorchCodec, and
+    """Load with torchvision's decoder, which 0.29 deprecates in favour of TorchCodec, and with
     transforms of uint8 tensors."""
     from torchvision import io
     from torchvision.transforms import v2
@@ -107,7 +107,7 @@ MAKERS = {"ueo_fast": ours, "authors": authors, "tensors": tensors}
 
 
 def contender(name: str, case: tuple[str, str]) -> turns.Run:
-    """Loads both photographs, with the same random numbers at every call."""
+    """Load both photographs, with the same random numbers in every call."""
     from ueo_fast.finetune.data.seeded import seeded_torch
 
     megapixels, view = case[0], VIEWS[case[1]]
@@ -119,7 +119,7 @@ def contender(name: str, case: tuple[str, str]) -> turns.Run:
 
     for found, wanted in zip(run(), run(authors(view)), strict=True):
         assert found.shape == wanted.shape
-        # Of what has a deviation of about 1; crops are rounded to pixels of the copy.
+        # Values have a deviation of about 1; crops are rounded to pixels of the copy.
         assert float((found - wanted).abs().mean()) < (0.02 if view == "test" else 0.08)
     return run
 

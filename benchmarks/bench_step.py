@@ -1,8 +1,8 @@
 """Time of a whole training step with 300 class names: ours against the authors'.
 
-As in bench_ueo_loss.py contenders take turns. There is no warm-up but the first turn, as a step
-takes up to a minute: a median over three turns leaves it out. `python -m benchmarks step` runs this
-file, one case in a process, and condenses it into a CSV. UEO_FAST_BENCH_CASES names one case.
+Contenders take turns, as in bench_ueo_loss.py. The first turn is the only warm-up, as a step takes
+up to a minute; a median over three turns leaves it out. `python -m benchmarks step` runs this
+file, one case in a process, and writes a CSV. UEO_FAST_BENCH_CASES names one case.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if chosen := os.environ.get("UEO_FAST_BENCH_CASES"):
 
 @pytest.fixture(scope="module")
 def losses():
-    """By case and turn, those of the contender that went first."""
+    """Losses of the first contender, by case and turn."""
     return {}
 
 

@@ -1,7 +1,7 @@
-"""Time of the prompts' part of a step: packed, cut at the longest prompt only, and as published.
+"""Time of a step's prompts: packed, cut at the longest prompt, and whole, as published.
 
-Forward and backward of the text tower of RN50 and ViT-B-16 (12 layers, 512 wide); the context alone
-needs a gradient. As in bench_ueo_loss.py contenders take turns.
+Forward and backward of the text tower of RN50 and ViT-B-16 (12 layers, 512 wide); only the context
+needs a gradient. Contenders take turns, as in bench_ueo_loss.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.authors_step import Prompts, encode_prompts
 CONTENDERS = ("packed", "cut", "whole")
 CLASSES = (300, 65, 10)
 WHOLE_UP_TO = 65
-"""Above that the whole tower is measured in bench_step.py, where it takes its many seconds."""
+"""With more classes, only bench_step.py measures the whole tower, which takes many seconds."""
 if os.environ.get("UEO_FAST_BENCH_CASES") == "tiny":
     CLASSES = (4,)
 
@@ -37,7 +37,7 @@ def model():
 
 
 class TextStep:
-    """Features, then the context's gradient; ``rows``: positions that the tower computes."""
+    """Features, then the context's gradient; ``rows`` is the number of positions computed."""
 
     def __init__(self, name: str, classes: int) -> None:
         from open_clip import SimpleTokenizer

@@ -1,7 +1,7 @@
 """Time of the loss, forward and backward, against its baselines.
 
-Contenders take turns: every repeat measures each of them once, so that a busy moment of the
-machine hits all alike. `python -m benchmarks` runs this file and condenses it into a CSV.
+Contenders take turns: every repeat measures each of them once, so a busy moment of the machine
+affects all of them. `python -m benchmarks` runs this file and writes a CSV.
 """
 
 from __future__ import annotations

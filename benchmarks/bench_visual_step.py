@@ -1,7 +1,7 @@
-"""Time of a visual tower's forward and backward, patched and not; only its affines are trained.
+"""Time of a visual tower's forward and backward, patched or not; only its affines are trained.
 
-As in bench_ueo_loss.py contenders take turns. `python -m benchmarks visual` runs this file and
-condenses it into a CSV.
+Contenders take turns, as in bench_ueo_loss.py. `python -m benchmarks visual` runs this file and
+writes a CSV.
 """
 
 from __future__ import annotations

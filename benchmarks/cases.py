@@ -1,4 +1,4 @@
-"""The shapes and the contenders of the loss's benchmark, shared by time and memory."""
+"""The shapes and contenders of the loss's benchmark, for time and memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ueo_fast import ueo_loss
 
-# (B, C): design targets first, then sizes where little is to be gained.
+# (B, C): design targets first, then sizes with little to gain.
 SHAPES = (
     (64, 345),
     (256, 1000),
@@ -54,7 +54,7 @@ CASES = tuple(Case(*shape) for shape in SHAPES) + tuple(
 
 
 def authors_loss(logits: Tensor) -> Tensor:
-    """(a) The released code's expression: two B x B diagonal matrices, eps 1e-5."""
+    """(a) The expression of the released code: two B x B diagonal matrices, eps 1e-5."""
     softmax = logits.float().softmax(dim=1)
     w = softmax.detach().amax(dim=1)
     normalized = torch.diag(w / w.sum())
@@ -103,7 +103,7 @@ CONTENDERS = ("ueo_fast", "eager", "compile", "authors", "floor")
 
 
 def contender(name: str, case: Case) -> Callable[[], None] | None:
-    """One forward and backward pass to call again and again; None where it would take too long."""
+    """Make a forward and backward pass to call repeatedly; None if it would take too long."""
     logits = case.logits()
     if name == "ueo_fast":
         return Step(ueo_loss, logits)

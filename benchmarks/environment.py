@@ -1,4 +1,4 @@
-"""What a result must say about where it was made."""
+"""The facts that a result states about the machine and the versions that made it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _processor() -> str:
 
 
 def describe(**more: str) -> dict[str, str]:
-    """Machine, versions and date, then whatever else is given."""
+    """Machine, versions and date, then ``more``."""
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
@@ -39,7 +39,7 @@ def describe(**more: str) -> dict[str, str]:
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints; None where it is absent or fails."""
+    """The output of a program; None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     except (OSError, subprocess.CalledProcessError):
@@ -48,7 +48,7 @@ def _output(*command: str) -> str | None:
 
 
 def _sources() -> str:
-    """A fingerprint of the code that is measured: a copy of the tree may come without git."""
+    """A fingerprint of the measured code, as a copy of the tree may lack git."""
     digest = hashlib.sha256()
     files = [*(ROOT / "csrc").rglob("*"), *(ROOT / "ueo_fast").rglob("*.py")]
     for path in sorted(path for path in files if path.is_file()):
@@ -92,7 +92,7 @@ def _gpu(device: torch.device) -> dict[str, str]:
 
 
 def describe_gpu(device: torch.device, **more: str) -> dict[str, str]:
-    """As :func:`describe`, for what is measured on ``device``."""
+    """As :func:`describe`, for a result from ``device``."""
     return {
         "date": datetime.date.today().isoformat(),
         **_gpu(device),

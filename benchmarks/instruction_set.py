@@ -1,4 +1,4 @@
-"""Measuring as a processor with a lower instruction set would: ours, PyTorch and torch.compile.
+"""Measure as on a processor with a lower instruction set: ours, PyTorch and torch.compile.
 
 `python -m benchmarks loss --instruction-set avx2` calls :func:`restrict`; every process that
 measures inherits the environment and calls :func:`verify`.
@@ -22,18 +22,18 @@ RESTRICTIONS = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     }
 }
-"""By name: the variables that keep all contenders to that instruction set."""
+"""By name: environment variables that keep all contenders to an instruction set."""
 
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}  # csrc/cpu/capability.cpp
 
 
 def restrict(name: str) -> None:
-    """Keep the processes that this one starts to an instruction set."""
+    """Restrict processes that this one starts to an instruction set."""
     os.environ.update(RESTRICTIONS[name])
 
 
 def verify() -> None:
-    """Raise if PyTorch, torch.compile or ours would exceed what UEO_FAST_CPU_CAPABILITY names."""
+    """Raise if PyTorch, torch.compile or ours would exceed UEO_FAST_CPU_CAPABILITY."""
     wanted = os.environ.get("UEO_FAST_CPU_CAPABILITY")
     if wanted not in RESTRICTIONS:
         return
@@ -56,7 +56,7 @@ def verify() -> None:
 
 
 def describe() -> str:
-    """The instruction set in use and, where it is a lower one, that of the processor."""
+    """The instruction set in use and, if the processor has a higher one, that of the processor."""
     used = str(cpu_capability())
     flags: set[str] = set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():

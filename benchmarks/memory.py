@@ -16,10 +16,10 @@ def status(name: str) -> int:
 
 
 def peak_over_logits(case: Case, name: str) -> float:
-    """Memory that a pass takes beyond what was there before, in multiples of the logits."""
+    """The memory that a pass adds at its peak, in multiples of the logits."""
     step = contender(name, case)
     assert isinstance(step, Step)
-    step()  # compilation and first-call state are not what a training step holds
+    step()  # compilation and first-call state are not part of a training step
     step.logits.grad = None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""A whole training step, ours and the authors', cut at the features so that parts are clocked.
+"""A whole training step, ours and the authors', split at the features to time its parts.
 
 Both models start from the same weights and see the same images with the same confidence.
 """
@@ -30,7 +30,7 @@ PARTS = (
 )
 NAMES = Path(__file__).parents[1] / "ueo_fast/finetune/data/classes/domainnet.txt"
 LOSSES_OFF = 1e-4
-"""Nats, between the contenders, in float32 and after up to three steps."""
+"""Largest difference of the contenders' losses, in nats, in float32 after up to three steps."""
 SCHEDULE = 1000
 """Steps of the cosine schedule: more than are taken."""
 
@@ -70,7 +70,7 @@ def model(name: str) -> nn.Module:
     norms = [one for one in made.visual.modules() if isinstance(one, nn.BatchNorm2d)]
     with torch.no_grad():
         made.logit_scale.fill_(torch.tensor(SCALE).log())
-        # As far apart as trained ones: by chance all classes would have one and the same feature.
+        # As far apart as trained ones; otherwise all classes would have nearly the same feature.
         made.token_embedding.weight.mul_(20)
         for norm in norms:
             norm.momentum = 1.0
@@ -82,7 +82,7 @@ def model(name: str) -> nn.Module:
 
 
 def _copy(made: nn.Module) -> nn.Module:
-    """With norms of its own, which are trained; all other weights are frozen and shared."""
+    """Copy the norms, which are trained; all other weights are frozen and shared."""
     frozen = [
         parameter
         for module in made.modules()
@@ -129,7 +129,7 @@ class OurTraining:
 
 
 class Step:
-    """One training step after the other; calling it returns the loss and the seconds by part."""
+    """A sequence of training steps; each call returns the loss and the seconds of each part."""
 
     def __init__(self, name: str, case: StepCase) -> None:
         import open_clip

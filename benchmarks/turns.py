@@ -1,4 +1,4 @@
-"""What the pytest-benchmark files share: contenders prepared once, measured in turns."""
+"""Prepare contenders once and measure them in turns: what the pytest-benchmark files share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from benchmarks import instruction_set
 
 REPEATS = int(os.environ.get("UEO_FAST_BENCH_REPEATS", "7"))
 SLICE_SECONDS = 0.05
-"""About how long one contender is measured before the next one's turn."""
+"""About how long a contender is measured before the next one has its turn."""
 
 Run = Callable[[], object]
 
 
 class Prepared:
-    """Contenders of the case in hand, built and warmed up once: compilation is not measured."""
+    """The contenders of one case, built and warmed up once, so compilation is not measured."""
 
     def __init__(self, make: Callable[[str, Hashable], Run | None], warm_up: int = 3) -> None:
         instruction_set.verify()
@@ -28,7 +28,7 @@ class Prepared:
         self._ready: dict[tuple[Hashable, str], tuple[Run, float] | None] = {}
 
     def get(self, case: Hashable, name: str) -> tuple[Run, float] | None:
-        """The contender and about how many seconds a call takes; None where there is none."""
+        """The contender and about how many seconds a call takes; None if it is left out."""
         if (case, name) not in self._ready:
             for other in [key for key in self._ready if key[0] != case]:
                 del self._ready[other]  # one case's tensors at a time
@@ -45,5 +45,5 @@ class Prepared:
 
 
 def calls(seconds: float, least: int = 3) -> int:
-    """How many calls a turn has."""
+    """The number of calls in a turn."""
     return max(least, min(200, round(SLICE_SECONDS / seconds)))

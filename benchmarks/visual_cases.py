@@ -17,8 +17,8 @@ from benchmarks.cases import DTYPES
 CONTENDERS = ("patched", "eager", "compile")
 FEATURES_OFF = {"float32": 1e-3, "bfloat16": 0.05}
 GRADIENTS_OFF = {"float32": 0.05, "bfloat16": 0.5}
-"""Against eager's, relative: this tells a wrong tower from a right one, no more. Where a sum is 0
-up to rounding, a ReLU lets a gradient pass in one and not in the other, fifty layers deep."""
+"""Relative to eager's: only enough to tell a wrong tower from a right one. Where a sum is 0 up to
+rounding, a ReLU passes a gradient in one and not in the other, fifty layers deep."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class VisualCase:
         return {name: getattr(self, name) for name in ("model", "batch", "layout", "dtype")}
 
     def __str__(self) -> str:
-        return f"{self.model}-{self.batch}-{self.layout}-{self.dtype}"
+        return "-".join(map(str, self.key.values()))
 
 
 CASES = (
@@ -49,7 +49,7 @@ CASES = (
     VisualCase("ViT-B-16", 4, "contiguous", "bfloat16"),
 )
 COMPILED = (CASES[0], CASES[2])
-"""Half a minute each: the others go without torch.compile on a CPU."""
+"""torch.compile takes half a minute each, so the others go without it on a CPU."""
 MEMORY_CASES = (CASES[0], CASES[2], VisualCase("ViT-B-16", 16), CASES[4], CASES[5])
 GPU_CASES = (
     VisualCase("RN50", 64, "contiguous", "bfloat16"),
@@ -61,7 +61,7 @@ DRY_CASES = (VisualCase("tiny", 2, pixels=32), VisualCase("tiny", 2, "channels_l
 
 
 def unavailable_reason() -> str | None:
-    """Why no tower can be had here; None if one can."""
+    """Why no tower is available; None if one is."""
     if importlib.util.find_spec("open_clip") is None:
         return "open_clip is not installed"
     return None
@@ -78,19 +78,19 @@ def _new_model(name: str) -> nn.Module:
     vision, text = configuration["vision_cfg"], configuration["text_cfg"]
     if name == "tiny":
         vision.update(layers=(1, 1, 1, 1), width=16, image_size=32)
-    text.update(vocab_size=16, layers=1)  # it has no part in this
+    text.update(vocab_size=16, layers=1)  # unused here
     return open_clip.CLIP(**configuration)
 
 
 @functools.lru_cache(maxsize=1)
 def model(name: str) -> nn.Module:
-    """Random weights; statistics of its own activations, and no branch multiplied by zero."""
+    """Random weights, statistics of its own activations, and no branch multiplied by zero."""
     torch.manual_seed(0)
     made = _new_model(name)
     visual = made.visual
     for path, module in visual.named_modules():
         if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
-            # A residual branch's last norm, zero at first, is small in a trained tower as well.
+            # A residual branch's last norm starts at zero, and is small in a trained tower too.
             low = 0.1 if path.endswith("bn3") else 0.5
             nn.init.uniform_(module.weight, low, 2 * low)
             nn.init.normal_(module.bias, std=0.1)
@@ -103,7 +103,7 @@ def model(name: str) -> nn.Module:
 
 
 def trained_parameters(of: nn.Module, everything: bool) -> list[nn.Parameter]:
-    """The tower's affines, or all of it; what is not trained needs no gradient."""
+    """The tower's affines, or all its parameters; the rest is frozen."""
     from ueo_fast import affine_parameters
 
     of.requires_grad_(False)
@@ -150,7 +150,7 @@ class Step:
 
 
 def disagreement(ours: tuple[Tensor, ...], true: tuple[Tensor, ...], case: VisualCase) -> str:
-    """What is wrong with a contender's features or gradients; empty if nothing is."""
+    """Say what is wrong with a contender's features or gradients; empty if nothing is."""
     flat = [torch.cat([grad.flatten().float() for grad in grads[1:]]) for grads in (ours, true)]
     for name, limits, found, expected in (
         ("features", FEATURES_OFF, ours[0].float(), true[0].float()),

@@ -1,4 +1,4 @@
-"""What a forward pass of a visual tower keeps for backward, and what a step takes at its peak.
+"""What a visual tower's forward pass saves for backward, and the peak memory of a step.
 
 python -m benchmarks.visual_memory CASE CONTENDER      # one JSON line
 """
@@ -25,17 +25,17 @@ from benchmarks.visual_cases import DRY_CASES, MEMORY_CASES, Step, VisualCase
 
 CONTENDERS = ("patched", "eager", "everything")
 HEAP_CONTENDERS = CONTENDERS[:2]
-"""Measured with the allocator as it comes as well."""
+"""Also measured with the default allocator."""
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:
-    """Which memory a tensor is a view of, and how large that is."""
+    """The address and size of the memory behind a tensor."""
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
 
 
 def _nodes(root: torch.autograd.graph.Node) -> Iterator[torch.autograd.graph.Node]:
-    """Every node of a graph, those of the first operations first."""
+    """All nodes of a graph, in the order of the operations."""
     seen, waiting = set(), [root]
     while waiting:
         node = waiting.pop()
@@ -46,7 +46,7 @@ def _nodes(root: torch.autograd.graph.Node) -> Iterator[torch.autograd.graph.Nod
 
 
 def _saved_by(node: torch.autograd.graph.Node) -> Iterator[Tensor]:
-    """The tensors that an operation keeps for its backward."""
+    """The tensors that an operation saves for its backward."""
     for name in dir(node):
         if name == "saved_tensors" or name.startswith("_saved_"):
             value = getattr(node, name)
@@ -55,10 +55,10 @@ def _saved_by(node: torch.autograd.graph.Node) -> Iterator[Tensor]:
 
 
 def saved(step: Step) -> tuple[int, dict[str, int]]:
-    """Bytes kept for backward besides parameters, buffers and images; the same by what keeps them.
+    """Bytes saved for backward besides parameters, buffers and images, in total and by operation.
 
-    Memory counts once, however many operations and views keep it; where operations of several
-    kinds do, under all their names together.
+    Memory counts once, however many operations and views save it; if different operations do, it
+    counts under all their names together.
     """
     module = step.visual
     known = {_storage(t)[0] for t in (*module.parameters(), *module.buffers(), step.images)}
@@ -67,7 +67,7 @@ def saved(step: Step) -> tuple[int, dict[str, int]]:
     def pack(tensor: Tensor) -> Tensor:
         pointer, size = _storage(tensor)
         packed[pointer] = size
-        held.append(tensor)  # or its memory might be used again, and counted as the same
+        held.append(tensor)  # otherwise its memory could be reused and counted as the same
         return tensor
 
     held: list[Tensor] = []
@@ -86,9 +86,9 @@ def saved(step: Step) -> tuple[int, dict[str, int]]:
 
 
 def peak(step: Step) -> int:
-    """Memory that a step takes beyond what was there before: activations and gradients.
+    """The memory that a step adds at its peak: activations and gradients.
 
-    The caller has run the step forward: first-call state is not what a training step holds.
+    The caller must have run the step once, as first-call state is not part of a training step.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -107,7 +107,7 @@ class Found:
 
 
 def measure(case: VisualCase, name: str, threads: int, allocator: dict[str, str] = MAPPED) -> Found:
-    """Both, in a process of its own."""
+    """Measure both in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.visual_memory", str(case), name, str(threads)],
         env=dict(os.environ, **allocator),
@@ -119,9 +119,10 @@ def measure(case: VisualCase, name: str, threads: int, allocator: dict[str, str]
 
 
 def measure_all(threads: int) -> list[dict[str, object]]:
-    """One row per case and contender, and one per kind of operation that keeps something.
+    """One row per case, contender and quantity.
 
-    ``quantity`` is saved, peak, "peak as it comes" (the allocator), or the operations' names.
+    ``quantity`` is saved, peak, "peak as it comes" (with the default allocator), or the names of
+    operations that save something.
     """
     rows: list[dict[str, object]] = []
     for case in MEMORY_CASES:
