@@ -28,7 +28,7 @@ from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.trainer import TrainerConfig
 from ueo_fast.finetune.methods.ueo import UEO
-from ueo_fast.finetune.scoring.score import score_images
+from ueo_fast.finetune.scoring.score_images import score_images
 
 COUNT = 12
 BUDGET = TrainerConfig(epochs=2, batch_size=4, prompt_lr=1e-3, affine_lr=1e-2)

@@ -23,8 +23,7 @@ from ueo_fast.finetune.data.image_list import ImageList, read_images
 from ueo_fast.finetune.data.labels import match_labels
 from ueo_fast.finetune.demo.tiny_clip import tiny_tokenizer
 from ueo_fast.finetune.evaluation.metrics import detection_metrics
-from ueo_fast.finetune.scoring import score_pass
-from ueo_fast.finetune.scoring.score import score_images, validation_threshold
+from ueo_fast.finetune.scoring.score_images import score_images, validation_threshold
 from ueo_fast.finetune.scoring.thresholds import choose_threshold
 
 
@@ -173,9 +172,7 @@ def test_tpr95_keeps_the_known_images_of_the_data_or_of_a_validation_set(classif
     assert summary.threshold != choose_threshold("tpr95", scores, np.ones(60, dtype=bool))
     assert summary.threshold in scores  # which counts as known itself
     assert summary.known == (scores >= summary.threshold).sum()
-    chosen, doubts = validation_threshold(
-        classifier, images, pictures, labels, folder=tmp_path, **arguments
-    )
+    chosen, doubts = validation_threshold(classifier, images, pictures, labels, **arguments)
     assert (chosen.kind, chosen.value, doubts) == ("tpr95", summary.threshold, ())
     again = score_images(
         classifier, images, pictures, out=tmp_path / "b.csv", threshold=chosen, **arguments
@@ -184,7 +181,7 @@ def test_tpr95_keeps_the_known_images_of_the_data_or_of_a_validation_set(classif
     with pytest.raises(ValueError, match=r"needs the scores of labelled .* no labels that match"):
         score_images(classifier, images, pictures, out=tmp_path / "c.csv", threshold="tpr95")
     with pytest.raises(ValueError, match="but no label is a known class"):
-        validation_threshold(classifier, images, pictures, torch.full((60,), -1), folder=tmp_path)
+        validation_threshold(classifier, images, pictures, torch.full((60,), -1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv"]
 
 
@@ -197,9 +194,7 @@ def test_the_image_that_sets_the_threshold_is_known_in_a_batch_of_any_size(tmp_p
     for seed in range(12):
         pictures = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
         labels = torch.zeros(12, dtype=torch.int64)
-        chosen, _ = validation_threshold(
-            classifier, images, pictures, labels, folder=tmp_path, batch_size=12
-        )
+        chosen, _ = validation_threshold(classifier, images, pictures, labels, batch_size=12)
         for size in (1, 5, 12):
             for threshold in (chosen, f"{chosen.value:.9g}"):  # as the summary prints it
                 summary = score_images(
@@ -216,9 +211,7 @@ def test_the_image_that_sets_the_threshold_is_known_in_a_batch_of_any_size(tmp_p
     assert moved  # else the test would say nothing
 
 
-def test_a_summary_warns_of_what_makes_the_verdicts_doubtful(classifier, tmp_path, monkeypatch):
-    """AUROC is computed from sorted files, block by block: here with ties, against the metric."""
-    monkeypatch.setattr(score_pass, "BLOCK", 7)
+def test_a_summary_warns_of_what_makes_the_verdicts_doubtful(classifier, tmp_path):
     files = tuple(f"{i}.png" for i in range(60))
     images = ImageList(files, files)
     pictures = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(0))

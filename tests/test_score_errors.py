@@ -19,9 +19,8 @@ from score_photos import (
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.image_list import ImageList, read_images
 from ueo_fast.finetune.evaluation.predict import Predicted
-from ueo_fast.finetune.scoring import score as score_module
-from ueo_fast.finetune.scoring import score_batches
-from ueo_fast.finetune.scoring.score import ThresholdError, score_images
+from ueo_fast.finetune.scoring import score_images as score_module
+from ueo_fast.finetune.scoring.score_images import ThresholdError, score_images
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +142,7 @@ def test_a_summary_names_few_of_many_unreadable_images(classifier, tmp_path, mon
         failures = tuple((i, "truncated") for i in range(28))
         yield Predicted(torch.tensor([28, 29]), torch.tensor([[0.1, 0.2, 0, 0]] * 2), failures)
 
-    monkeypatch.setattr(score_batches, "predict_batches", mostly_broken)
+    monkeypatch.setattr(score_module, "predict_batches", mostly_broken)
     images = ImageList(names, names)
     summary = score_images(
         classifier, images, torch.empty(30, 3, 1, 1), out=tmp_path / "s.csv", threshold=0.1
@@ -212,8 +211,8 @@ def test_gmm_without_scikit_learn_is_refused_before_the_work(classifier, tmp_pat
     def missing() -> None:
         raise ImportError("pip install scikit-learn")
 
-    monkeypatch.setattr("ueo_fast.finetune.scoring.score_pass.require_mixture", missing)
-    monkeypatch.setattr(score_module, "fill_spool", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("ueo_fast.finetune.scoring.thresholds.require_mixture", missing)
+    monkeypatch.setattr(score_module, "predict_batches", lambda *_, **__: pytest.fail("too late"))
     images, pictures = ImageList(("a", "b"), ("a", "b")), torch.rand(2, 3, 32, 32)
     with pytest.raises(ImportError, match="scikit-learn"):
         score_images(classifier, images, pictures, out=tmp_path / "s.csv", threshold="gmm")

@@ -18,7 +18,6 @@ from ueo_fast.finetune.scoring.thresholds import (
     choose_threshold,
     lowest_known,
     parse_threshold,
-    threshold_of_sorted,
 )
 
 
@@ -45,18 +44,21 @@ def brute_force_otsu(scores: np.ndarray) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("block", [7, 1 << 16])
-def test_otsu_is_the_best_of_all_splits(seed, block, monkeypatch):
-    monkeypatch.setattr(thresholds, "BLOCK", block)
+def test_otsu_is_the_best_of_all_splits(seed):
     scores = two_groups(seed, count=120, apart=float(seed))
     low, high = brute_force_otsu(scores)
     assert choose_threshold("otsu", scores) == pytest.approx((low + high) / 2, rel=1e-15)
 
 
-def test_otsu_takes_the_lowest_of_equally_good_gaps(monkeypatch):
-    for block in (1 << 16, 1):
-        monkeypatch.setattr(thresholds, "BLOCK", block)
-        assert choose_threshold("otsu", [0.0, 0.5, 1.0]) == 0.25
+def test_otsu_takes_the_lowest_of_equally_good_gaps():
+    assert choose_threshold("otsu", [0.0, 0.5, 1.0]) == 0.25
+
+
+def test_otsu_of_many_scores_lies_between_the_groups():
+    scores = two_groups(0, count=300_000)
+    upper = scores > 1 / 65 + 23e-5  # the middle of the two groups
+    threshold = choose_threshold("otsu", scores)
+    assert threshold == pytest.approx((scores[upper].mean() + scores[~upper].mean()) / 2, abs=1e-7)
 
 
 def test_otsu_with_ties_and_unequal_groups():
@@ -167,7 +169,7 @@ def test_tpr95_of_few_images_warns_and_is_their_lowest_score():
 
 def test_what_was_chosen_elsewhere_is_taken_as_it_is():
     assert choose_threshold(0.25, []) == 0.25
-    assert threshold_of_sorted(Threshold("tpr95", 0.125), np.empty(0)) == 0.125
+    assert choose_threshold(Threshold("tpr95", 0.125), []) == 0.125
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,10 @@ from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.methods.oracle import check_labels
 from ueo_fast.finetune.methods.registry import make_method
 from ueo_fast.finetune.methods.zeroshot import ZeroShot
-from ueo_fast.finetune.scoring.score_batches import ScoredBatch, score_batches
-from ueo_fast.finetune.scoring.score_pass import check_choice
+from ueo_fast.finetune.scoring.score_images import ScoredBatch, score_batches
 from ueo_fast.finetune.scoring.thresholds import (
     Threshold,
+    check_threshold,
     choose_threshold,
     lowest_known,
     parse_threshold,
@@ -176,7 +176,7 @@ class Adaptation:
             )
         names, count = self.classifier.prompt.class_names, len(views.names)
         if threshold is not None:
-            check_choice(choice, views.labels, count, len(names))
+            check_threshold(choice, views.labels, count, len(names))
         batches = score_batches(
             self.classifier,
             views.plain,

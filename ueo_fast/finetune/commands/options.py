@@ -146,7 +146,8 @@ class ScoreConfig:
     top_k: int = field(
         default=5,
         metadata={
-            "help": "classes per image, with their probabilities at the model's own temperature"
+            "help": "classes per image, with their probabilities at the model's own temperature; "
+            "each takes 8 bytes of memory per image"
         },
     )
     threshold: str | None = field(
@@ -208,7 +209,7 @@ class ScoreConfig:
         Raises:
             OSError, ValueError: a file or folder is missing, or ``out`` cannot be written.
         """
-        from ueo_fast.finetune.scoring.score_writer import check_output
+        from ueo_fast.finetune.scoring.score_table import check_output
 
         check_output(Path(self.out), overwrite=self.overwrite)
         _check_there(self.run, self.data, self.validation)

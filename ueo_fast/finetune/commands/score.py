@@ -14,8 +14,8 @@ from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.data.views import views_of
 from ueo_fast.finetune.evaluation.predict import image_bar
-from ueo_fast.finetune.scoring.score import score_images, validation_threshold
-from ueo_fast.finetune.scoring.score_writer import check_output
+from ueo_fast.finetune.scoring.score_images import score_images, validation_threshold
+from ueo_fast.finetune.scoring.score_table import check_output
 from ueo_fast.finetune.scoring.thresholds import Threshold
 
 
@@ -31,7 +31,7 @@ def run(config: ScoreConfig) -> None:
     labelled = Labelled.of(images, classifier.prompt.class_names)
     scale = config.mcm_scale or adapted.mcm_scale
     if labelled.labels is None and not config.choice.needs_labels:
-        labelled = Labelled(images, None)  # without a note on what nobody asked for
+        labelled = Labelled(images, None)  # no note about labels that are not needed
     for remark in labelled.remarks():
         print(f"note: {remark}")
     threshold = config.choice
@@ -68,7 +68,7 @@ def _threshold(
     mcm_scale: float,
     decode: Decoding,
 ) -> Threshold:
-    """tpr95 of the validation images; says what makes it doubtful."""
+    """The tpr95 threshold of the validation images; prints what makes it doubtful."""
     labelled = Labelled.of(images, classifier.prompt.class_names)
     if labelled.labels is None:
         raise ValueError(
@@ -77,15 +77,12 @@ def _threshold(
         )
     for remark in labelled.remarks():
         print(f"note: {remark}")
-    folder = Path(config.out).parent
-    folder.mkdir(parents=True, exist_ok=True)
     with image_bar("validation", len(images)) as advance:
         threshold, warnings = validation_threshold(
             classifier,
             images,
             views_of(images, classifier.model, None, decode).plain,
             labelled.labels,
-            folder=folder,
             mcm_scale=mcm_scale,
             batch_size=config.batch_size,
             num_workers=config.workers,

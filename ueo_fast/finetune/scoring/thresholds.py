@@ -1,36 +1,34 @@
-"""From which score on an image counts as known: four ways to choose the threshold.
+"""The score from which on an image counts as known: four ways to choose it.
 
-Convention, as in :mod:`ueo_fast.finetune.evaluation.metrics`: known is positive, and an image is
-known where its score reaches the threshold, to within what rounding does to a score
-(:func:`lowest_known`). All of them are exact: they look at every score, not at a
-histogram (but for the mixture, which sees at most :data:`MIXTURE_POINTS` quantiles). They take the
-scores in ascending order, so that a sorted file on disk serves as well as an array, and read them
-block by block: memory does not grow with the number of images.
+Convention, as in :mod:`ueo_fast.finetune.evaluation.metrics`: known is positive. An image is known
+if its score reaches the threshold, to within the rounding of a score (:func:`lowest_known`). All
+four look at every score, not at a histogram; only the mixture is fitted to at most
+:data:`MIXTURE_POINTS` quantiles.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ueo_fast.finetune.data.names import plural
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Kind = Literal["value", "otsu", "gmm", "tpr95"]
 Scores = NDArray[np.float64]
 OnWarning = Callable[[str], None]
 
-BLOCK = 1 << 16
-"""Scores that are looked at at once."""
-
 MIXTURE_POINTS = 20_000
-"""Evenly spaced quantiles that stand for more scores than that when a mixture is fitted."""
+"""A mixture of more scores than this is fitted to this many evenly spaced quantiles."""
 
 WAY_OUT = "give a number, or tpr95 with labelled images"
 
@@ -40,13 +38,13 @@ class Threshold:
     """A choice of ``--threshold``.
 
     Attributes:
-        kind: ``"value"``: the number ``value``. ``"otsu"``: splits the scores where the variance
-            between the two parts is largest; needs nothing but scores, and finds a split even
-            where there is none. ``"gmm"``: a mixture of two Gaussians, split where both are
-            equally probable; needs nothing but scores. ``"tpr95"``: the highest threshold that
-            keeps at least 95 % of the known images; needs labels.
-        value: the number; for another kind, what it came to on other images than those that are
-            scored (a validation set), or ``None``: to be chosen from the scores.
+        kind: ``"value"``: the number ``value``. ``"otsu"``: split the scores where the variance
+            between the two parts is largest; needs only scores, and finds a split even if there is
+            none. ``"gmm"``: fit a mixture of two Gaussians, and split where both are equally
+            probable; needs only scores. ``"tpr95"``: the highest threshold that keeps at least
+            95 % of the known images; needs labels.
+        value: the number. For another kind, the threshold that was chosen from other images (a
+            validation set); ``None``: choose it from the scores.
 
     Raises:
         ValueError: unknown ``kind``, or a value that is missing or outside 0..1.
@@ -69,12 +67,12 @@ class Threshold:
 
     @property
     def needs_labels(self) -> bool:
-        """Whether scores alone do not say it."""
+        """Whether scores alone are not enough."""
         return self.kind == "tpr95" and self.value is None
 
 
 def parse_threshold(text: str | float | Threshold) -> Threshold:
-    """A number or ``"otsu"``, ``"gmm"``, ``"tpr95"``, as a user writes it.
+    """Read a number, ``"otsu"``, ``"gmm"`` or ``"tpr95"``, as a user writes it.
 
     Raises:
         TypeError, ValueError: neither; the message lists the choices.
@@ -95,6 +93,41 @@ def parse_threshold(text: str | float | Threshold) -> Threshold:
     return Threshold("value", float(text))
 
 
+def check_threshold(choice: Threshold, labels: Tensor | None, count: int, classes: int) -> None:
+    """Check what can be checked before the images are scored.
+
+    Args:
+        choice: the threshold to choose.
+        labels: (N,) position in the classes, -1 for unknown; ``None``: no labels.
+        count: N.
+        classes: number of classes.
+
+    Raises:
+        ValueError: ``labels`` does not fit or is missing, or a split is asked for and there is only
+            one class.
+        ImportError: ``gmm`` without scikit-learn.
+    """
+    if choice == Threshold("gmm"):
+        require_mixture()
+    if labels is not None and (
+        labels.shape != (count,) or int(labels.amin()) < -1 or int(labels.amax()) >= classes
+    ):
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} and values from {int(labels.amin())} to "
+            f"{int(labels.amax())}; expected ({count},) and -1..{classes - 1}, -1 for unknown"
+        )
+    if choice.needs_labels and labels is None:
+        raise ValueError(_needs_labels("the images have no labels that match a class"))
+    if choice.needs_labels and labels is not None and not bool((labels >= 0).any()):
+        raise ValueError(_needs_labels("no label is a known class"))
+    if classes == 1 and choice.kind in ("otsu", "gmm"):
+        raise ValueError(
+            f"threshold={choice.kind!r} splits the scores in two, but with a single class the MCM "
+            "score of every image is 1; list more classes (such as what else may be in the "
+            "images), or give a number"
+        )
+
+
 def choose_threshold(
     kind: str | float | Threshold,
     scores: ArrayLike,
@@ -102,28 +135,30 @@ def choose_threshold(
     *,
     on_warning: OnWarning | None = None,
 ) -> float:
-    """The threshold of some scores that fit into memory.
+    """Choose the threshold of some scores.
 
     Args:
         kind: as for :func:`parse_threshold`.
-        scores: (N,), any order; not changed.
-        is_known: (N,) bool, true for images of a known class; for ``tpr95``.
-        on_warning: told in a sentence where the threshold means little; default: a Python warning.
+        scores: (N,), in any order; left unchanged.
+        is_known: (N,) bool, true for images of a known class; only ``tpr95`` needs it.
+        on_warning: called with a sentence if the threshold means little; default: a Python warning.
 
     Returns:
         t; an image is known from ``lowest_known(t, ...)`` on.
 
     Raises:
-        ValueError: scores that are NaN, too few or all equal, no label of a known image where
-            they are needed, or a mixture that does not separate; with the way out.
+        ValueError: the scores are NaN, too few or all equal, no known image is labelled where
+            labels are needed, or the mixture does not separate; the message has the way out.
     """
     choice = parse_threshold(kind)
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1:
         raise ValueError(f"scores has shape {values.shape}; expected (N,)")
+    if choice.value is not None:
+        return choice.value
     if choice.needs_labels:
         if is_known is None:
-            raise ValueError(needs_labels_message("is_known is None"))
+            raise ValueError(_needs_labels("is_known is None"))
         known = np.asarray(is_known)
         if known.dtype != np.bool_ or known.shape != values.shape:
             raise ValueError(
@@ -131,50 +166,32 @@ def choose_threshold(
                 f"{values.shape}, as the scores"
             )
         values = values[known]
-    return threshold_of_sorted(choice, np.sort(values), on_warning=on_warning)
-
-
-def threshold_of_sorted(
-    threshold: Threshold, ordered: Scores, *, on_warning: OnWarning | None = None
-) -> float:
-    """The threshold of scores in ascending order, which may be a file mapped into memory.
-
-    Args:
-        threshold: the choice.
-        ordered: (N,) float64, ascending; of the known images only for ``tpr95``. Only read.
-        on_warning: as for :func:`choose_threshold`.
-
-    Raises:
-        ValueError: as :func:`choose_threshold`.
-    """
-    if threshold.value is not None:
-        return threshold.value
-    # NaN sorts to the end, minus infinity to the beginning.
-    if len(ordered) and not (math.isfinite(ordered[0]) and math.isfinite(ordered[-1])):
+    if not np.isfinite(values).all():
         raise ValueError("scores has NaN or infinity; none can be ranked")
     warn = on_warning or _warn
-    if threshold.kind == "tpr95":
+    ordered = np.sort(values)
+    if choice.kind == "tpr95":
         return _tpr95(ordered, warn)
     if len(ordered) < 2:
         raise ValueError(
-            f"threshold={threshold.kind!r} splits the scores in two, so it needs at least 2, got "
+            f"threshold={choice.kind!r} splits the scores in two, so it needs at least 2, got "
             f"{len(ordered)}; score more images, or {WAY_OUT}"
         )
     if ordered[0] == ordered[-1]:
         raise ValueError(
-            f"threshold={threshold.kind!r} splits the scores in two, but all {len(ordered)} are "
+            f"threshold={choice.kind!r} splits the scores in two, but all {len(ordered)} are "
             f"{float(ordered[0])!r} (with a single class the MCM score is always 1); {WAY_OUT}"
         )
-    return _otsu(ordered) if threshold.kind == "otsu" else _mixture(ordered, warn)
+    return _otsu(ordered) if choice.kind == "otsu" else _mixture(ordered, warn)
 
 
 def lowest_known(threshold: float, mcm_scale: float, cosine_error: float) -> float:
-    """The lowest score that counts as reaching ``threshold``; every verdict is taken with it.
+    """Compute the lowest score that counts as reaching ``threshold``; all verdicts use it.
 
-    The cosines of one image differ by rounding from one batch size to another, and its score with
-    them, so the very image that set a threshold may come out below it. With every cosine off by at
-    most ``e`` the odds ``p / (1 - p)`` of a score change by at most a factor of
-    ``exp(2 * e * mcm_scale)``; a score that is lower by no more than that counts as equal.
+    Rounding makes an image's cosines, and so its score, depend on the batch size: the very image
+    that set a threshold may come out below it. If every cosine is off by at most ``e``, the odds
+    ``p / (1 - p)`` of a score change by at most a factor of ``exp(2 * e * mcm_scale)``. A score
+    that is lower by no more than that counts as equal.
 
     Args:
         threshold: of any kind, in 0..1.
@@ -185,21 +202,12 @@ def lowest_known(threshold: float, mcm_scale: float, cosine_error: float) -> flo
         A number in 0..``threshold``; an image is known where ``score >= lowest_known(...)``.
     """
     factor = math.exp(min(2 * cosine_error * mcm_scale, 700.0))  # e^710 overflows
-    rest = 1 - threshold + math.ulp(1.0)  # the score itself is rounded, to 1 at the most
+    rest = 1 - threshold + math.ulp(1.0)  # a score is rounded too, to at most 1
     return min(threshold, threshold / (threshold + rest * factor))
 
 
-def needs_labels_message(found: str) -> str:
-    """What ``tpr95`` lacks, and where to get it."""
-    return (
-        f"threshold='tpr95' needs the scores of labelled images of known classes, but {found}; "
-        "score images in class folders or a list with labels, take the threshold from labelled "
-        "validation images, or choose otsu, gmm or a number"
-    )
-
-
 def require_mixture() -> Any:
-    """scikit-learn's ``GaussianMixture``.
+    """Import scikit-learn's ``GaussianMixture``.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -222,38 +230,35 @@ def _otsu(ordered: Scores) -> float:
     equally good ones.
     """
     count = len(ordered)
-    low, span = float(ordered[0]), float(ordered[-1] - ordered[0])
-    # At scale 1 scores differ in the fourth digit only: moved to 0..1 nothing cancels.
-    total = math.fsum(float(np.sum((block - low) / span)) for _, block in _blocks(ordered))
-    best, threshold, below = -1.0, low, 0.0
-    for start, block in _blocks(ordered[:-1]):
-        upper = np.asarray(ordered[start + 1 : start + 1 + len(block)])
-        sums = below + np.cumsum((block - low) / span)
-        below = float(sums[-1])
-        i = np.arange(start + 1, start + 1 + len(block), dtype=np.float64)
-        variance = np.where(upper > block, (count * sums - i * total) ** 2 / (i * (count - i)), -1)
-        at = int(np.argmax(variance))
-        if variance[at] > best:
-            best, threshold = float(variance[at]), _between(float(block[at]), float(upper[at]))
-    return threshold
+    # At scale 1 scores differ only from the fourth digit on; moved to 0..1, nothing cancels.
+    moved = (ordered - ordered[0]) / (ordered[-1] - ordered[0])
+    below = np.arange(1, count, dtype=np.float64)
+    sums = np.cumsum(moved[:-1])
+    variance = (count * sums - below * moved.sum()) ** 2 / (below * (count - below))
+    variance[ordered[1:] == ordered[:-1]] = -1  # equal scores cannot be separated
+    best = int(np.argmax(variance))
+    return _between(float(ordered[best]), float(ordered[best + 1]))
 
 
 def _mixture(ordered: Scores, warn: OnWarning) -> float:
     """Where the posterior of the upper of two Gaussians is one half, between their means."""
     mixture_class = require_mixture()
-    points = np.asarray(ordered[_evenly_spaced(len(ordered))])
+    points, count = ordered, len(ordered)
+    if count > MIXTURE_POINTS:  # evenly spaced, so that each stands for as many scores
+        steps = (np.arange(MIXTURE_POINTS) + 0.5) * (count / MIXTURE_POINTS)
+        points = ordered[steps.astype(np.int64)]
     centre, spread = float(points.mean()), float(points.std())
     if not spread > 0:  # fewer than one in MIXTURE_POINTS differs
         raise ValueError(
-            f"threshold='gmm': nearly all of the {len(ordered)} scores are {centre!r}; {WAY_OUT}"
+            f"threshold='gmm': nearly all of the {count} scores are {centre!r}; {WAY_OUT}"
         )
-    # In units of the spread, because the fit's floor for variances is absolute. Of five starts the
-    # most probable fit is taken; those from k-means often end in the same poor one.
+    # In units of the spread, because the fit's floor for variances is absolute. The best of five
+    # random starts: starts from k-means often end in the same poor fit.
     mixture = mixture_class(
         2, init_params="random_from_data", n_init=5, tol=1e-6, max_iter=1000, random_state=0
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what there is to say is said below
+        warnings.simplefilter("ignore")  # our own warnings follow below
         mixture.fit(((points - centre) / spread)[:, None])
     order = np.argsort(mixture.means_[:, 0])
     means, weights = mixture.means_[order, 0], mixture.weights_[order]
@@ -272,7 +277,7 @@ def _mixture(ordered: Scores, warn: OnWarning) -> float:
         warn(
             f"threshold='gmm': the two groups of scores overlap (Ashman's D = {distance:.2f}; from "
             "2 on they are separated), so images near the threshold could be either; tpr95 with "
-            "labelled images is surer"
+            "labelled images is more reliable"
         )
     if not mixture.converged_:
         warn("threshold='gmm': the fit did not converge in 1000 steps; otsu needs no fit")
@@ -295,7 +300,7 @@ def _tpr95(ordered: Scores, warn: OnWarning) -> float:
     """The highest score that at least 95 % of the known images reach."""
     count = len(ordered)
     if count == 0:
-        raise ValueError(needs_labels_message("there is none"))
+        raise ValueError(_needs_labels("there is none"))
     if count < 20:
         warn(
             f"threshold='tpr95' rests on {plural(count, 'labelled image')} of known classes: with "
@@ -311,16 +316,12 @@ def _between(low: float, high: float) -> float:
     return middle if middle > low else high
 
 
-def _evenly_spaced(count: int) -> Any:
-    """Positions of at most MIXTURE_POINTS ordered scores, each standing for as many."""
-    if count <= MIXTURE_POINTS:
-        return slice(None)
-    return ((np.arange(MIXTURE_POINTS) + 0.5) * (count / MIXTURE_POINTS)).astype(np.int64)
-
-
-def _blocks(values: Scores) -> Iterator[tuple[int, Scores]]:
-    for start in range(0, len(values), BLOCK):
-        yield start, np.asarray(values[start : start + BLOCK])
+def _needs_labels(found: str) -> str:
+    return (
+        f"threshold='tpr95' needs the scores of labelled images of known classes, but {found}; "
+        "score images in class folders or a list with labels, take the threshold from labelled "
+        "validation images, or choose otsu, gmm or a number"
+    )
 
 
 def _kinds() -> str:
