@@ -46,7 +46,7 @@ def named_as_flags() -> Iterator[None]:
 
 
 def option(name: str, value: str) -> str:
-    """An option in the words of whoever asked: a Python argument or a flag."""
+    """An option as the caller writes it: a Python argument or a flag."""
     return f"--{name} {shlex.quote(shown(value))}" if _AS_FLAGS.get() else f"{name}={value!r}"
 
 
@@ -62,8 +62,8 @@ class BaseModel:
     Attributes:
         name: what :func:`~ueo_fast.finetune.clip.load.load_clip` takes as ``model``; empty where
             the model came from elsewhere.
-        pretrained: tag or path of its weights; ``None`` where the name says it all.
-        activation: ``"quickgelu"`` or ``"gelu"``. No tensor tells it, and the wrong one costs
+        pretrained: tag or path of its weights; ``None`` where the name is enough.
+        activation: ``"quickgelu"`` or ``"gelu"``. No tensor shows it, and the wrong one costs
             accuracy without an error.
         embed_dim: E, length of the features.
         fingerprint: of the weights that adaptation leaves alone, see :func:`fingerprint`.
@@ -176,7 +176,7 @@ def fingerprint(model: nn.Module) -> str:
     What it does not see: a change of a few numbers between those samples, or one below float16's
     rounding (a relative 5e-4); a base that differs in its norms only; the activation, the
     preprocessing and the tokenizer. bfloat16 weights have another fingerprint than the float32
-    ones that they were rounded from. It finds mistakes, and is no protection against forgery.
+    ones that they were rounded from. It finds mistakes; it does not protect against forgery.
     """
     adapted = tower_tensors(model, "all").keys()
     digest = hashlib.blake2b(digest_size=16)

@@ -86,7 +86,7 @@ def load_clip(
             ``local-dir:folder``, or the folder itself, with ``open_clip_config.json`` and weights.
         pretrained: for a name: a tag of ``open_clip.list_pretrained_tags_by_model(model)``; the
             path of a file with weights; ``tag=path``, a file that holds the weights of that tag
-            (downloaded elsewhere), which says activation and preprocessing as well; or ``none`` for
+            (downloaded elsewhere), which implies activation and preprocessing; or ``none`` for
             random weights, always the same ones. Folders and repositories bring their own weights.
         device: where the model goes.
         precision: ``fp32``; ``fp16`` or ``bf16`` load the large weights in that type
@@ -98,7 +98,7 @@ def load_clip(
         ValueError: an unknown name or tag (with the closest ones), no ``pretrained`` for a name
             (with its tags), weights that do not fit, an activation that is not known.
         OSError: a file or folder is missing, or weights cannot be downloaded; the message says
-            which file, and how to go on without a network.
+            which file, and what to do without a network.
 
     Source: open_clip issues 771 and 915 (QuickGELU).
     """

@@ -41,7 +41,7 @@ class PromptLearner(nn.Module):
     them (``model.requires_grad_(False)``) and moving them is up to the caller; move both together.
     ``copy.deepcopy`` of a learner copies the model as well, unless both are copied in one call.
 
-    Nothing is cached: the learner cannot see when the model's weights change. With the context
+    Nothing is cached: the learner cannot see when the model's weights change. If the context is
     frozen, call it once under ``torch.no_grad()`` and keep the tensor.
 
     Args:
@@ -87,14 +87,13 @@ class PromptLearner(nn.Module):
                 "word, e.g. context='a photo of a'"
             )
         prompts = [f"{context} {name}{suffix}" for name in self.class_names]
-        known = is_open_clips(model)
         length = _length(model, tokenizer)
         layout = _layout(tokenizer, length)
         tokens = _tokenize(tokenizer, prompts, length, layout)
         _check_distinct(tokens, prompts)
         start, stop = _context_span(tokenizer, context, tokens, layout)
         places = layout.places(tokens)
-        known = known and places is None
+        known = is_open_clips(model) and places is None
         if known:
             tokens = tokens[:, : useful_length(model, tokens)]
             with torch.no_grad():
@@ -113,20 +112,18 @@ class PromptLearner(nn.Module):
         self.context_words, self.suffix_text = context, suffix
         first = aligned[0] if aligned.numel() else aligned.flatten(0, 1)
         self.context = nn.Parameter(first[start:stop].to(_at_least_float32(aligned), copy=True))
-        device = aligned.device
-        self.register_buffer("tokens", tokens.to(device), persistent=False)
-        self.register_buffer("prefix", first[:start].clone(), persistent=False)
-        self.register_buffer("suffix", aligned[:, stop:].clone(), persistent=False)
-        self.register_buffer(
-            "padded_places", None if places is None else places.to(device), persistent=False
-        )
         packing = pack(model, tokens, stop) if known else None
-        self._groups = None if packing is None else packing.groups
-        for name, indices in (
-            ("packed_rows", None if packing is None else packing.rows),
-            ("packed_places", None if packing is None else packing.places),
-        ):
-            self.register_buffer(name, indices, persistent=False)
+        self._groups = packing and packing.groups
+        buffers = {
+            "tokens": tokens.to(aligned.device),
+            "prefix": first[:start].clone(),
+            "suffix": aligned[:, stop:].clone(),
+            "padded_places": None if places is None else places.to(aligned.device),
+            "packed_rows": packing and packing.rows,
+            "packed_places": packing and packing.places,
+        }
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
 
     def forward(self) -> Tensor:
         """The text features: (C, E), float32, each row of norm 1."""
@@ -149,10 +146,7 @@ class PromptLearner(nn.Module):
         return self._embedding is None
 
     def check_trainable(self) -> None:
-        """
-        Raises:
-            ValueError: the context cannot be trained with this text tower.
-        """
+        """Raise ``ValueError`` if the context cannot be trained with this text tower."""
         if self._embedding == (None,):
             (model,) = self._model
             tower = getattr(model, "text", model)
@@ -191,11 +185,9 @@ def _clean_names(class_names: Sequence[str]) -> tuple[str, ...]:
     names = tuple(name.replace("_", " ").strip() for name in class_names)
     if not names:
         raise ValueError("class_names is empty; give the names of the known classes")
-    for index, name in enumerate(names):
-        if not name:
-            raise ValueError(
-                f"class_names[{index}]={class_names[index]!r} is blank; name the class"
-            )
+    if "" in names:
+        index = names.index("")
+        raise ValueError(f"class_names[{index}]={class_names[index]!r} is blank; name the class")
     return names
 
 
@@ -281,10 +273,10 @@ def _check_distinct(tokens: Tensor, prompts: list[str]) -> None:
 def _context_span(
     tokenizer: Callable[..., Tensor], context: str, tokens: Tensor, layout: _Layout
 ) -> tuple[int, int]:
-    """Where the context's tokens lie in every prompt, padding aside: [start, stop).
+    """Where the context's tokens are in every prompt, padding aside: [start, stop).
 
-    Found by comparison, because tokenizers differ: CLIP's and BERT's begin with a start token,
-    SigLIP's does not.
+    Found by comparison, because CLIP's and BERT's tokenizers begin with a start token, SigLIP's
+    does not.
     """
     empty, alone = layout.aligned(tokenizer(["", context], context_length=tokens.shape[1]))
     start = _common_prefix(empty[None], alone)

@@ -280,7 +280,7 @@ class HeldSignals:
     def deliver(self) -> None:
         """Let a pending signal do what it does without this block.
 
-        Mostly that raises ``KeyboardInterrupt`` or ends the process; else the block goes on.
+        Mostly that raises ``KeyboardInterrupt`` or ends the process; else the block continues.
         """
         if self.pending is not None:
             number, self.pending = self.pending, None

@@ -13,12 +13,12 @@ if TYPE_CHECKING:  # a message about an error needs no PyTorch
 
 @dataclass(frozen=True)
 class StartRecord:
-    """Where a run begins, or goes on.
+    """Where a run starts or resumes.
 
     Attributes:
-        step: steps that are done already, by the run that is resumed; 0 in a new one.
+        step: steps already done, by the run that is resumed; 0 in a new one.
         total: steps in all.
-        epoch: whole epochs that are done already.
+        epoch: whole epochs already done.
     """
 
     step: int
@@ -124,7 +124,7 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on.
+    """All that a run needs to resume.
 
     Attributes:
         step: steps done.
@@ -158,8 +158,7 @@ class Hooks:
     """Training callbacks; no-ops by default. One that raises ends the run.
 
     All are called before the checkpoint of their step is saved, so a log has every step of the
-    checkpoint. The steps that it has beyond, a resumed run repeats: :attr:`on_start` says from
-    where.
+    checkpoint. A resumed run repeats later steps; :attr:`on_start` receives where it starts.
 
     Attributes:
         on_start: called once, before the first step, when a checkpoint has been loaded.

@@ -272,7 +272,7 @@ class EarlyStop:
         self.best_epoch = 0
 
     def epoch(self, record: EpochRecord) -> str | None:
-        """Call at the end of each epoch; returns why to stop, or ``None`` to go on."""
+        """Call at the end of each epoch; returns why to stop, or ``None`` to continue."""
         if self._information is None or record.mutual_information > self._information:
             self._information = record.mutual_information
             self._state = adapted_state(self._classifier)

@@ -56,7 +56,7 @@ def read_tensors(
 
     Args:
         path: of the file.
-        limit: most bytes that such a file can sensibly have.
+        limit: the most bytes that such a file may have.
 
     Raises:
         FileNotFoundError: there is none. Other subclasses of ``OSError``: it cannot be opened.
@@ -70,7 +70,7 @@ def read_tensors(
     size = path.stat().st_size
     if not path.is_file():  # opening a pipe may wait for ever
         raise TensorFileError(f"{path} is a pipe, a socket or a device; give a file")
-    with open(path, "rb") as file:  # an error of the system, e.g. no permission, is told as such
+    with open(path, "rb") as file:  # so that the system's own errors are raised
         start = file.read(2)
     if size == 0:
         raise TensorFileError(f"{path} is empty; its writing was cut off, or it is not the file")

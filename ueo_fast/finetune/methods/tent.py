@@ -30,11 +30,11 @@ class Tent(LossMethod):
     frozen. BatchNorm normalises with the statistics of the batch; in a tower without it (a ViT)
     the affine parameters of LayerNorm are all that changes.
 
-    What differs from the paper: the authors drop the running statistics, here they follow the
-    stream (with each layer's momentum), so that the adapted classifier can predict single images
-    afterwards. The optimiser is that of the common loop, at a constant learning rate, as nobody
-    knows where a stream ends. With BatchNorm a last batch of one image would have no spread: the
-    batch size is then raised until none is left over.
+    The authors drop the running statistics; here they follow the stream (with each layer's
+    momentum), so that the adapted classifier can predict single images afterwards. The optimiser
+    is that of the common loop, at a constant learning rate, because a stream has no known end. With
+    BatchNorm a last batch of one image would have no spread: the batch size is then raised until
+    none is left over.
 
     Attributes:
         eps: added inside the logarithms.
