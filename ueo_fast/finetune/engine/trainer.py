@@ -130,17 +130,6 @@ def train(
         classifier.eval()
 
 
-def decay(config: TrainerConfig, done: int, total: int) -> float:
-    """What the learning rates are multiplied by in the step after ``done`` of ``total``.
-
-    ``cosine`` is ``(1 + cos(π done / total)) / 2``: 1 in the first step, and nearly 0 in the last.
-
-    Source: Loshchilov and Hutter, *SGDR*, 2017, equation 5, without restarts; authors' ``demo.py``
-    (``CosineAnnealingLR``, stepped per batch).
-    """
-    return 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * done / total))
-
-
 def make_sgd(classifier: ClipClassifier, config: TrainerConfig) -> torch.optim.SGD:
     """The optimiser, with a group for the prompt and one for the affine parameters.
 
@@ -250,8 +239,17 @@ class _Run:
         )
 
     def set_learning_rates(self) -> dict[str, float]:
-        """Those of the next step, by group; 0 where frozen."""
-        factor = decay(self.config, self.state.step, self.total)
+        """Those of the next step, by group; 0 where frozen.
+
+        ``cosine`` multiplies by ``(1 + cos(π done / total)) / 2``: 1 in the first step, and nearly
+        0 in the last.
+
+        Source: Loshchilov and Hutter, *SGDR*, 2017, equation 5, without restarts; authors'
+        ``demo.py`` (``CosineAnnealingLR``, stepped per batch).
+        """
+        factor = 1.0
+        if self.config.schedule == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * self.state.step / self.total))
         for group in self.state.sgd.param_groups:
             group["lr"] = group["start"] * factor
         return {"prompt": self.config.prompt_lr * factor, "affine": self.config.affine_lr * factor}

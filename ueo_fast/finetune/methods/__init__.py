@@ -56,7 +56,7 @@ def make_method(name: str, **options: object) -> Method:
 
     Raises:
         TypeError: an option that no method has.
-        ValueError: unknown name; an option that this method does not use; a value that the method refuses.
+        ValueError: unknown name; an option that the method does not use; a value that it refuses.
     """
     if name not in METHODS:
         raise ValueError(f"method={name!r} is unknown: choose one of {', '.join(METHODS)}")
