@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ueo_fast.finetune.clip.adapted_state import adapted_tensors
-from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.model import ClipClassifier, adapted_tensors
 from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from engine_problem import Remembering, infomax, make_classifier, make_images
 
-from ueo_fast.finetune.clip.adapted_state import adapted_state
+from ueo_fast.finetune.clip.model import adapted_state
 from ueo_fast.finetune.engine.checkpoint import SafetensorsCheckpoints
 from ueo_fast.finetune.engine.hooks import Hooks, combine
 from ueo_fast.finetune.engine.tracking import JsonLinesTracker

@@ -20,7 +20,7 @@ from ueo_fast.finetune.commands.options import (
     ScoreConfig,
 )
 from ueo_fast.finetune.demo.config import DemoConfig
-from ueo_fast.finetune.methods.registry import METHODS, options_of
+from ueo_fast.finetune.methods import METHODS, options_of
 
 NEEDED = ("--data", "d", "--classes", "c")
 ODD_TEXTS = [

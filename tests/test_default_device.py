@@ -18,7 +18,7 @@ from ueo_fast.finetune.data.image_list import read_images
 from ueo_fast.finetune.data.labels import match_labels
 from ueo_fast.finetune.data.views import views_of
 from ueo_fast.finetune.engine.trainer import TrainerConfig
-from ueo_fast.finetune.methods.registry import METHODS, make_method
+from ueo_fast.finetune.methods import METHODS, make_method
 from ueo_fast.finetune.target import Target, zero_shot_target
 
 

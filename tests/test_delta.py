@@ -20,11 +20,10 @@ from delta_problem import CLASSES, disturb, images, zero_shot  # noqa: E402
 from tiny_model_folder import save_tiny_clip, tiny_model_cfg  # noqa: E402
 
 from ueo_fast.finetune.adaptation import adapt  # noqa: E402
-from ueo_fast.finetune.clip.adapted_state import adapted_state  # noqa: E402
 from ueo_fast.finetune.clip.base_model import describe_base  # noqa: E402
 from ueo_fast.finetune.clip.delta import DeltaError, load_delta, read_delta, save_delta  # noqa: E402
 from ueo_fast.finetune.clip.load import load_base, load_clip  # noqa: E402
-from ueo_fast.finetune.clip.model import ClipClassifier  # noqa: E402
+from ueo_fast.finetune.clip.model import ClipClassifier, adapted_state  # noqa: E402
 from ueo_fast.finetune.clip.prompt import PromptLearner  # noqa: E402
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer  # noqa: E402
 from ueo_fast.finetune.engine.trainer import TrainerConfig  # noqa: E402

@@ -16,8 +16,8 @@ from engine_problem import (
     state_of,
 )
 
-from ueo_fast.finetune.engine.early_stop import EarlyStop
 from ueo_fast.finetune.engine.hooks import EpochRecord
+from ueo_fast.finetune.engine.monitor import EarlyStop
 from ueo_fast.finetune.engine.objective import Objective
 from ueo_fast.finetune.engine.trainer import train
 

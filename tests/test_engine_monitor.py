@@ -12,8 +12,14 @@ from engine_problem import (
     make_images,
 )
 
-from ueo_fast.finetune.engine.monitor import CollapseMonitor, totals_of
-from ueo_fast.finetune.engine.step_statistics import StepStatistics, Totals, entropy, measure
+from ueo_fast.finetune.engine.monitor import (
+    CollapseMonitor,
+    StepStatistics,
+    Totals,
+    entropy,
+    measure,
+    totals_of,
+)
 from ueo_fast.finetune.methods import EntMin, InfoMax
 from ueo_fast.finetune.target import zero_shot_target
 

@@ -178,7 +178,9 @@ def test_a_checkpoint_of_other_classes_images_or_models_is_refused():
     other = make_classifier(names=[*NAMES[:3], "five"])
     with pytest.raises(ValueError, match=r"classes=.*'four'\], and this one has classes=.*'five'"):
         train(other, images, objective, config=FULL, hooks=hooks)
-    with pytest.raises(ValueError, match=r"objective='Remembering', .* objective='_Information'"):
+    with pytest.raises(
+        ValueError, match=r"objective='Remembering', .* objective='WeightedEntropy'"
+    ):
         train(make_classifier(), images, infomax(images), config=FULL, hooks=hooks)
     before = make_classifier("bn")
     with pytest.raises(ValueError, match="does not fit this run: its state lacks"):

@@ -21,8 +21,8 @@ from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.training_config import TrainerConfig
 from ueo_fast.finetune.methods.adabn import AdaBN
+from ueo_fast.finetune.methods.base import ZeroShot
 from ueo_fast.finetune.methods.ueo import UEO
-from ueo_fast.finetune.methods.zeroshot import ZeroShot
 
 NAMES = ["one", "two", "three"]
 PROMPT = TrainerConfig(epochs=3, batch_size=4, affine_lr=0.0, prompt_lr=0.01)

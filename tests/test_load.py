@@ -21,7 +21,6 @@ open_clip = pytest.importorskip("open_clip")
 from open_clip import factory  # noqa: E402
 from tiny_model_folder import WEIGHTS, save_tiny_clip, tiny_model_cfg  # noqa: E402
 
-from ueo_fast.finetune.clip import hub  # noqa: E402
 from ueo_fast.finetune.clip import weights as weights_module  # noqa: E402
 from ueo_fast.finetune.clip.base_model import (  # noqa: E402
     activation_of,
@@ -61,7 +60,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(*_: Any, **__: Any) -> None:
         raise AssertionError("asked for a download although nothing answers")
 
-    monkeypatch.setattr(hub, "unreachable", lambda url: "Name or service not known")
+    monkeypatch.setattr(weights_module, "unreachable", lambda url: "Name or service not known")
     monkeypatch.setattr(open_clip, "download_pretrained", asked)
     monkeypatch.setattr(weights_module, "download_pretrained_from_hf", asked)
 
@@ -212,7 +211,7 @@ def test_without_a_network_the_error_says_which_file_and_where_to(named, offline
         "https://huggingface.co/somebody/tiny (open_clip_model.safetensors or ",
         TAG["url"],
         "pretrained='openai=/path/of/the/file'",
-        str(hub.constants.HF_HUB_CACHE),
+        str(weights_module.constants.HF_HUB_CACHE),
     ):
         assert part in message
     with pytest.raises(OSError, match=r"a/b: not found .*one folder, and give model='/path/of"):
@@ -236,15 +235,15 @@ def test_a_network_that_does_not_answer_costs_one_short_wait(monkeypatch):
         def head(self, url: str, timeout: float) -> None:
             assert timeout == 0.2
 
-    monkeypatch.setattr(hub, "_PATIENCE", 0.2)
-    monkeypatch.setattr(hub, "get_session", Silent)
+    monkeypatch.setattr(weights_module, "_PATIENCE", 0.2)
+    monkeypatch.setattr(weights_module, "get_session", Silent)
     started = time.perf_counter()
-    assert "no answer from https://a.b within 0.2 s" in hub.unreachable("https://a.b")
+    assert "no answer from https://a.b within 0.2 s" in weights_module.unreachable("https://a.b")
     assert time.perf_counter() - started < 5
-    monkeypatch.setattr(hub, "get_session", Refusing)
-    assert hub.unreachable("https://a.b") == "https://a.b: Connection refused"
-    monkeypatch.setattr(hub, "get_session", Answering)
-    assert hub.unreachable("https://a.b") == ""
+    monkeypatch.setattr(weights_module, "get_session", Refusing)
+    assert weights_module.unreachable("https://a.b") == "https://a.b: Connection refused"
+    monkeypatch.setattr(weights_module, "get_session", Answering)
+    assert weights_module.unreachable("https://a.b") == ""
 
 
 def test_weights_in_the_cache_need_no_network(folder, named, offline, monkeypatch):
@@ -254,7 +253,7 @@ def test_weights_in_the_cache_need_no_network(folder, named, offline, monkeypatc
         asked.append((repository, file))
         return str(folder / WEIGHTS) if file.endswith(".bin") else None
 
-    monkeypatch.setattr(hub, "try_to_load_from_cache", cache)
+    monkeypatch.setattr(weights_module, "try_to_load_from_cache", cache)
     loaded = load_clip("tiny-bn", "openai")
     assert asked == [
         ("somebody/tiny", "open_clip_model.safetensors"),

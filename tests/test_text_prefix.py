@@ -20,9 +20,14 @@ from open_clip.model import (
     convert_weights_to_lp,
 )
 
-from ueo_fast.finetune.clip import text_prefix
-from ueo_fast.finetune.clip.text_prefix import Packing, encode_packed, pack
-from ueo_fast.finetune.clip.text_tower import embed_tokens, encode_embeddings
+from ueo_fast.finetune.clip import text_tower
+from ueo_fast.finetune.clip.text_tower import (
+    Packing,
+    embed_tokens,
+    encode_embeddings,
+    encode_packed,
+    pack,
+)
 
 LENGTH, VOCAB, WIDTH, EMBED, PREFIX = 12, 64, 32, 24, 3
 SIZES = {
@@ -207,7 +212,7 @@ def test_dropout_is_dropped_out_in_training_mode_only() -> None:
     before = packed(model, parts, tokens)
     transformer(model).resblocks[0].attn.dropout = 0.5
     torch.testing.assert_close(packed(model, parts, tokens), before, rtol=0, atol=0)
-    assert text_prefix._is_plain(transformer(model))
+    assert text_tower._is_plain(transformer(model))
     model.train()
     torch.manual_seed(0)
     found = packed(model, parts, tokens)
@@ -329,7 +334,7 @@ def test_the_rows_are_on_the_models_device() -> None:
 def test_a_deep_copy_is_packed_as_well() -> None:
     model, tokens = make_clip(), make_tokens()
     parts = split_embeddings(model, tokens)
-    assert text_prefix._is_plain(transformer(copy.deepcopy(model)))
+    assert text_tower._is_plain(transformer(copy.deepcopy(model)))
     torch.testing.assert_close(
         packed(copy.deepcopy(model), parts, tokens), packed(model, parts, tokens), rtol=0, atol=0
     )

@@ -26,7 +26,7 @@ from photo_folder import KNOWN, photo_folder  # noqa: E402
 from tiny_model_folder import save_tiny_clip, tiny_model_cfg  # noqa: E402
 
 from ueo_fast.cli import main  # noqa: E402
-from ueo_fast.finetune.clip import hub, trust  # noqa: E402
+from ueo_fast.finetune.clip import base_model  # noqa: E402
 from ueo_fast.finetune.clip import load as load_module  # noqa: E402
 from ueo_fast.finetune.clip import weights as weights_module  # noqa: E402
 from ueo_fast.finetune.clip.base_model import BaseModel, describe_base  # noqa: E402
@@ -96,14 +96,14 @@ def forbid_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(*arguments: Any, **_: Any) -> str:
         raise AssertionError(f"the network was asked: {arguments}")
 
-    monkeypatch.setattr(hub, "unreachable", asked)
+    monkeypatch.setattr(weights_module, "unreachable", asked)
     monkeypatch.setattr(weights_module, "download_pretrained_from_hf", asked)
     monkeypatch.setattr(open_clip, "download_pretrained", asked)
 
 
 def with_text(folder: Path, **text: Any) -> Path:
     """Set options of the text tower in a model folder's config."""
-    path = folder / trust.CONFIG
+    path = folder / base_model.CONFIG
     config = json.loads(path.read_text())
     config["model_cfg"]["text_cfg"] |= text
     path.write_text(json.dumps(config))
@@ -144,7 +144,7 @@ def test_finetune_runs_no_code_of_a_model_folder(place, tmp_path, ran, capsys):
     assert finetune(place, "no run", "--model", str(tmp_path / "evil")) != 0
     error = capsys.readouterr().err
     assert "text_cfg.tokenizer_kwargs.trust_remote_code=True" in error
-    assert trust.CONFIG in error
+    assert base_model.CONFIG in error
     assert not ran
     assert not (place / "no run").exists()
 
@@ -195,7 +195,7 @@ def test_a_shared_run_that_names_the_hub_asks_no_network(
     place, tmp_path, command, monkeypatch, capsys
 ):
     forbid_network(monkeypatch)
-    monkeypatch.setattr(hub, "cached", lambda *_: None)
+    monkeypatch.setattr(weights_module, "_cached", lambda *_: None)
     shared = renamed(place / "run", tmp_path / "run", "hf-hub:evil/model")
     assert use(command, place, shared) != 0
     assert "name it: --model hf-hub:evil/model" in capsys.readouterr().err
@@ -328,18 +328,18 @@ def test_in_python_a_known_model_is_loaded_and_another_place_named(tmp_path, els
 def test_what_is_remembered_is_small_private_and_may_be_lost(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     base = BaseModel("local-dir:/x é", None, "gelu", 64, "0" * 32)
-    assert trust.recall(base.name, None) is None
-    trust.remember(base)
-    assert trust.is_known(base)
-    assert not trust.is_known(dataclasses.replace(base, activation="quickgelu"))
+    assert base_model.recall(base.name, None) is None
+    base_model.remember(base)
+    assert base_model.is_known(base)
+    assert not base_model.is_known(dataclasses.replace(base, activation="quickgelu"))
     (path,) = (tmp_path / "ueo_fast" / "models").iterdir()
     assert path.parent.stat().st_mode & 0o077 == 0
     path.write_text("[]")
-    assert not trust.is_known(base)
+    assert not base_model.is_known(base)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    trust.remember(base)  # nowhere to write: the model has to be named again
-    assert not trust.is_known(base)
+    base_model.remember(base)  # nowhere to write: the model has to be named again
+    assert not base_model.is_known(base)
 
 
 PLAIN: list[dict[str, Any]] = [
@@ -372,14 +372,14 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("changes", PLAIN, ids=str)
 def test_plain_options_pass(tmp_path, changes):
-    trust.read_model_config(config_with(tmp_path, changes))
+    base_model.read_model_config(config_with(tmp_path, changes))
 
 
 @pytest.mark.parametrize(("changes", "named"), HOSTILE, ids=str)
 def test_other_options_are_refused_by_name(tmp_path, changes, named):
     path = config_with(tmp_path, changes)
-    with pytest.raises(ValueError, match=rf"{trust.CONFIG}: model_cfg\..*{named}"):
-        trust.read_model_config(path)
+    with pytest.raises(ValueError, match=rf"{base_model.CONFIG}: model_cfg\..*{named}"):
+        base_model.read_model_config(path)
 
 
 def config_with(folder: Path, changes: dict[str, Any]) -> Path:
@@ -387,16 +387,16 @@ def config_with(folder: Path, changes: dict[str, Any]) -> Path:
     for name, value in changes.items():
         merge = isinstance(value, dict) and isinstance(config.get(name), dict)
         config[name] = {**config[name], **value} if merge else value
-    path = folder / trust.CONFIG
+    path = folder / base_model.CONFIG
     path.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 32, "extra": {}}}))
     return path
 
 
 def test_every_config_of_open_clip_is_plain(tmp_path):
     for name in open_clip.list_models():
-        path = tmp_path / trust.CONFIG
+        path = tmp_path / base_model.CONFIG
         path.write_text(json.dumps({"model_cfg": open_clip.get_model_config(name)}))
-        trust.read_model_config(path)
+        base_model.read_model_config(path)
 
 
 def test_the_tests_that_the_security_page_names_are_there():
@@ -411,16 +411,16 @@ def test_the_tests_that_the_security_page_names_are_there():
 
 
 def test_files_that_are_no_configs_are_refused(tmp_path):
-    path = tmp_path / trust.CONFIG
+    path = tmp_path / base_model.CONFIG
     for content in ("{", "[]", "{}", '{"model_cfg": 3}', "[" * 100_000, " " * 2**21):
         path.write_text(content)
-        with pytest.raises(ValueError, match=trust.CONFIG):
-            trust.read_model_config(path)
+        with pytest.raises(ValueError, match=base_model.CONFIG):
+            base_model.read_model_config(path)
     path.unlink()
     if hasattr(os, "mkfifo"):
         os.mkfifo(path)
         with pytest.raises(FileNotFoundError, match="is not a file"):
-            trust.read_model_config(path)
+            base_model.read_model_config(path)
 
 
 def test_a_text_tower_of_hugging_face_with_code_of_its_own_is_refused(tmp_path, monkeypatch):

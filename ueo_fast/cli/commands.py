@@ -88,7 +88,7 @@ _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 def _told(error: Exception) -> tuple[int, str] | None:
     """The exit status and the message of what a user can fix; ``None`` for a fault of ours."""
-    from ueo_fast.finetune.engine.history import NonFiniteLossError
+    from ueo_fast.finetune.engine.hooks import NonFiniteLossError
 
     if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
         return 1, (

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from ueo_fast.finetune.clip.adapted_state import CONTEXT, adapted_state, load_adapted_state
 from ueo_fast.finetune.clip.base_model import BaseModel, describe_base
 from ueo_fast.finetune.clip.delta import save_delta
-from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.model import CONTEXT, ClipClassifier, adapted_state, load_adapted_state
 from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.clip.template import split_template
 from ueo_fast.finetune.data.choices import Decoding, check_decode
@@ -38,10 +37,9 @@ from ueo_fast.finetune.evaluation.predict import (
     watched,
 )
 from ueo_fast.finetune.evaluation.results_table import doubts
-from ueo_fast.finetune.methods.base import Method
-from ueo_fast.finetune.methods.oracle import check_labels
-from ueo_fast.finetune.methods.registry import make_method
-from ueo_fast.finetune.methods.zeroshot import ZeroShot
+from ueo_fast.finetune.methods import make_method
+from ueo_fast.finetune.methods.base import Method, ZeroShot
+from ueo_fast.finetune.methods.ueo import check_labels
 from ueo_fast.finetune.scoring.score_images import ScoredBatch, score_batches
 from ueo_fast.finetune.scoring.thresholds import (
     Threshold,

@@ -1,1 +1,1 @@
-"""The model: CLIP's towers, learnt prompts, base weights, and what adaptation changes of them."""
+"""The model: CLIP's towers, learned prompts, base weights, and what adaptation changes of them."""

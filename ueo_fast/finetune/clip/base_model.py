@@ -1,19 +1,34 @@
-"""Which model an adaptation started from: name, activation, a fingerprint of its weights."""
+"""Which model an adaptation started from, and what files of others may decide about models.
+
+A model folder, a run folder and a delta may come from anywhere. No code in one is run, a model's
+config may set plain options only, and the model that a run or a delta names is opened only if the
+user has loaded it on this machine before.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import math
+import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
+from open_clip.coca_model import MultimodalCfg
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
-from ueo_fast.finetune.clip.adapted_state import tower_tensors
+from ueo_fast.finetune.clip.model import tower_tensors
+from ueo_fast.finetune.files.atomic import atomic_file
 
 _AS_FLAGS: ContextVar[bool] = ContextVar("_AS_FLAGS", default=False)
 _SAMPLE = 4096
@@ -31,7 +46,7 @@ def named_as_flags() -> Iterator[None]:
 
 
 def option(name: str, value: str) -> str:
-    """An option in the words of whoever asked: a Python argument or a flag."""
+    """An option as the caller writes it: a Python argument or a flag."""
     return f"--{name} {shlex.quote(shown(value))}" if _AS_FLAGS.get() else f"{name}={value!r}"
 
 
@@ -47,8 +62,8 @@ class BaseModel:
     Attributes:
         name: what :func:`~ueo_fast.finetune.clip.load.load_clip` takes as ``model``; empty where
             the model came from elsewhere.
-        pretrained: tag or path of its weights; ``None`` where the name says it all.
-        activation: ``"quickgelu"`` or ``"gelu"``. No tensor tells it, and the wrong one costs
+        pretrained: tag or path of its weights; ``None`` where the name is enough.
+        activation: ``"quickgelu"`` or ``"gelu"``. No tensor shows it, and the wrong one costs
             accuracy without an error.
         embed_dim: E, length of the features.
         fingerprint: of the weights that adaptation leaves alone, see :func:`fingerprint`.
@@ -80,22 +95,21 @@ def describe_base(model: nn.Module, name: str = "", pretrained: str | None = Non
 
 
 def check_base(recorded: BaseModel, found: BaseModel) -> None:
-    """Is the model at hand the one that was recorded?
+    """Compare activation, embedding size and fingerprint of the recorded model and the given one.
 
-    What counts are activation, embedding size and fingerprint: the same weights may go by another
-    name or lie in another folder. Name and tag are told where the weights differ.
+    The same weights may have another name or lie in another folder; the message about different
+    ones has name and tag too.
 
     Raises:
-        ValueError: it is not; the message has each field that differs, both values, the way out.
+        ValueError: they differ; the message has each such field, both values, the way out.
     """
-    weighty = ("activation", "embed_dim", "fingerprint")
-    if all(getattr(recorded, field) == getattr(found, field) for field in weighty):
+    different = [name for name, value in asdict(recorded).items() if getattr(found, name) != value]
+    if not {"activation", "embed_dim", "fingerprint"}.intersection(different):
         return
-    fields = weighty if not found.name else ("name", "pretrained", *weighty)
     differences = [
-        f"{field}: recorded {getattr(recorded, field)!r}, found {getattr(found, field)!r}"
-        for field in fields
-        if getattr(recorded, field) != getattr(found, field)
+        f"{name}: recorded {getattr(recorded, name)!r}, found {getattr(found, name)!r}"
+        for name in different
+        if found.name or name not in ("name", "pretrained")
     ]
     raise ValueError(
         f"the base model is another one than recorded ({'; '.join(differences)}). "
@@ -162,7 +176,7 @@ def fingerprint(model: nn.Module) -> str:
     What it does not see: a change of a few numbers between those samples, or one below float16's
     rounding (a relative 5e-4); a base that differs in its norms only; the activation, the
     preprocessing and the tokenizer. bfloat16 weights have another fingerprint than the float32
-    ones that they were rounded from. It finds mistakes, and is no protection against forgery.
+    ones that they were rounded from. It finds mistakes; it does not protect against forgery.
     """
     adapted = tower_tensors(model, "all").keys()
     digest = hashlib.blake2b(digest_size=16)
@@ -179,3 +193,157 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {len(flat)} ".encode())
         digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def is_builtin(base: BaseModel) -> bool:
+    """Whether name and weights are among those that open_clip itself lists."""
+    return base.name in open_clip.list_models() and (
+        base.pretrained == "none"
+        or bool(base.pretrained and open_clip.get_pretrained_cfg(base.name, base.pretrained))
+    )
+
+
+def remember(base: BaseModel) -> None:
+    """Note that the user himself has loaded this model on this machine.
+
+    One small file per model in ``$XDG_STATE_HOME/ueo_fast/models`` (``~/.local/state/...``). Where
+    that cannot be written nothing is noted: the model must then be named wherever a run is used.
+    """
+    values = asdict(base)
+    with contextlib.suppress(OSError, RuntimeError, UnicodeError):  # no home, full disk, ...
+        path = _record(base.name, base.pretrained)
+        if recall(base.name, base.pretrained) != base:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with atomic_file(path) as file:
+                file.write(json.dumps(values).encode())
+
+
+def recall(name: str, pretrained: str | None) -> BaseModel | None:
+    """What :func:`remember` noted of this name and these weights."""
+    try:
+        values = json.loads(_record(name, pretrained).read_text(encoding="utf-8"))
+        return BaseModel(**values)
+    except (OSError, RuntimeError, ValueError, TypeError):
+        return None
+
+
+def is_known(base: BaseModel) -> bool:
+    """Whether this machine may load the model because a run or a delta names it.
+
+    One of open_clip's own, or one that the user has loaded here, with the same fingerprint.
+    """
+    return is_builtin(base) or recall(base.name, base.pretrained) == base
+
+
+def _record(name: str, pretrained: str | None) -> Path:
+    root = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    key = hashlib.blake2b(json.dumps([name, pretrained]).encode(), digest_size=16).hexdigest()
+    return Path(root) / "ueo_fast" / "models" / f"{key}.json"
+
+
+CONFIG = "open_clip_config.json"
+_LARGEST_CONFIG = 2**20
+
+_SECTIONS: dict[str, set[str]] = {
+    name: {field.name for field in fields(kind)}
+    for name, kind in (
+        ("vision_cfg", CLIPVisionCfg),
+        ("text_cfg", CLIPTextCfg),
+        ("multimodal_cfg", MultimodalCfg),
+        ("preprocess_cfg", PreprocessCfg),
+    )
+}
+_MODEL = {"embed_dim", "quick_gelu", "custom_text", "pad_id", "output_dict"} | {
+    *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
+    *("vision_cfg", "text_cfg", "multimodal_cfg"),
+}
+_ARGUMENTS = {
+    "norm_kwargs": {"eps", "elementwise_affine", "bias"},
+    "act_kwargs": {"approximate"},
+    "tokenizer_kwargs": {"clean", "strip_sep_token", "language"},
+}
+"""Options that are handed on as keyword arguments, and those that may be among them."""
+_WORDS = {
+    *("pool_type", "proj_type", "block_type", "pos_embed_type", "timm_pool", "timm_proj"),
+    *("hf_pooler_type", "hf_proj_type", "tokenizer_mode", "attn_type"),
+    *("approximate", "clean", "language", "interpolation", "resize_mode", "mode"),
+}
+"""Options whose value is one of a few words that open_clip compares it with."""
+_NAMES = {
+    "timm_model_name": re.compile(r"\w[\w.-]*"),  # no "hf-hub:...", no "local-dir:..."
+    "hf_model_name": re.compile(r"\w[\w.-]*(/\w[\w.-]*)?"),
+    "hf_tokenizer_name": re.compile(r"\w[\w.-]*(/\w[\w.-]*)?"),
+}
+"""Options that name an architecture or a repository of the hub, never a path."""
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """The ``model_cfg`` of an ``open_clip_config.json`` that holds plain options only.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a config, or has an option that a file must not decide; the message
+            names file, option and value.
+    """
+    if not path.is_file():  # a pipe may wait for ever
+        raise FileNotFoundError(f"{path} is not a file")
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise ValueError(f"{path} has more than {_LARGEST_CONFIG:,} bytes, so it is not a config")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+        raise ValueError(f"{path} has no 'model_cfg' with the options of a model")
+    model: dict[str, Any] = config["model_cfg"]
+    _check_options(f"{path}: model_cfg", model, _MODEL)
+    preprocess = config.get("preprocess_cfg") or {}
+    _check_section(f"{path}: preprocess_cfg", "preprocess_cfg", preprocess)
+    return model
+
+
+def _check_options(where: str, options: dict[str, Any], known: set[str]) -> None:
+    for name, value in options.items():
+        full = f"{where}.{shown(name)}"
+        if name not in known:
+            raise ValueError(
+                f"{full}={value!r} is not an option that a model's config may set, because a "
+                f"config may come from others: remove it from the file. Known here: "
+                f"{', '.join(sorted(known))}"
+            )
+        if name in _SECTIONS:
+            _check_section(full, name, value)
+        elif name in _ARGUMENTS:
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{full}={value!r} must be a set of options")
+            _check_options(full, value or {}, _ARGUMENTS[name])
+        elif name in _NAMES:
+            plain_name = isinstance(value, str) and _NAMES[name].fullmatch(value)
+            if value not in (None, "") and (not plain_name or ".." in value):
+                raise ValueError(
+                    f"{full}={value!r} must be the plain name of an architecture or of a "
+                    "repository of the hub, not a path or an address"
+                )
+        elif isinstance(value, str):
+            if name not in _WORDS or not re.fullmatch(r"[\w-]*", value):
+                raise ValueError(f"{full}={value!r} must not be such a text")
+        elif not _is_plain(value):
+            raise ValueError(f"{full}={value!r} must be a finite number, a yes or no, or a list")
+
+
+def _check_section(where: str, name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}={value!r} must be a set of options")
+    # Of the preprocessing open_clip takes what it knows and leaves the rest.
+    known = {key: value[key] for key in value if key in _SECTIONS[name]}
+    _check_options(where, known if name == "preprocess_cfg" else value, _SECTIONS[name])
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return (
+            len(value) <= 64
+            and not any(isinstance(v, list) for v in value)
+            and all(_is_plain(v) for v in value)
+        )
+    return value is None or (isinstance(value, (bool, int, float)) and math.isfinite(value))

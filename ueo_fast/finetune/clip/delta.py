@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -14,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ueo_fast.finetune.clip.adapted_state import (
+from ueo_fast.finetune.clip.base_model import BaseModel, check_base, describe_base, is_known
+from ueo_fast.finetune.clip.load import load_tokenizer
+from ueo_fast.finetune.clip.model import (
     CONTEXT,
+    ClipClassifier,
     adapted_state,
     check_adapted_state,
     load_adapted_state,
     tower_tensors,
 )
-from ueo_fast.finetune.clip.base_model import BaseModel, check_base, describe_base
-from ueo_fast.finetune.clip.load import load_tokenizer
-from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.clip.prompt import PromptLearner
-from ueo_fast.finetune.clip.trust import is_known
+from ueo_fast.finetune.files.records import fitting
 from ueo_fast.finetune.files.tensor_file import (
     TensorFileError,
     checksum,
@@ -39,6 +40,13 @@ FORMAT, VERSION = "ueo_fast.delta", 1
 _LIMIT = 256 * 2**20
 """Bytes; RN50's delta has half a megabyte, that of a ViT-bigG three."""
 _PACKAGES = {"ueo_fast": "ueo_fast", "torch": "torch", "open_clip": "open_clip_torch"}
+_TEXTS = ("context_words", "suffix", "scope", "method", "created")
+_JSON = {
+    "class_names": tuple[str, ...],
+    "seed": int | None,
+    "extra": dict[str, Any],
+    "pretrained": str | None,
+}
 
 
 class DeltaError(ValueError):
@@ -61,7 +69,7 @@ class Delta:
         versions: of ueo_fast, torch and open_clip that wrote it.
         extra: what else the writer wanted to keep; ``logit_scale`` of a classifier whose
             temperature is not its model's own.
-        tensors: :func:`~ueo_fast.finetune.clip.adapted_state.adapted_state`, on the CPU.
+        tensors: :func:`~ueo_fast.finetune.clip.model.adapted_state`, on the CPU.
     """
 
     base: BaseModel
@@ -91,7 +99,7 @@ def save_delta(
     seed: int | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write what was learnt, atomically.
+    """Write what was learned, atomically.
 
     Args:
         path: of the file, ``*.safetensors``.
@@ -107,11 +115,11 @@ def save_delta(
         OSError: the file could not be written; the message names it, and it is as it was.
     """
     check_base(base, describe_base(classifier.model, base.name, base.pretrained))
-    tensors = adapted_state(classifier)
+    tensors, prompt = adapted_state(classifier), classifier.prompt
+    _check_finite(tensors)
     kept = dict(extra or {})
     if classifier.fixed_logit_scale is not None:
         kept["logit_scale"] = classifier.fixed_logit_scale
-    _check_finite(tensors)
     values = {
         "format": FORMAT,
         "format_version": str(VERSION),
@@ -121,16 +129,16 @@ def save_delta(
         "activation": base.activation,
         "embed_dim": str(base.embed_dim),
         "fingerprint": base.fingerprint,
-        "class_names": json.dumps(classifier.prompt.class_names),
-        "context_words": classifier.prompt.context_words,
-        "suffix": classifier.prompt.suffix_text,
+        "class_names": json.dumps(prompt.class_names),
+        "context_words": prompt.context_words,
+        "suffix": prompt.suffix_text,
         "scope": classifier.scope,
         "method": method,
         "seed": json.dumps(seed),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "extra": json.dumps(kept, allow_nan=False),
     }
-    # A path that is no valid UTF-8 must not cost the result of a run.
+    # A path that is not valid UTF-8 must not cost the result of a run.
     values = {
         key: value.encode(errors="backslashreplace").decode() for key, value in values.items()
     }
@@ -144,7 +152,7 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
 
     Raises:
         OSError: it does not exist or cannot be opened.
-        DeltaError: it is no delta, is damaged, or is of a newer format.
+        DeltaError: it is not a delta, is damaged, or is of a newer format.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(
@@ -155,16 +163,42 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
         tensors, values = read_tensors(path, limit=_LIMIT)
     except TensorFileError as error:
         raise DeltaError(f"this is no delta: {error}") from error
-    _check_format(path, values)
+    if values.get("format") != FORMAT:
+        raise DeltaError(
+            f"{path} is a safetensors file but no delta: format is {values.get('format')!r}, not "
+            f"{FORMAT!r}"
+        )
+    if values.get("format_version", "") != str(VERSION):
+        raise DeltaError(
+            f"{path}: format_version is {values.get('format_version', '')!r}, and this ueo_fast "
+            f"({_version('ueo_fast')}) reads {str(VERSION)!r}; it was written by ueo_fast "
+            f"{values.get('ueo_fast_version', 'of unknown version')}: install that one"
+        )
     if values.get("checksum") != checksum(values, tensors):
         raise DeltaError(f"{path} is damaged or was edited: its checksum does not fit its content")
     try:
-        return _parse(values, tensors)
+        parsed = {key: fitting(kind, json.loads(values[key]), key) for key, kind in _JSON.items()}
+        if not parsed["class_names"]:
+            raise ValueError("class_names is empty")
+        if parsed["extra"].get("logit_scale") is not None:
+            check_number("logit_scale", parsed["extra"]["logit_scale"], sign="positive")
+        if values["scope"] not in SCOPES:
+            raise ValueError(f"scope is {values['scope']!r}, known are {', '.join(SCOPES)}")
+        base = BaseModel(
+            values["model"],
+            parsed.pop("pretrained"),
+            values["activation"],
+            int(values["embed_dim"]),
+            values["fingerprint"],
+        )
+        versions = {name: values[f"{name}_version"] for name in _PACKAGES}
+        parsed |= {key: values[key] for key in _TEXTS}
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise DeltaError(
             f"{path} has no usable value for one of its fields ({error!r}); save it anew with "
             "save_delta"
         ) from error
+    return Delta(base=base, versions=versions, tensors=tensors, **parsed)
 
 
 def load_delta(
@@ -190,7 +224,7 @@ def load_delta(
             this machine knows that model (see :func:`~ueo_fast.finetune.clip.load.load_base`).
         base: what ``model`` was loaded as, for messages and the tokenizer.
         class_names: other classes than those recorded. The context is shared by all classes, so
-            one that was learnt on one list serves for another, if less well.
+            one that was learned on one list serves for another, if less well.
         patch: as in :class:`~ueo_fast.finetune.clip.model.ClipClassifier`.
 
     Returns:
@@ -200,27 +234,28 @@ def load_delta(
         OSError: there is no such file, or it cannot be opened.
         DeltaError: the file is unusable, or belongs to another model; the message says which field
             differs, both values, and the way out.
+        ValueError: ``class_names`` cannot be used.
     """
     delta = read_delta(path)
     found = describe_base(model, base.name if base else "", base.pretrained if base else None)
     names = delta.class_names if class_names is None else class_names
-    try:
+    with _unfit(path):
         check_base(delta.base, found)
         tokenize = tokenizer or _tokenizer(delta.base, base)
-    except (ValueError, OSError) as error:
-        raise DeltaError(f"{path} does not fit the model: {error}") from error
-    try:
-        prompt = PromptLearner(
-            model, tokenize, names, context=delta.context_words, suffix=delta.suffix
-        )
-    except ValueError as error:
-        if class_names is not None:  # then it is these that do not fit
-            raise
-        raise DeltaError(f"{path} does not fit the model: {error}") from error
-    try:
-        _check_tensors({CONTEXT: prompt.context, **tower_tensors(model, delta.scope)}, delta)
-    except ValueError as error:
-        raise DeltaError(f"{path} does not fit the model: {error}") from error
+    with _unfit(path) if class_names is None else contextlib.nullcontext():
+        context, suffix = delta.context_words, delta.suffix
+        prompt = PromptLearner(model, tokenize, names, context=context, suffix=suffix)
+    with _unfit(path):
+        expected = {CONTEXT: prompt.context, **tower_tensors(model, delta.scope)}
+        check_adapted_state(expected, delta.tensors)
+        for name, tensor in delta.tensors.items():
+            real = expected[name].is_floating_point()
+            allowed = (torch.float32, torch.float64) if real else (expected[name].dtype,)
+            if tensor.dtype not in allowed:
+                raise ValueError(
+                    f"{name!r} is {tensor.dtype}, expected {' or '.join(map(str, allowed))}"
+                )
+        _check_finite(delta.tensors)
     classifier = ClipClassifier(
         model, prompt, scope=delta.scope, patch=patch, logit_scale=delta.logit_scale
     )
@@ -228,74 +263,12 @@ def load_delta(
     return classifier
 
 
-def _check_format(path: str | os.PathLike[str], values: Mapping[str, str]) -> None:
-    if values.get("format") != FORMAT:
-        raise DeltaError(
-            f"{path} is a safetensors file but no delta: format is {values.get('format')!r}, not "
-            f"{FORMAT!r}"
-        )
-    version = values.get("format_version", "")
-    if version != str(VERSION):
-        raise DeltaError(
-            f"{path}: format_version is {version!r}, and this ueo_fast "
-            f"({_version('ueo_fast')}) reads {str(VERSION)!r}; it was written by ueo_fast "
-            f"{values.get('ueo_fast_version', 'of unknown version')}: install that one"
-        )
-
-
-def _parse(values: Mapping[str, str], tensors: dict[str, Tensor]) -> Delta:
-    names = json.loads(values["class_names"])
-    pretrained, seed = json.loads(values["pretrained"]), json.loads(values["seed"])
-    extra = json.loads(values["extra"])
-    for key, value, kinds in (
-        ("class_names", names, list),
-        ("pretrained", pretrained, (str, type(None))),
-        ("seed", seed, (int, type(None))),
-        ("extra", extra, dict),
-    ):
-        if not isinstance(value, kinds):
-            raise TypeError(f"{key} is {values[key]!r}")
-    if not names or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"class_names is {values['class_names']!r}")
-    if extra.get("logit_scale") is not None:
-        check_number("logit_scale", extra["logit_scale"], sign="positive")
-    if values["scope"] not in SCOPES:
-        raise ValueError(f"scope is {values['scope']!r}, known are {', '.join(SCOPES)}")
-    base = BaseModel(
-        values["model"],
-        pretrained,
-        values["activation"],
-        int(values["embed_dim"]),
-        values["fingerprint"],
-    )
-    return Delta(
-        base=base,
-        class_names=tuple(names),
-        context_words=values["context_words"],
-        suffix=values["suffix"],
-        scope=values["scope"],
-        method=values["method"],
-        seed=seed,
-        created=values["created"],
-        versions={name: values[f"{name}_version"] for name in _PACKAGES},
-        extra=extra,
-        tensors=tensors,
-    )
-
-
-def _check_tensors(expected: Mapping[str, Tensor], delta: Delta) -> None:
-    check_adapted_state(expected, delta.tensors)
-    for name, tensor in delta.tensors.items():
-        allowed = (
-            (torch.float32, torch.float64)
-            if expected[name].is_floating_point()
-            else (expected[name].dtype,)
-        )
-        if tensor.dtype not in allowed:
-            raise ValueError(
-                f"{name!r} is {tensor.dtype}, expected {' or '.join(map(str, allowed))}"
-            )
-    _check_finite(delta.tensors)
+@contextlib.contextmanager
+def _unfit(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise DeltaError(f"{path} does not fit the model: {error}") from error
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -1,14 +1,16 @@
-"""The classifier that is adapted: a CLIP visual tower against learned prompts."""
+"""The classifier that is adapted, CLIP's visual tower against learned prompts; what may change."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.data.transforms import normalize, pixel_statistics
@@ -16,6 +18,8 @@ from ueo_fast.patch import PatchHandle, affine_parameters, freeze_all_but_affine
 from ueo_fast.patch.sites import is_norm
 from ueo_fast.ranges import check_number
 
+CONTEXT = "prompt.context"
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _HALF = (torch.float16, torch.bfloat16)
 _FIRST_STATE = "_ueo_fast_first_state"
 
@@ -38,7 +42,7 @@ class ClipClassifier(nn.Module):
     Trainable are the prompt's context and the affine parameters of the visual tower's
     normalisation layers; every other weight is frozen, the temperature included. ``model`` is
     changed in place (``requires_grad`` flags, half-precision weights become float32, and the patch,
-    which ``patch_handle.undo()`` takes back): pass a deep copy to keep the original.
+    which ``patch_handle.undo()`` reverts): pass a deep copy to keep the original.
 
     Weights are float32 because a learning rate of 1e-4 times a small gradient is lost when it is
     added to a float16 weight. For speed run the forward pass under ``torch.autocast``.
@@ -92,7 +96,7 @@ class ClipClassifier(nn.Module):
 
     @property
     def was_adapted(self) -> bool:
-        """Whether the tower's norms are others than when ``model`` first became a classifier."""
+        """Whether the tower's norms have changed since ``model`` first became a classifier."""
         return bool(_norms_digest(self.model) != getattr(self.model, _FIRST_STATE))
 
     @property
@@ -150,7 +154,7 @@ class ClipClassifier(nn.Module):
 
 @torch.no_grad()
 def _norms_digest(model: Any) -> str:
-    """A hash of the parameters and statistics of the tower's norms, which adaptation changes."""
+    """A hash of the parameters and statistics of the tower's norms."""
     digest = hashlib.blake2b(digest_size=16)
     for module in filter(is_norm, model.visual.modules()):
         own = (module.parameters(recurse=False), module.buffers(recurse=False))
@@ -158,3 +162,66 @@ def _norms_digest(model: Any) -> str:
             flat = tensor.cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def tower_tensors(model: Any, scope: str) -> dict[str, Tensor]:
+    """The visual tower's own tensors that a method may change, in a fixed order.
+
+    The affine parameters in ``scope`` and the statistics of all BatchNorms (for AdaBN and Tent),
+    under their names in ``model.state_dict()``.
+    """
+    tensors: dict[str, Tensor] = dict(affine_parameters(model, scope))
+    for path, module in model.visual.named_modules(prefix="visual"):
+        if isinstance(module, _BatchNorm):
+            own = {f"{path}.{name}": getattr(module, name) for name in _STATISTICS}
+            tensors |= {name: value for name, value in own.items() if value is not None}
+    return tensors
+
+
+def adapted_tensors(classifier: ClipClassifier) -> dict[str, Tensor]:
+    """The classifier's own tensors that a method may change, in a fixed order.
+
+    The prompt's context as ``prompt.context``, and :func:`tower_tensors`.
+    """
+    context: dict[str, Tensor] = {CONTEXT: classifier.prompt.context}
+    return context | tower_tensors(classifier.model, classifier.scope)
+
+
+def adapted_state(classifier: ClipClassifier) -> dict[str, Tensor]:
+    """Copies of :func:`adapted_tensors` on the CPU."""
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in adapted_tensors(classifier).items()
+    }
+
+
+def check_adapted_state(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes of ``state`` with those of ``tensors``.
+
+    Raises:
+        ValueError: they differ; the message names the first tensor that is missing, too many, or of
+            another shape.
+    """
+    missing, extra = tensors.keys() - state.keys(), state.keys() - tensors.keys()
+    if missing or extra:
+        what = "lacks" if missing else "has"
+        raise ValueError(
+            f"the adapted state {what} {min(missing or extra)!r} ({len(missing)} missing, "
+            f"{len(extra)} too many): it is of another model, or of another scope of affine "
+            "parameters"
+        )
+    for name, tensor in tensors.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(state[name].shape)} in the adapted state, but "
+                f"{tuple(tensor.shape)} in this model"
+            )
+
+
+@torch.no_grad()
+def load_adapted_state(classifier: ClipClassifier, state: Mapping[str, Tensor]) -> None:
+    """Put a state back, in place; it fits (:func:`check_adapted_state`), or nothing changes."""
+    tensors = adapted_tensors(classifier)
+    check_adapted_state(tensors, state)
+    for name, tensor in tensors.items():
+        tensor.copy_(state[name])

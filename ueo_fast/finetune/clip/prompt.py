@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ueo_fast.finetune.clip.text_prefix import Packing, encode_packed, pack
 from ueo_fast.finetune.clip.text_tower import (
+    Packing,
     context_length,
     embed_tokens,
-    encode_replaced,
+    encode_packed,
     has_parts,
     is_open_clips,
-    token_embedding,
+    pack,
     useful_length,
 )
 
@@ -26,12 +26,11 @@ class PromptLearner(nn.Module):
 
     ``forward()`` returns the (C, E) float32 text features, L2-normalised. With the context as it
     was initialised they equal ``encode_text`` of the prompts, normalised. open_clip's own text
-    transformers run on no more positions than they need
-    (:func:`~ueo_fast.finetune.clip.text_tower.useful_length`), and where they are causal on those
-    of start token and context once for all classes (:mod:`ueo_fast.finetune.clip.text_prefix`).
-    Any other text tower (HuggingFace's, one of your own) runs as it is, with the context put in
-    place of what its token embedding returns. Where that cannot be found the features are those of
-    the words, ``context`` is empty, and :meth:`check_trainable` says so.
+    transformers run on no more positions than they need, and causal ones on those of start token
+    and context once for all classes (:mod:`ueo_fast.finetune.clip.text_tower`). Any other text
+    tower (HuggingFace's, one of your own) runs as it is, with a hook that puts the context in place
+    of what its token embedding returns. If that cannot be found, the features are those of the
+    words, ``context`` is empty, and :meth:`check_trainable` says so.
 
     ``context`` (n_ctx, D) is the only parameter, a float32 master copy where the model is in half
     precision (context and features of a float64 model are float64), and the only entry of the
@@ -42,7 +41,7 @@ class PromptLearner(nn.Module):
     them (``model.requires_grad_(False)``) and moving them is up to the caller; move both together.
     ``copy.deepcopy`` of a learner copies the model as well, unless both are copied in one call.
 
-    Nothing is cached: the learner cannot see when the model's weights change. With the context
+    Nothing is cached: the learner cannot see when the model's weights change. If the context is
     frozen, call it once under ``torch.no_grad()`` and keep the tensor.
 
     Args:
@@ -88,14 +87,13 @@ class PromptLearner(nn.Module):
                 "word, e.g. context='a photo of a'"
             )
         prompts = [f"{context} {name}{suffix}" for name in self.class_names]
-        known = is_open_clips(model)
         length = _length(model, tokenizer)
         layout = _layout(tokenizer, length)
         tokens = _tokenize(tokenizer, prompts, length, layout)
         _check_distinct(tokens, prompts)
         start, stop = _context_span(tokenizer, context, tokens, layout)
         places = layout.places(tokens)
-        known = known and places is None
+        known = is_open_clips(model) and places is None
         if known:
             tokens = tokens[:, : useful_length(model, tokens)]
             with torch.no_grad():
@@ -103,7 +101,7 @@ class PromptLearner(nn.Module):
             self._embedding = None
         else:
             tokens = tokens.to(next(model.parameters()).device)
-            found = token_embedding(model, tokens)
+            found = _token_embedding(model, tokens)
             self._embedding = (None if found is None else found[0],)
             embeddings = tokens.new_zeros(0, 0, 0).float() if found is None else found[1]
         aligned = embeddings
@@ -114,20 +112,18 @@ class PromptLearner(nn.Module):
         self.context_words, self.suffix_text = context, suffix
         first = aligned[0] if aligned.numel() else aligned.flatten(0, 1)
         self.context = nn.Parameter(first[start:stop].to(_at_least_float32(aligned), copy=True))
-        device = aligned.device
-        self.register_buffer("tokens", tokens.to(device), persistent=False)
-        self.register_buffer("prefix", first[:start].clone(), persistent=False)
-        self.register_buffer("suffix", aligned[:, stop:].clone(), persistent=False)
-        self.register_buffer(
-            "padded_places", None if places is None else places.to(device), persistent=False
-        )
         packing = pack(model, tokens, stop) if known else None
-        self._groups = None if packing is None else packing.groups
-        for name, indices in (
-            ("packed_rows", None if packing is None else packing.rows),
-            ("packed_places", None if packing is None else packing.places),
-        ):
-            self.register_buffer(name, indices, persistent=False)
+        self._groups = packing and packing.groups
+        buffers = {
+            "tokens": tokens.to(aligned.device),
+            "prefix": first[:start].clone(),
+            "suffix": aligned[:, stop:].clone(),
+            "padded_places": None if places is None else places.to(aligned.device),
+            "packed_rows": packing and packing.rows,
+            "packed_places": packing and packing.places,
+        }
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
 
     def forward(self) -> Tensor:
         """The text features: (C, E), float32, each row of norm 1."""
@@ -141,7 +137,7 @@ class PromptLearner(nn.Module):
             whole = torch.cat([beginning.expand(len(self.suffix), -1, -1), self.suffix], dim=1)
             if self.padded_places is not None:
                 whole = _take(whole, self.padded_places)
-            features = encode_replaced(model, embedding, whole, self.tokens)
+            features = _encode_replaced(model, embedding, whole, self.tokens)
         return F.normalize(features.to(_at_least_float32(features)), dim=-1)
 
     @property
@@ -150,10 +146,7 @@ class PromptLearner(nn.Module):
         return self._embedding is None
 
     def check_trainable(self) -> None:
-        """
-        Raises:
-            ValueError: the context cannot be trained with this text tower.
-        """
+        """Raise ``ValueError`` if the context cannot be trained with this text tower."""
         if self._embedding == (None,):
             (model,) = self._model
             tower = getattr(model, "text", model)
@@ -192,11 +185,9 @@ def _clean_names(class_names: Sequence[str]) -> tuple[str, ...]:
     names = tuple(name.replace("_", " ").strip() for name in class_names)
     if not names:
         raise ValueError("class_names is empty; give the names of the known classes")
-    for index, name in enumerate(names):
-        if not name:
-            raise ValueError(
-                f"class_names[{index}]={class_names[index]!r} is blank; name the class"
-            )
+    if "" in names:
+        index = names.index("")
+        raise ValueError(f"class_names[{index}]={class_names[index]!r} is blank; name the class")
     return names
 
 
@@ -282,10 +273,10 @@ def _check_distinct(tokens: Tensor, prompts: list[str]) -> None:
 def _context_span(
     tokenizer: Callable[..., Tensor], context: str, tokens: Tensor, layout: _Layout
 ) -> tuple[int, int]:
-    """Where the context's tokens lie in every prompt, padding aside: [start, stop).
+    """Where the context's tokens are in every prompt, padding aside: [start, stop).
 
-    Found by comparison, because tokenizers differ: CLIP's and BERT's begin with a start token,
-    SigLIP's does not.
+    Found by comparison, because CLIP's and BERT's tokenizers begin with a start token, SigLIP's
+    does not.
     """
     empty, alone = layout.aligned(tokenizer(["", context], context_length=tokens.shape[1]))
     start = _common_prefix(empty[None], alone)
@@ -301,3 +292,70 @@ def _context_span(
 def _common_prefix(rows: Tensor, row: Tensor) -> int:
     """Number of leading positions at which every one of ``rows`` (C, L) agrees with ``row``."""
     return int((rows == row).all(dim=0).int().cumprod(dim=0).sum())
+
+
+def _token_embedding(model: Any, tokens: Tensor) -> tuple[nn.Module, Tensor] | None:
+    """The module that embeds (C, L) ``tokens``, and the (C, L, D) that it returns.
+
+    Found by running ``model.encode_text`` once. ``None`` where there is none, or nothing after it:
+    where word vectors are only added up, a context would be the same to every class.
+    """
+    found: list[tuple[nn.Module, Tensor]] = []
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if _is_lookup(arguments, output, tokens) and torch.equal(arguments[0], tokens):
+            found.append((module, output.detach()))
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model.encode_text(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        return None
+    own = {id(parameter) for parameter in found[0][0].parameters()}
+    tower: nn.Module = getattr(model, "text", model)
+    return found[0] if any(id(p) not in own for p in tower.parameters()) else None
+
+
+def _is_lookup(arguments: tuple[Any, ...], output: Any, tokens: Tensor) -> bool:
+    return (
+        len(arguments) > 0
+        and isinstance(arguments[0], Tensor)
+        and arguments[0].shape == tokens.shape
+        and arguments[0].dtype == tokens.dtype
+        and isinstance(output, Tensor)
+        and output.shape[:-1] == tokens.shape
+        and output.is_floating_point()
+    )
+
+
+def _encode_replaced(
+    model: Any, embedding: nn.Module, embeddings: Tensor, tokens: Tensor
+) -> Tensor:
+    """(C, E) ``model.encode_text(tokens)`` where ``embedding`` returns ``embeddings`` (C, L, D).
+
+    ``tokens`` still say which positions are padding, and where to pool.
+    """
+    replaced = False
+
+    def replace(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor | None:
+        nonlocal replaced
+        if replaced or not _is_lookup(arguments, output, tokens):
+            return None
+        replaced = True
+        return embeddings.to(output.dtype)
+
+    handle = embedding.register_forward_hook(replace)
+    try:
+        features: Tensor = model.encode_text(tokens)
+    finally:
+        handle.remove()
+    if not replaced:
+        raise RuntimeError(
+            f"{type(model).__name__}.encode_text did not use the token embedding that it used when "
+            "the prompt learner was built"
+        )
+    return features

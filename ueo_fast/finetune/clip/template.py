@@ -1,23 +1,19 @@
-"""Prompt templates: the words before and after the class name."""
+"""Prompt templates. Without PyTorch, so that a command line can be checked before it is loaded."""
 
 from __future__ import annotations
 
 
 def split_template(template: str) -> tuple[str, str]:
-    """Context and suffix of a template such as ``"a photo of a {}."``.
+    """Context and suffix of a template: ``("a photo of a", ".")`` of ``"a photo of a {}."``.
 
-    Args:
-        template: with one ``{}`` where the class name goes; the words before it, at least one, are
-            where the learnt context starts.
-
-    Returns:
-        ``("a photo of a", ".")``: the prompt of ``name`` is ``f"{context} {name}{suffix}"``.
+    The prompt of ``name`` is then ``f"{context} {name}{suffix}"``; the learned context starts from
+    the words in front, of which there must be at least one.
 
     Raises:
-        ValueError: not one ``{}``, or nothing or no space before it.
+        ValueError: not one ``{}``, or nothing or no space in front of it.
     """
     context, brackets, suffix = template.partition("{}")
-    if not brackets or "{" in suffix or "}" in suffix or "{" in context or "}" in context:
+    if not brackets or any(sign in context + suffix for sign in "{}"):
         raise ValueError(
             f"prompt_template={template!r} must have {{}} once, where the class name goes, e.g. "
             "'a photo of a {}.'"

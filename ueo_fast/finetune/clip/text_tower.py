@@ -1,24 +1,31 @@
-"""Run a text tower from token embeddings, on no more positions than its output needs.
+"""Text features from token embeddings, on no more positions than they need.
 
-A prompt learner replaces some token embeddings by learnt vectors, and open_clip's ``encode_text``
+A prompt learner replaces some token embeddings by learned vectors, and open_clip's ``encode_text``
 takes token ids only. ``encode_embeddings`` is ``encode_text`` from the embedding layer on, for
 every transformer text tower of open_clip: CLIP (text parts on the model), CustomTextCLIP and CoCa
 (under ``model.text``); causal or not; pooled at the end-of-text token, at the first or last
 position, or at CoCa's class token; projected by a matrix, by an ``nn.Linear``, or not at all.
 Towers are recognised by their parts, so open_clip itself is never imported here.
 
-Any other tower (HuggingFace's, one of your own) runs by its own ``encode_text``, with a hook that
-replaces what its token embedding returns: ``encode_replaced``.
+``encode_packed`` computes less. In a causal tower a position sees itself and what is before it, so
+start token and context are the same for every class, in every layer, and what follows a class's
+end-of-text token changes nothing. The tower then runs on rows instead of a (C, L) rectangle: those
+of the common prefix, once, then those of each class up to its end-of-text token. Linear layers,
+norms and MLP see one matrix of rows; attention sees the prefix once, and the classes in groups of
+equal length. The last layer is computed for the end-of-text rows only.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _TOWER_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has_parts(tower: Any) -> bool:
@@ -37,94 +44,16 @@ def is_open_clips(model: Any) -> bool:
     )
 
 
-def token_embedding(model: Any, tokens: Tensor) -> tuple[nn.Module, Tensor] | None:
-    """The module that turns tokens into vectors, and its output for ``tokens``; found by running
-    ``model.encode_text`` once.
-
-    Args:
-        model: with ``encode_text``, whatever its text tower.
-        tokens: (C, L) int64 on the model's device.
-
-    Returns:
-        The module and (C, L, D); ``None`` where there is none, or where nothing comes after it (a
-        tower that only adds up the vectors of words: a context would be the same to every class).
-    """
-    found: list[tuple[nn.Module, Tensor]] = []
-
-    def note(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        if _is_lookup(arguments, output, tokens) and torch.equal(arguments[0], tokens):
-            found.append((module, output.detach()))
-
-    handles = [module.register_forward_hook(note) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            model.encode_text(tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not found:
-        return None
-    own = {id(parameter) for parameter in found[0][0].parameters()}
-    tower: nn.Module = getattr(model, "text", model)
-    return found[0] if any(id(p) not in own for p in tower.parameters()) else None
-
-
-def _is_lookup(arguments: tuple[Any, ...], output: Any, tokens: Tensor) -> bool:
-    return (
-        len(arguments) > 0
-        and isinstance(arguments[0], Tensor)
-        and arguments[0].shape == tokens.shape
-        and arguments[0].dtype == tokens.dtype
-        and isinstance(output, Tensor)
-        and output.shape[:-1] == tokens.shape
-        and output.is_floating_point()
-    )
-
-
-def encode_replaced(model: Any, embedding: nn.Module, embeddings: Tensor, tokens: Tensor) -> Tensor:
-    """``model.encode_text(tokens)`` with other vectors than those of the tokens.
-
-    Args:
-        model: as for :func:`token_embedding`.
-        embedding: the module that it found.
-        embeddings: (C, L, D), what it is to return.
-        tokens: (C, L) int64 on the model's device: they say which positions are padding, and where
-            to pool.
-
-    Returns:
-        (C, E). Gradients flow to ``embeddings``.
-    """
-    replaced = False
-
-    def replace(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor | None:
-        nonlocal replaced
-        if replaced or not _is_lookup(arguments, output, tokens):
-            return None
-        replaced = True
-        return embeddings.to(output.dtype)
-
-    handle = embedding.register_forward_hook(replace)
-    try:
-        features: Tensor = model.encode_text(tokens)
-    finally:
-        handle.remove()
-    if not replaced:
-        raise RuntimeError(
-            f"{type(model).__name__}.encode_text did not use the token embedding that it used when "
-            "the prompt learner was built"
-        )
-    return features
-
-
 def text_tower(model: nn.Module) -> Any:
     """The module that holds the text parts: ``model.text`` where there is one, else the model.
 
     Raises:
-        TypeError: the tower is not one of open_clip's own transformers (e.g. HFTextEncoder).
+        TypeError: the tower is not one of open_clip's own transformers (e.g. HFTextEncoder), which
+            every function here needs.
     """
     tower = getattr(model, "text", model)
-    missing = [part for part in _TOWER_PARTS if not hasattr(tower, part)]
-    if missing:
+    if not has_parts(tower):
+        missing = [part for part in _TOWER_PARTS if not hasattr(tower, part)]
         raise TypeError(
             f"text tower {type(tower).__name__} of {type(model).__name__} has no "
             f"{', '.join(missing)}, so it is not one of open_clip's own text transformers (CLIP, "
@@ -133,72 +62,15 @@ def text_tower(model: nn.Module) -> Any:
     return tower
 
 
-def _pool_type(tower: Any) -> str:
-    # CLIP flattens the tower's parts onto itself and renames these two.
-    return str(tower.text_pool_type if hasattr(tower, "text_pool_type") else tower.pool_type)
-
-
-def eot_positions(tower: Any, tokens: Tensor) -> Tensor:
-    """Index of the token at which an ``argmax`` or ``eos`` tower is pooled: (C,), int64."""
-    if _pool_type(tower) == "argmax":
-        return tokens.argmax(dim=-1)
-    eos_id = tower.text_eos_id if hasattr(tower, "text_eos_id") else tower.eos_id
-    return (tokens == eos_id).int().argmax(dim=-1)
-
-
-def _class_token(tower: Any) -> nn.Parameter | None:
-    return getattr(tower, "cls_emb", None)
-
-
-def is_pooled_at_eot(tower: Any) -> bool:
-    """Whether the features are those of the end-of-text token."""
-    return _pool_type(tower) in ("argmax", "eos") and _class_token(tower) is None
-
-
-def hides_padding(tower: Any) -> bool:
-    """Whether the tower's attention mask depends on the tokens."""
-    return _class_token(tower) is not None or bool(getattr(tower, "use_pad_mask", False))
-
-
-def _is_causal(mask: Tensor | None) -> bool:
-    if mask is None:
-        return False
-    future = torch.ones_like(mask, dtype=torch.bool).triu(1)
-    return bool(torch.isneginf(mask[future]).all())
-
-
-def _check_tokens(tokens: Tensor) -> None:
-    if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] == 0:
-        raise ValueError(
-            f"tokens has shape {tuple(tokens.shape)}; expected (C, L) with at least one prompt and "
-            "one position, as a tokenizer returns for a list of prompts"
-        )
-
-
 def context_length(model: nn.Module) -> int:
-    """Number of tokens that the text tower takes (CoCa's class token is not one of them).
-
-    Raises:
-        TypeError: the tower is not one of open_clip's own transformers.
-    """
+    """Number of tokens that the text tower takes (CoCa's class token is not one of them)."""
     tower = text_tower(model)
     positions: int = tower.positional_embedding.shape[0]
     return positions if _class_token(tower) is None else positions - 1
 
 
 def embed_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Token embeddings, without positions.
-
-    Args:
-        model: an open_clip model.
-        tokens: (C, L) int64, any device.
-
-    Returns:
-        (C, L, D) on the model's device, in the dtype of its embedding table.
-
-    Raises:
-        TypeError: the tower is not one of open_clip's own transformers.
-    """
+    """(C, L, D) embeddings of (C, L) tokens, without positions, on the model's device."""
     embedding: nn.Embedding = text_tower(model).token_embedding
     return embedding(tokens.to(embedding.weight.device))
 
@@ -206,10 +78,9 @@ def embed_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
 def useful_length(model: nn.Module, tokens: Tensor) -> int:
     """Number of leading positions that can influence the pooled features of any of the prompts.
 
-    In a causal tower that is pooled at the end-of-text token nothing later is ever read, so this
-    is one more than the position of the last end-of-text token. Every other tower (no causal mask,
-    as SigLIP's; pooled at the last position; a class token, as CoCa's, whose position comes after
-    the padding) needs all of its positions. Waits for the device once.
+    In a causal tower that is pooled at the end-of-text token nothing later is ever read. Every
+    other tower (no causal mask, as SigLIP's; pooled at the last position; a class token, as CoCa's,
+    whose position comes after the padding) needs all positions. Waits for the device once.
 
     Args:
         model: an open_clip model.
@@ -218,68 +89,11 @@ def useful_length(model: nn.Module, tokens: Tensor) -> int:
     Returns:
         An int in 1..L: ``tokens[:, :n]`` with the matching embeddings gives the same features and
         the same gradients as ``tokens``.
-
-    Raises:
-        TypeError: the tower is not one of open_clip's own transformers.
-        ValueError: ``tokens`` is not (C, L) or is empty.
     """
     tower = text_tower(model)
-    _check_tokens(tokens)
-    if is_pooled_at_eot(tower) and _is_causal(tower.attn_mask):
-        return int(eot_positions(tower, tokens).max()) + 1
+    if _is_pooled_at_eot(tower) and _is_causal(tower.attn_mask):
+        return int(_eot_positions(tower, tokens).max()) + 1
     return tokens.shape[1]
-
-
-def _padding_mask(tower: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask that hides padding keys: (C * heads, L', L'), L' = L + 1 with a class token."""
-    valid = tokens != tower.pad_id
-    if _class_token(tower) is not None:
-        own = valid.new_ones(len(valid), 1)
-        # CoCa's released weights were trained with the class token's flag at the wrong end.
-        at_end = getattr(tower, "correct_cls_mask", False)
-        valid = torch.cat([valid, own] if at_end else [own, valid], dim=1)
-    length = valid.shape[1]
-    mask = torch.zeros(len(valid), 1, length, dtype=dtype, device=valid.device)
-    mask = mask.masked_fill(~valid[:, None], float("-inf")).expand(-1, length, -1)
-    return mask.repeat_interleave(tower.heads, dim=0)
-
-
-def _pool(tower: Any, x: Tensor, tokens: Tensor) -> Tensor:
-    """(C, L', D) to (C, D)."""
-    pool_type = "last" if _class_token(tower) is not None else _pool_type(tower)
-    if pool_type in ("argmax", "eos"):
-        return x[torch.arange(len(x), device=x.device), eot_positions(tower, tokens)]
-    if pool_type in ("first", "last"):
-        return x[:, 0 if pool_type == "first" else -1]
-    raise ValueError(
-        f"the text tower's pool_type is {pool_type!r}, which gives one feature per token and none "
-        "per prompt; choose a model with pool_type 'argmax', 'eos', 'first' or 'last'"
-    )
-
-
-def check_device(tower: Any, embeddings: Tensor) -> None:
-    """
-    Raises:
-        ValueError: the embeddings are not on the tower's device.
-    """
-    device = tower.positional_embedding.device
-    if embeddings.device != device:
-        raise ValueError(
-            f"embeddings is on {embeddings.device}, but the text tower is on {device}; move both, "
-            "the prompt learner and its model, to the same device"
-        )
-
-
-def project(tower: Any, pooled: Tensor) -> Tensor:
-    """What follows the pooling: (C, D) to (C, E).
-
-    The last LayerNorm acts on each position alone, so it is applied to the pooled one only.
-    """
-    features: Tensor = tower.ln_final(pooled)
-    projection = getattr(tower, "text_projection", None)
-    if projection is None:
-        return features
-    return projection(features) if isinstance(projection, nn.Module) else features @ projection
 
 
 def encode_embeddings(model: nn.Module, embeddings: Tensor, tokens: Tensor) -> Tensor:
@@ -300,26 +114,12 @@ def encode_embeddings(model: nn.Module, embeddings: Tensor, tokens: Tensor) -> T
         (C, E), not normalised, in the tower's dtype.
 
     Raises:
-        TypeError: the tower is not one of open_clip's own transformers (e.g. HFTextEncoder).
-        ValueError: shapes or devices that do not match, more positions than the tower has, or a
-            tower that does not pool.
+        ValueError: embeddings on another device, or a tower that does not pool.
 
     Source: the ``encode_text`` of open_clip 3.3's CLIP, and its ``TextTransformer.forward``.
     """
     tower = text_tower(model)
-    _check_tokens(tokens)
-    if embeddings.ndim != 3 or embeddings.shape[:2] != tokens.shape:
-        raise ValueError(
-            f"embeddings has shape {tuple(embeddings.shape)} and tokens {tuple(tokens.shape)}; "
-            "expected (C, L, D) and (C, L) with the same C and L"
-        )
-    limit = context_length(model)
-    if tokens.shape[1] > limit:
-        raise ValueError(
-            f"tokens has {tokens.shape[1]} positions, but the text tower takes {limit}: tokenize "
-            f"with context_length={limit}"
-        )
-    check_device(tower, embeddings)
+    _check_device(tower, embeddings)
     tokens = tokens.to(embeddings.device)
     dtype = tower.transformer.get_cast_dtype()
     x = embeddings.to(dtype)
@@ -330,9 +130,300 @@ def encode_embeddings(model: nn.Module, embeddings: Tensor, tokens: Tensor) -> T
     mask = tower.attn_mask
     if mask is not None:
         mask = mask[:length, :length]
-    if hides_padding(tower):
+    if _hides_padding(tower):
         padding = _padding_mask(tower, tokens, dtype)
         mask = padding if mask is None else mask + padding
     x = x + tower.positional_embedding[:length].to(dtype)
     x = tower.transformer(x, attn_mask=mask)
-    return project(tower, _pool(tower, x, tokens))
+    return _project(tower, _pool(tower, x, tokens))
+
+
+def _class_token(tower: Any) -> nn.Parameter | None:
+    return getattr(tower, "cls_emb", None)
+
+
+def _pool_type(tower: Any) -> str:
+    # CLIP flattens the tower's parts onto itself and renames these two.
+    return str(tower.text_pool_type if hasattr(tower, "text_pool_type") else tower.pool_type)
+
+
+def _eot_positions(tower: Any, tokens: Tensor) -> Tensor:
+    """Index of the token at which an ``argmax`` or ``eos`` tower is pooled: (C,), int64."""
+    if _pool_type(tower) == "argmax":
+        return tokens.argmax(dim=-1)
+    eos_id = tower.text_eos_id if hasattr(tower, "text_eos_id") else tower.eos_id
+    return (tokens == eos_id).int().argmax(dim=-1)
+
+
+def _is_pooled_at_eot(tower: Any) -> bool:
+    """Whether the features are those of the end-of-text token."""
+    return _pool_type(tower) in ("argmax", "eos") and _class_token(tower) is None
+
+
+def _hides_padding(tower: Any) -> bool:
+    """Whether the tower's attention mask depends on the tokens."""
+    return _class_token(tower) is not None or bool(getattr(tower, "use_pad_mask", False))
+
+
+def _is_causal(mask: Tensor | None) -> bool:
+    return mask is not None and bool(
+        torch.isneginf(mask[torch.ones_like(mask, dtype=torch.bool).triu(1)]).all()
+    )
+
+
+def _padding_mask(tower: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask that hides padding keys: (C * heads, L', L'), L' = L + 1 with a class token."""
+    valid = tokens != tower.pad_id
+    if _class_token(tower) is not None:
+        own = valid.new_ones(len(valid), 1)
+        # CoCa's released weights were trained with the class token's flag at the wrong end.
+        at_end = getattr(tower, "correct_cls_mask", False)
+        valid = torch.cat([valid, own] if at_end else [own, valid], dim=1)
+    length = valid.shape[1]
+    mask = torch.zeros(len(valid), 1, length, dtype=dtype, device=valid.device)
+    mask = mask.masked_fill(~valid[:, None], float("-inf")).expand(-1, length, -1)
+    return mask.repeat_interleave(tower.heads, dim=0)
+
+
+def _pool(tower: Any, x: Tensor, tokens: Tensor) -> Tensor:
+    """(C, L', D) to (C, D)."""
+    pool_type = "last" if _class_token(tower) is not None else _pool_type(tower)
+    if pool_type in ("argmax", "eos"):
+        return x[torch.arange(len(x), device=x.device), _eot_positions(tower, tokens)]
+    if pool_type in ("first", "last"):
+        return x[:, 0 if pool_type == "first" else -1]
+    raise ValueError(
+        f"the text tower's pool_type is {pool_type!r}, which gives one feature per token and none "
+        "per prompt; choose a model with pool_type 'argmax', 'eos', 'first' or 'last'"
+    )
+
+
+def _check_device(tower: Any, embeddings: Tensor) -> None:
+    device = tower.positional_embedding.device
+    if embeddings.device != device:
+        raise ValueError(
+            f"embeddings is on {embeddings.device}, but the text tower is on {device}; move both, "
+            "the prompt learner and its model, to the same device"
+        )
+
+
+def _project(tower: Any, pooled: Tensor) -> Tensor:
+    """What follows the pooling: (C, D) to (C, E).
+
+    The last LayerNorm acts on each position alone, so it is applied to the pooled one only.
+    """
+    features: Tensor = tower.ln_final(pooled)
+    projection = getattr(tower, "text_projection", None)
+    if projection is None:
+        return features
+    return projection(features) if isinstance(projection, nn.Module) else features @ projection
+
+
+class Packing(NamedTuple):
+    """Which positions of C prompts are computed, and in which order: P + R rows.
+
+    Attributes:
+        prefix: P, the positions that all prompts have in common.
+        groups: (classes, positions after the prefix) of the prompts of one length, shortest first;
+            the sum of the products is R.
+        rows: (R,) int64, where each row after the prefix is found in the (C, L - P) positions
+            after the prefix, flattened.
+        places: (C,) int64, where each class is found among the grouped ones.
+    """
+
+    prefix: int
+    groups: tuple[tuple[int, int], ...]
+    rows: Tensor
+    places: Tensor
+
+
+def pack(model: nn.Module, tokens: Tensor, prefix: int) -> Packing | None:
+    """How to compute no position of (C, L) ``tokens`` twice; the first ``prefix`` are in all rows.
+
+    ``None`` for towers that are not causal (SigLIP), that hide padding or have a class token
+    (CoCa), or that are not pooled at the end-of-text token. Waits for the device.
+
+    Raises:
+        ValueError: the prompts do not begin alike, or ``prefix`` is below 1.
+    """
+    tower = text_tower(model)
+    if prefix < 1 or (tokens[:, :prefix] != tokens[0, :prefix]).any():
+        raise ValueError(
+            f"prefix={prefix}, but the prompts have not that many positions in common; give the "
+            "number of leading tokens that are the same in every row of tokens, at least 1"
+        )
+    if (
+        not _is_pooled_at_eot(tower)
+        or _hides_padding(tower)
+        or not _is_plainly_causal(tower.attn_mask)
+    ):
+        return None
+    lengths = _eot_positions(tower, tokens) + 1 - prefix
+    if int(lengths.min()) < 1:  # the "end" is within the prefix
+        return None
+    order = lengths.argsort(stable=True)
+    sizes, counts = lengths.unique(return_counts=True)
+    groups = tuple(zip(counts.tolist(), sizes.tolist(), strict=True))
+    stride = tokens.shape[1] - prefix
+    rows = [
+        stride * index + torch.arange(n, device="cpu")
+        for index, n in zip(order.tolist(), lengths[order].tolist(), strict=True)
+    ]
+    device = tower.positional_embedding.device
+    return Packing(prefix, groups, torch.cat(rows).to(device), order.argsort().to(device))
+
+
+def _is_plainly_causal(mask: Tensor | None) -> bool:
+    return mask is not None and torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1))
+
+
+def encode_packed(
+    model: nn.Module, prefix: Tensor, suffixes: Tensor, tokens: Tensor, packing: Packing | None
+) -> Tensor:
+    """As :func:`encode_embeddings` of prefix and each suffix, to rounding.
+
+    Runs the ordinary tower where ``packing`` is ``None``, and where its blocks are not open_clip's
+    plain ones: other classes, hooks on what would not be called (transformer, block, attention),
+    dropout in training mode.
+
+    Args:
+        model: an open_clip model.
+        prefix: (P, D) token embeddings that all prompts begin with, without positions.
+        suffixes: (C, L - P, D) those that follow.
+        tokens: (C, L) int64, the tokens that both stand for.
+        packing: from :func:`pack` of ``model``, ``tokens`` and P, on the model's device.
+
+    Returns:
+        (C, E), not normalised, in the tower's dtype. The gradient of ``prefix`` is the sum over
+        the classes.
+    """
+    tower = text_tower(model)
+    if packing is None or not _is_plain(tower.transformer):
+        whole = torch.cat([prefix.expand(len(suffixes), -1, -1), suffixes], dim=1)
+        return encode_embeddings(model, whole, tokens)
+    _check_device(tower, prefix)
+    dtype = tower.transformer.get_cast_dtype()
+    positions = tower.positional_embedding.to(dtype)
+    start = packing.prefix
+    own = suffixes.flatten(0, 1).index_select(0, packing.rows).to(dtype)
+    own = own + positions.index_select(0, start + packing.rows % suffixes.shape[1])
+    x = torch.cat([prefix.to(dtype) + positions[:start], own])
+    *blocks, last = tower.transformer.resblocks
+    for block in blocks:
+        if tower.transformer.grad_checkpointing:
+            x = checkpoint(_block, block, x, packing, use_reentrant=False)
+        else:
+            x = _block(block, x, packing)
+    return _project(tower, _last_block(last, x, packing).index_select(0, packing.places))
+
+
+def _is_plain(transformer: nn.Module) -> bool:
+    """Whether calling the parts of its blocks is the same as calling it."""
+    if not _is_untouched(transformer, "open_clip.transformer.Transformer"):
+        return False
+    blocks: Any = transformer.resblocks
+    return all(
+        _is_untouched(block, "open_clip.transformer.ResidualAttentionBlock")
+        and _is_untouched(block.attn, "torch.nn.modules.activation.MultiheadAttention")
+        and block.attn.in_proj_weight is not None
+        and block.attn.bias_k is None
+        and block.attn.bias_v is None
+        and not block.attn.add_zero_attn
+        and (block.attn.dropout == 0 or not block.attn.training)
+        for block in blocks
+    )
+
+
+def _is_untouched(module: nn.Module, name: str) -> bool:
+    """Of that very class, with its own ``forward`` and no hooks. Nothing is imported to know it."""
+    kind = type(module)
+    return (
+        f"{kind.__module__}.{kind.__qualname__}" == name
+        and "forward" not in vars(module)
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+    )
+
+
+def _block(block: Any, x: Tensor, packing: Packing) -> Tensor:
+    """``ResidualAttentionBlock.forward`` on rows: (P + R, D) to the same."""
+    attn = block.attn
+    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+    q, k, v = (_heads(part, attn) for part in qkv.chunk(3, dim=-1))
+    return _rest(block, x, _attention(q, k, v, packing, last=False))
+
+
+def _last_block(block: Any, x: Tensor, packing: Packing) -> Tensor:
+    """The same, but only the end-of-text rows of the groups' classes: (P + R, D) to (C, D)."""
+    attn = block.attn
+    wide = x.shape[1]
+    ends = [part[:, -1] for part in _by_group(x, 0, packing)]
+    residual = torch.cat(ends)
+    normed = block.ln_1(x)
+    queries = torch.cat([part[:, -1] for part in _by_group(normed, 0, packing)])
+    weight, bias = attn.in_proj_weight, attn.in_proj_bias
+    q = F.linear(queries, weight[:wide], None if bias is None else bias[:wide])
+    kv = F.linear(normed, weight[wide:], None if bias is None else bias[wide:])
+    k, v = (_heads(part, attn) for part in kv.chunk(2, dim=-1))
+    return _rest(block, residual, _attention(_heads(q, attn), k, v, packing, last=True))
+
+
+def _rest(block: Any, x: Tensor, heads: Tensor) -> Tensor:
+    """What a block does with the result of its attention, (heads, rows, d)."""
+    projection = block.attn.out_proj
+    attended = F.linear(heads.transpose(0, 1).flatten(1), projection.weight, projection.bias)
+    x = x + block.ls_1(attended)
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def _heads(x: Tensor, attn: nn.MultiheadAttention) -> Tensor:
+    """(rows, D) to (heads, rows, d)."""
+    return x.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(0, 1)
+
+
+def _by_group(x: Tensor, dim: int, packing: Packing) -> list[Tensor]:
+    """The rows after the prefix, for each group (.., classes, positions, ..)."""
+    sizes = [packing.prefix, *(count * length for count, length in packing.groups)]
+    parts = x.split(sizes, dim)[1:]
+    return [part.unflatten(dim, group) for part, group in zip(parts, packing.groups, strict=True)]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, last: bool) -> Tensor:
+    """Causal attention of each class to the prefix and to itself; shaped as ``q``.
+
+    The products with the prefix's keys and values are two matrix products for all classes at once,
+    with no copy of the prefix for each of them; only the small (positions x positions) ones are
+    per class. On a CPU that is twice as fast as ``scaled_dot_product_attention`` of each group with
+    the prefix's keys and values put in front of its own.
+
+    ``k`` and ``v`` are (heads, P + R, d), and so is ``q``; with ``last`` it has end-of-text rows
+    only, (heads, C, d).
+    """
+    start = packing.prefix
+    q = q * q.shape[-1] ** -0.5
+    to_prefix = q @ k[:, :start].transpose(1, 2)
+    if last:
+        sizes = [(count, 1) for count, _ in packing.groups]
+        weights, own = [], []
+        offset = 0
+    else:
+        sizes = list(packing.groups)
+        weights = [_softmax(to_prefix[:, :start])]
+        own = [torch.zeros_like(q[:, :start])]
+        offset = start
+    groups = zip(sizes, _by_group(k, 1, packing), _by_group(v, 1, packing), strict=True)
+    for size, keys, values in groups:
+        rows = slice(offset, offset + size[0] * size[1])
+        to_own = q[:, rows].unflatten(1, size) @ keys.transpose(-1, -2)
+        scores = torch.cat([to_prefix[:, rows].unflatten(1, size), to_own], dim=-1)
+        weight = _softmax(scores)
+        weights.append(weight[..., :start].flatten(1, 2))
+        own.append((weight[..., start:] @ values).flatten(1, 2))
+        offset = rows.stop
+    return torch.cat(weights, dim=1) @ v[:, :start] + torch.cat(own, dim=1)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the keys, of which the last query sees all, the one before it all but one, ..."""
+    queries, keys = scores.shape[-2:]
+    future = torch.ones(queries, keys, dtype=torch.bool, device=scores.device)
+    return scores.masked_fill(future.triu(keys - queries + 1), float("-inf")).softmax(dim=-1)

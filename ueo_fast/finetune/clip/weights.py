@@ -1,4 +1,4 @@
-"""Which weights a model's name means, where they lie, and which activation they want."""
+"""Which weights a model's name means, where they are or come from, and their activation."""
 
 from __future__ import annotations
 
@@ -6,42 +6,37 @@ import contextlib
 import difflib
 import hashlib
 import os
-import shutil
-import tempfile
+import threading
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import open_clip
-import safetensors.torch
-import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from open_clip.pretrained import download_pretrained_from_hf
-from torch import Tensor
 
-from ueo_fast.finetune.clip import hub
-from ueo_fast.finetune.clip.base_model import option
-from ueo_fast.finetune.clip.trust import CONFIG, read_model_config
+from ueo_fast.finetune.clip.base_model import CONFIG, option, read_model_config
 
 NONE = "none"
 """The ``pretrained`` that stands for random weights."""
 
 ACTIVATIONS = ("gelu", "quickgelu")
 
-_LOCAL, _HUB = "local-dir:", "hf-hub:"
+LOCAL, HUB = "local-dir:", "hf-hub:"
+_PATIENCE = 8.0
+"""Seconds in which the hub must answer before anything is downloaded."""
+_T = TypeVar("_T")
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".npy", ".ckpt")
 _FOLDER_SUFFIXES = (".safetensors", ".bin", ".pth")
-_PREFERRED = (
+PREFERRED = (
     *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
     *("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "model.safetensors"),
     *("pytorch_model.bin", "pytorch_model.pth", "model.pth"),
 )
 """Of several files with weights in a folder open_clip takes the first of these."""
-_PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
 
 @dataclass(frozen=True)
@@ -76,11 +71,11 @@ def find_source(
 
     Without ``network`` what is not on this machine is an error.
     """
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation not in (None, *ACTIVATIONS):
         raise ValueError(f"activation={activation!r} is unknown; choose one of gelu, quickgelu")
     name = identify(model)
     quick = None if activation is None else activation == "quickgelu"
-    if name.startswith((_LOCAL, _HUB)):
+    if name.startswith((LOCAL, HUB)):
         if pretrained not in (None, NONE):
             raise ValueError(
                 f"pretrained={pretrained!r} was given, but {name} brings its own weights; leave "
@@ -122,15 +117,15 @@ def identify(model: str) -> str:
         ValueError: an unknown name; the message has the closest ones.
         FileNotFoundError: a folder without config or weights.
     """
-    if model.startswith(_HUB) and model != _HUB:
+    if model.startswith(HUB) and model != HUB:
         return model
     cleaned = model.replace("/", "-")  # "ViT-B/32", as OpenAI writes it
     if cleaned in open_clip.list_models():
         return cleaned
-    folder = Path(model.removeprefix(_LOCAL)).expanduser()
-    if model.startswith(_LOCAL) or folder.is_dir():
+    folder = Path(model.removeprefix(LOCAL)).expanduser()
+    if model.startswith(LOCAL) or folder.is_dir():
         _check_folder(folder)
-        return _LOCAL + str(folder.absolute())
+        return LOCAL + str(folder.absolute())
     names = open_clip.list_models()
     raise ValueError(
         f"model={model!r} is neither a folder nor a model of open_clip{_closest(cleaned, names)}. "
@@ -165,15 +160,14 @@ def _of_tag(
             f"activation={ACTIVATIONS[quick]!r} was asked for, but the weights {tag!r} of {name} "
             f"were trained with {ACTIVATIONS[wanted]!r}; leave it out"
         )
-    preprocess = {key: cfg[key] for key in _PREPROCESS if key in cfg}
-    torchscript = _is_torchscript(file)
+    torchscript = is_torchscript(file)
     if torchscript:
         _known_archive(name, file)
-    return Source(name, name, recorded, file, wanted, preprocess, torchscript)
+    return Source(name, name, recorded, file, wanted, _preprocess(cfg), torchscript)
 
 
 def _of_file(name: str, file: str, tags: list[str], quick: bool | None) -> Source:
-    if _is_torchscript(file):
+    if is_torchscript(file):
         tag = _known_archive(name, file)
         cfg = open_clip.get_pretrained_cfg(name, tag)
         return _of_tag(name, tag, cfg, file, f"{tag}={file}", quick)
@@ -189,7 +183,7 @@ def _of_file(name: str, file: str, tags: list[str], quick: bool | None) -> Sourc
             f"{option('pretrained', f'{tags[0]}={file}')}. Else give "
             f"{option('activation', 'gelu')} or {option('activation', 'quickgelu')}"
         )
-    found = [{key: cfg[key] for key in _PREPROCESS if key in cfg} for cfg in cfgs.values()]
+    found = [_preprocess(cfg) for cfg in cfgs.values()]
     preprocess = found[0] if found else None
     if any(one != preprocess for one in found):
         warnings.warn(
@@ -199,6 +193,11 @@ def _of_file(name: str, file: str, tags: list[str], quick: bool | None) -> Sourc
         )
         preprocess = None
     return Source(name, name, file, file, own if quick is None else quick, preprocess)
+
+
+def _preprocess(cfg: dict[str, Any]) -> dict[str, Any]:
+    names = ("mean", "std", "interpolation", "resize_mode")
+    return {key: cfg[key] for key in names if key in cfg}
 
 
 def _quick_gelu(name: str, cfg: dict[str, Any]) -> bool:
@@ -218,7 +217,7 @@ def _tag_file(name: str, tag: str, cfg: dict[str, Any], network: bool) -> str:
     """The weights of a tag: from the cache without asking the network, else downloaded."""
     repository, files = _hub_files(cfg)
     url = cfg.get("url", "")
-    if found := hub.cached(repository, files):
+    if found := _cached(repository, files):
         return found
     places = [f"https://huggingface.co/{repository} ({' or '.join(files)})"] * bool(repository)
     places += [url] * bool(url)
@@ -228,60 +227,54 @@ def _tag_file(name: str, tag: str, cfg: dict[str, Any], network: bool) -> str:
         f"{option('pretrained', f'{tag}=/path/of/the/file')}"
     )
     place = constants.ENDPOINT if repository else url
-    if repository or not hub.in_old_cache(url):
-        hub.check_access(what, place, way_out, option("model", name), network)
-    try:
-        return str(open_clip.download_pretrained(cfg))
-    except Exception as error:  # whatever the hub's client and urllib raise
-        raise hub.not_downloaded(what, str(error), way_out) from error
+    named = option("model", name)
+    return _download(
+        lambda: open_clip.download_pretrained(cfg), what, place, way_out, named, network
+    )
 
 
 def text_config(name: str, *, network: bool = True) -> dict[str, Any]:
-    """The ``text_cfg`` of a model by its identified name. One that comes from a folder or the hub
-    is checked first, all of it: see :func:`~ueo_fast.finetune.clip.trust.read_model_config`."""
-    if name.startswith(_LOCAL):
-        config = read_model_config(Path(name.removeprefix(_LOCAL)) / CONFIG)
-    elif name.startswith(_HUB):
-        config = read_model_config(Path(_hub_file(name, [CONFIG], network)))
+    """The ``text_cfg`` of a model by its identified name; the config of a folder or of the hub is
+    checked first (:func:`~ueo_fast.finetune.clip.base_model.read_model_config`)."""
+    if name.startswith(LOCAL):
+        config = read_model_config(Path(name.removeprefix(LOCAL)) / CONFIG)
+    elif name.startswith(HUB):
+        config = read_model_config(Path(hub_file(name, [CONFIG], network)))
     else:
         config = open_clip.get_model_config(name)
-    text: dict[str, Any] = config.get("text_cfg", {})
-    return text
+    return dict(config.get("text_cfg", {}))
 
 
 def _own_weights(name: str, *, network: bool) -> str:
     """The file that open_clip takes as the weights of a folder or a repository."""
-    if name.startswith(_HUB):
-        return _hub_file(name, _hub_files({})[1], network)
-    folder = Path(name.removeprefix(_LOCAL))
+    if name.startswith(HUB):
+        return hub_file(name, _hub_files({})[1], network)
+    folder = Path(name.removeprefix(LOCAL))
     found = [path for path in folder.iterdir() if path.suffix in _FOLDER_SUFFIXES]
-    order = {file: place for place, file in enumerate(_PREFERRED)}
-    best = min(
-        found,
-        key=lambda path: (
-            order.get(path.name, len(order)),
-            path.suffix != ".safetensors",
-            path.name,
-        ),
-    )
-    return str(best)
+    order = {file: place for place, file in enumerate(PREFERRED)}
+
+    def rank(path: Path) -> tuple[int, bool, str]:
+        return order.get(path.name, len(order)), path.suffix != ".safetensors", path.name
+
+    return str(min(found, key=rank))
 
 
-def _hub_file(name: str, files: list[str], network: bool) -> str:
+def hub_file(name: str, files: list[str], network: bool) -> str:
     """A file of ``hf-hub:owner/repository``, under the first of its names that there is."""
-    repository = name.removeprefix(_HUB)
-    if found := hub.cached(repository, files):
+    repository = name.removeprefix(HUB)
+    if found := _cached(repository, files):
         return found
     way_out = (
         f"download {CONFIG} and the weights of https://huggingface.co/{repository} elsewhere into "
         f"one folder, and give {option('model', '/path/of/the/folder')}"
     )
     what = f"{files[0]} of {name}"
-    hub.check_access(what, constants.ENDPOINT, way_out, option("model", name), network)
-    try:  # open_clip tries the other name of weights first
+    named = option("model", name)
+
+    def load() -> str:  # open_clip tries the other name of weights first
         return str(download_pretrained_from_hf(repository, filename=files[-1]))
-    except Exception as error:  # whatever the hub's client raises
-        raise hub.not_downloaded(what, str(error), way_out) from error
+
+    return _download(load, what, constants.ENDPOINT, way_out, named, network)
 
 
 def _existing(path: str) -> Path:
@@ -315,7 +308,7 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _is_torchscript(file: str) -> bool:
+def is_torchscript(file: str) -> bool:
     if not zipfile.is_zipfile(file):
         return False
     with zipfile.ZipFile(file) as archive:
@@ -323,10 +316,7 @@ def _is_torchscript(file: str) -> bool:
 
 
 def _known_archive(name: str, file: str) -> str:
-    """The tag of an archive of OpenAI's, by its hash.
-
-    TorchScript is a program, so only the published ones are opened.
-    """
+    """The tag of an archive of OpenAI's; TorchScript is a program, so its hash must be known."""
     hasher = hashlib.sha256()
     with open(file, "rb") as opened:
         while block := opened.read(1 << 20):
@@ -350,82 +340,85 @@ def _closest(word: str, known: list[str]) -> str:
     return f"; did you mean {', '.join(by_lower[name] for name in close)}?" if close else ""
 
 
-_SCALARS = "?SU" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
-_SCALAR: Any = np.float64(0).__reduce__()[0]
-_NUMPY: list[Any] = [
-    np.dtype,
-    *{type(np.dtype(code)) for code in _SCALARS},
-    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
-"""What a pickle of NumPy scalars names: types of numbers and texts, and what makes one."""
-_WRAPPERS = {"module", "_orig_mod"}
-"""Names that DataParallel and torch.compile put before or between those of a model."""
+def _cached(repository: str, files: list[str]) -> str | None:
+    """The path of the first of these files of a repository that the cache holds."""
+    if not repository:
+        return None
+    found = (try_to_load_from_cache(repository, file) for file in files)
+    return next((path for path in found if isinstance(path, str)), None)
+
+
+def _download(
+    load: Callable[[], str], what: str, url: str, way_out: str, named: str, network: bool
+) -> str:
+    """The path that ``load`` returns; stops at once where it cannot or must not download ``what``.
+
+    Raises:
+        OSError: without ``network``, as nobody who is trusted asked for it; or ``url`` does not
+            answer, or the download fails.
+    """
+    missing = f"{what}: not found in {constants.HF_HUB_CACHE}, and"
+    here = (Path("~/.cache/clip").expanduser() / url.rpartition("/")[2]).is_file()
+    if not network and not here:
+        raise OSError(
+            f"{missing} nothing that a run or a delta names is downloaded by itself. If you trust "
+            f"it, name it: {named}"
+        )
+    reason, cause = "", None
+    if not here:
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable(url)
+    if not reason:
+        try:
+            return str(load())
+        except Exception as error:  # whatever the hub's client and urllib raise
+            reason, cause = str(error), error
+    raise OSError(
+        f"{missing} could not be downloaded ({reason}). Without a network: {way_out}"
+    ) from cause
+
+
+def unreachable(url: str) -> str:
+    """Why ``url`` does not answer, or ``""``; one request: the hub's client retries for minutes."""
+    reason = f"no answer from {url} within {_PATIENCE:g} s"
+
+    def ask() -> None:
+        nonlocal reason
+        try:
+            get_session().head(url, timeout=_PATIENCE)
+            reason = ""
+        except Exception as error:  # of the client that the hub uses in this version
+            reason = f"{url}: {str(error).strip() or type(error).__name__}"
+
+    thread = threading.Thread(target=ask, daemon=True)  # no time-out bounds the look-up of names
+    thread.start()
+    thread.join(_PATIENCE)
+    return reason
 
 
 @contextlib.contextmanager
-def plain_checkpoint(source: Source) -> Iterator[Source]:
-    """The source with weights as open_clip reads them, for as long as the block lasts.
+def offline() -> Iterator[None]:
+    """Inside, the hub's client serves what is in its cache and asks no network."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
-    A checkpoint of a wrapped model (``module.``, ``_orig_mod.``, both, anywhere in its names, or an
-    attribute that held the model in front of all of them) is written anew, without these names,
-    into a temporary folder. NumPy scalars next to the weights may be read. No code in a file runs.
+
+def from_hub(load: Callable[[], _T], *, network: bool) -> _T:
+    """What ``load`` returns from the hub's cache, else, with ``network``, from the hub itself.
+
+    Raises:
+        Exception: whatever ``load`` raises.
     """
-    safe = torch.serialization.safe_globals(_NUMPY)
-    with tempfile.TemporaryDirectory() as folder, safe:
-        state = _unwrapped(source)
-        if state is None:
-            yield source
-            return
-        weights = str(Path(folder) / _PREFERRED[0])
-        safetensors.torch.save_file(state, weights)
-        if not source.identifier.startswith((_LOCAL, _HUB)):
-            yield replace(source, weights=weights)
-            return
-        if source.identifier.startswith(_HUB):
-            config = _hub_file(source.identifier, [CONFIG], network=False)
-        else:
-            config = str(Path(source.identifier.removeprefix(_LOCAL)) / CONFIG)
-        shutil.copyfile(config, Path(folder) / CONFIG)
-        yield replace(source, identifier=_LOCAL + folder)
-
-
-def _unwrapped(source: Source) -> dict[str, Tensor] | None:
-    """The weights without the names of wrappers; None where there are none of these."""
-    file = source.weights
-    if file is None or source.torchscript or file.endswith((".npz", ".npy")):
-        return None
-    state: Any
-    if file.endswith(".safetensors"):
-        with safetensors.safe_open(file, framework="pt") as opened:
-            if not _is_wrapped(opened.keys()):
-                return None
-            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    else:
-        mapped = zipfile.is_zipfile(file) and not _is_torchscript(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        if isinstance(state, dict):
-            state = state.get("state_dict", state)
-        if not isinstance(state, dict) or not _is_wrapped(state):
-            return None
-    outer = _outer(state)
-    plain: dict[str, Tensor] = {}
-    for name, value in state.items():
-        own = ".".join(part for part in name[len(outer) :].split(".") if part not in _WRAPPERS)
-        if own in plain:
-            raise ValueError(f"{file} has {own!r} twice, once as {name!r}: keep one of the two")
-        if isinstance(value, Tensor):
-            plain[own] = value.detach().clone(memory_format=torch.contiguous_format)
-    return plain
-
-
-def _is_wrapped(names: Iterable[str]) -> bool:
-    names = [name for name in names if isinstance(name, str)]
-    parts = {part for name in names for part in name.split(".")}
-    return bool(_outer(names)) or not _WRAPPERS.isdisjoint(parts)
-
-
-def _outer(names: Iterable[str]) -> str:
-    """What all names begin with: the name of an attribute that held the model, e.g. Lightning's."""
-    names = list(names)
-    held = [name.removesuffix("logit_scale") for name in names if name.endswith(".logit_scale")]
-    return held[0] if held and all(name.startswith(held[0]) for name in names) else ""
+    with offline():
+        try:
+            return load()
+        except Exception as error:
+            missing = error
+    if not network or constants.HF_HUB_OFFLINE:
+        raise missing
+    if reason := unreachable(constants.ENDPOINT):
+        raise OSError(f"{missing}; {reason}") from missing
+    return load()

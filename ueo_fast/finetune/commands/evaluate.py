@@ -28,7 +28,7 @@ from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.data.views import temporary_copies, views_of
 from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches, watched
 from ueo_fast.finetune.files.run_folder import RunFolder
-from ueo_fast.finetune.methods.registry import METHODS
+from ueo_fast.finetune.methods import METHODS
 
 if TYPE_CHECKING:
     from ueo_fast.finetune.data.copies import Copies

@@ -15,7 +15,7 @@ from ueo_fast.finetune.data.names import printable
 from ueo_fast.finetune.evaluation.metrics import Metrics, compute_metrics
 from ueo_fast.finetune.evaluation.predict import cosine_error
 from ueo_fast.finetune.evaluation.results_table import KnownCounts, ResultsTable, doubts, verdict
-from ueo_fast.finetune.methods.registry import METHODS
+from ueo_fast.finetune.methods import METHODS
 from ueo_fast.finetune.scoring.thresholds import choose_threshold, lowest_known
 
 COLUMNS: Mapping[str, str] = {

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ueo_fast.finetune.clip.base_model import BaseModel, named_as_flags, option
+from ueo_fast.finetune.clip.base_model import BaseModel, named_as_flags, option, recall
 from ueo_fast.finetune.clip.delta import save_delta
 from ueo_fast.finetune.clip.load import LoadedClip, load_base, load_clip
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.clip.trust import recall
 from ueo_fast.finetune.clip.weights import identify
 from ueo_fast.finetune.commands.device import chosen_device
 from ueo_fast.finetune.commands.evaluation import (

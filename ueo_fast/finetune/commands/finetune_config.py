@@ -210,7 +210,7 @@ class FinetuneConfig(FinetuneOptions):
         Raises:
             ValueError: a choice that the method has no use for.
         """
-        from ueo_fast.finetune.methods.registry import METHODS, make_method, options_of
+        from ueo_fast.finetune.methods import METHODS, make_method, options_of
 
         options: dict[str, Any] = {
             "trade_off": self.trade_off,

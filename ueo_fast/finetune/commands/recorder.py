@@ -16,7 +16,7 @@ from ueo_fast.finetune.engine.trainer import History
 from ueo_fast.finetune.evaluation.finished_run import checked_metrics
 from ueo_fast.finetune.evaluation.predict import collect, predict_batches, watched
 from ueo_fast.finetune.files.run_folder import RunFolder
-from ueo_fast.finetune.methods.registry import METHODS
+from ueo_fast.finetune.methods import METHODS
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]

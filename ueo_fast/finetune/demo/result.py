@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ueo_fast.finetune.engine.history import History
+from ueo_fast.finetune.engine.hooks import History
 from ueo_fast.finetune.evaluation.metrics import Metrics
 
 

@@ -1,25 +1,24 @@
-"""What a training run tells, and to whom."""
+"""Training callbacks and what they receive; the history that a run returns, and its error."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
-
-from ueo_fast.finetune.data.loader import LoadingMeter
+if TYPE_CHECKING:  # a message about an error needs no PyTorch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class StartRecord:
-    """Where a run begins, or goes on.
+    """Where a run starts or resumes.
 
     Attributes:
-        step: steps that are done already, by the run that is resumed; 0 in a new one.
+        step: steps already done, by the run that is resumed; 0 in a new one.
         total: steps in all.
-        epoch: whole epochs that are done already.
+        epoch: whole epochs already done.
     """
 
     step: int
@@ -36,8 +35,8 @@ class StepRecord:
         total: steps in all.
         epoch: from 1.
         loss: value of the method's loss.
-        conditional_entropy: mean entropy of the batch's predictions, nats; every image weighs the
-            same, so that methods can be compared.
+        conditional_entropy: mean entropy of the batch's predictions, nats; every image has the
+            same weight, so that methods can be compared.
         marginal_entropy: entropy of the batch's mean prediction, nats, at most log C.
         largest_share: share of the batch that is put into the most frequent class.
         learning_rates: by group, ``prompt`` and ``affine``, those of this step.
@@ -79,9 +78,53 @@ class EpochRecord:
         return self.marginal_entropy - self.conditional_entropy
 
 
+SERIES = ("loss", "conditional_entropy", "marginal_entropy")
+"""The fields of :class:`History` that have one number per step."""
+
+
+@dataclass
+class History:
+    """One entry per step; after a resume, of the steps before it too.
+
+    Attributes:
+        loss: as in :class:`StepRecord`.
+        conditional_entropy: as in :class:`StepRecord`.
+        marginal_entropy: as in :class:`StepRecord`. Near 0, everything is put into one class: the
+            training has collapsed.
+        stopped: why the training ended before its last step; ``None`` where it did not.
+        kept_epoch: with early stopping, the epoch whose state the classifier was left in (0: that
+            before the training); else ``None``.
+        online: (N, C) predictions that were made on the way, where the method makes such.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    conditional_entropy: list[float] = field(default_factory=list)
+    marginal_entropy: list[float] = field(default_factory=list)
+    stopped: str | None = None
+    kept_epoch: int | None = None
+    online: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def __repr__(self) -> str:
+        last = f", last loss {self.loss[-1]:.4g}" if self.loss else ""
+        stopped = f", stopped {self.stopped}" if self.stopped else ""
+        return f"History({len(self)} steps{last}{stopped})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and ``None``, without ``online``: what JSON can hold."""
+        series = {name: list(getattr(self, name)) for name in SERIES}
+        return {**series, "stopped": self.stopped, "kept_epoch": self.kept_epoch}
+
+
+class NonFiniteLossError(RuntimeError):
+    """Loss or gradient became NaN or infinite; the weights are those of the step before."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on.
+    """All that a run needs to resume.
 
     Attributes:
         step: steps done.
@@ -112,18 +155,17 @@ def _ignore(record: object) -> None:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Who is told of what; nobody, by default.
+    """Training callbacks; no-ops by default. One that raises ends the run.
 
-    Everything is told before the checkpoint of its step is saved, so a log always has all steps of
-    the checkpoint; what it has beyond, a resumed run tells again (:attr:`on_start` says from
-    where). What a hook raises ends the run.
+    All are called before the checkpoint of their step is saved, so a log has every step of the
+    checkpoint. A resumed run repeats later steps; :attr:`on_start` receives where it starts.
 
     Attributes:
         on_start: called once, before the first step, when a checkpoint has been loaded.
         on_step: called after each gradient step.
         on_epoch: called after each epoch, with the classifier in evaluation mode.
         on_warning: called with a sentence when something looks wrong (a collapse).
-        checkpoints: where to resume from and where to save to; ``None``: neither.
+        checkpoints: where to resume from and save to; ``None``: neither.
     """
 
     on_start: Callable[[StartRecord], None] = _ignore
@@ -134,7 +176,7 @@ class Hooks:
 
 
 def combine(*hooks: Hooks) -> Hooks:
-    """Hooks that tell all of ``hooks``, in their order.
+    """Hooks that call all of ``hooks``, in their order.
 
     Raises:
         ValueError: more than one of them has checkpoints.
@@ -146,30 +188,24 @@ def combine(*hooks: Hooks) -> Hooks:
             "leave them out of all but one"
         )
 
-    def on_start(record: StartRecord) -> None:
-        for one in hooks:
-            one.on_start(record)
+    def all_of(name: str) -> Callable[[Any], None]:
+        def call(record: Any) -> None:
+            for one in hooks:
+                getattr(one, name)(record)
 
-    def on_step(record: StepRecord) -> None:
-        for one in hooks:
-            one.on_step(record)
+        return call
 
-    def on_epoch(record: EpochRecord) -> None:
-        for one in hooks:
-            one.on_epoch(record)
-
-    def on_warning(text: str) -> None:
-        for one in hooks:
-            one.on_warning(text)
-
-    return Hooks(on_start, on_step, on_epoch, on_warning, stores[0] if stores else None)
+    store = stores[0] if stores else None
+    return Hooks(
+        all_of("on_start"), all_of("on_step"), all_of("on_epoch"), all_of("on_warning"), store
+    )
 
 
 @contextmanager
 def training_bar(title: str, show: bool | None = True) -> Iterator[Any]:
-    """A progress bar of steps; ``None`` shows it where the standard error stream is a terminal.
+    """A progress bar of steps; ``show=None`` shows it if the standard error stream is a terminal.
 
-    It leaves no line where a method takes no steps.
+    A method that takes no steps leaves no line.
     """
     from tqdm import tqdm
 
@@ -179,8 +215,9 @@ def training_bar(title: str, show: bool | None = True) -> Iterator[Any]:
 
 
 def bar_hooks(bar: Any) -> Hooks:
-    """Hooks that move a progress bar of tqdm's, with the losses, the images per second, and
-    whether loading or computing takes the time."""
+    """Hooks for a tqdm bar: losses, images per second, and whether loading or computing is slow."""
+    from ueo_fast.finetune.data.loader import LoadingMeter
+
     meter = LoadingMeter()
 
     def on_start(record: StartRecord) -> None:
@@ -188,17 +225,14 @@ def bar_hooks(bar: Any) -> Hooks:
         bar.update(record.step)
 
     def on_step(record: StepRecord) -> None:
-        values = (
-            f"loss={_fixed(record.loss, 4)}",
-            f"conditional={_fixed(record.conditional_entropy, 3)}",
-            f"marginal={_fixed(record.marginal_entropy, 3)}",
+        values = [
+            # + 0.0: no -0.0000
+            f"loss={round(record.loss, 4) + 0.0:.4f}",
+            f"conditional={round(record.conditional_entropy, 3) + 0.0:.3f}",
+            f"marginal={round(record.marginal_entropy, 3) + 0.0:.3f}",
             meter.text(),
-        )
+        ]
         bar.set_postfix_str(", ".join(filter(None, values)), refresh=False)
         bar.update()
 
     return Hooks(on_start, on_step)
-
-
-def _fixed(value: float, digits: int) -> str:
-    return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no -0.0000

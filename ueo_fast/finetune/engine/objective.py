@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.model import ClipClassifier
 
 
 class Step(NamedTuple):
@@ -19,8 +18,8 @@ class Step(NamedTuple):
         logits: (B, C) ``logit_scale * cosines``.
         image_features: (B, E), L2-normalised.
         text_features: (C, E), L2-normalised.
-        positions: (B,) int64, the position of each image among the target's, whatever the order of
-            the batches.
+        positions: (B,) int64, the position of each image among the target's, in whatever order the
+            batches come.
     """
 
     cosines: Tensor
@@ -34,8 +33,11 @@ class Objective(nn.Module):
     """The loss of one batch: ``objective(step) -> 0-d``.
 
     Whatever depends on the images (confidence, pseudo-labels, a memory bank) is a buffer, looked
-    up by ``step.positions``: it moves with ``.to(device)``, and a run that was killed finds it
-    again in its checkpoint.
+    up by ``step.positions``: it moves with ``.to(device)``, and a resumed run finds it again in its
+    checkpoint.
+
+    Args:
+        subset: int64, the positions of the images to train on; ``None`` takes all.
     """
 
     subset: Tensor | None
@@ -44,9 +46,6 @@ class Objective(nn.Module):
     """The options of the method that made it; a run that is resumed must have the same."""
 
     def __init__(self, subset: Tensor | None = None) -> None:
-        """Args:
-        subset: int64, the positions of the images to train on; ``None`` takes all.
-        """
         super().__init__()
         self.register_buffer("subset", subset)
 
@@ -59,3 +58,7 @@ class Objective(nn.Module):
 
     def remember(self, step: Step) -> None:
         """Called after the optimiser's step, without gradients, with what the loss was given."""
+
+    def predictions(self) -> Tensor | None:
+        """(N, C) cosines that were computed while training, if they are the method's result."""
+        return None

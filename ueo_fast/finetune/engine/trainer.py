@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -11,19 +12,36 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.data.batches import IndexedImages, steps_per_epoch, training_batches
-from ueo_fast.finetune.engine.early_stop import EarlyStop
-from ueo_fast.finetune.engine.forward import Forward
-from ueo_fast.finetune.engine.history import History, NonFiniteLossError
-from ueo_fast.finetune.engine.hooks import Hooks, StartRecord, StepRecord
-from ueo_fast.finetune.engine.modes import RunningStatistics, check_independent, evaluation_mode
-from ueo_fast.finetune.engine.monitor import CollapseMonitor, totals_of
+from ueo_fast.finetune.data.batches import (
+    IndexedImages,
+    TrainingBatch,
+    steps_per_epoch,
+    training_batches,
+)
+from ueo_fast.finetune.engine.checkpoint import HeldSignals, TrainingState
+from ueo_fast.finetune.engine.forward import (
+    Forward,
+    RunningStatistics,
+    check_independent,
+    evaluation_mode,
+)
+from ueo_fast.finetune.engine.hooks import (
+    History,
+    Hooks,
+    NonFiniteLossError,
+    StartRecord,
+    StepRecord,
+)
+from ueo_fast.finetune.engine.monitor import (
+    CollapseMonitor,
+    EarlyStop,
+    StepStatistics,
+    Totals,
+    measure,
+    totals_of,
+)
 from ueo_fast.finetune.engine.objective import Objective, Step
-from ueo_fast.finetune.engine.optimizer import Optimizer
-from ueo_fast.finetune.engine.step_statistics import StepStatistics, Totals, measure
-from ueo_fast.finetune.engine.stopping import HeldSignals
 from ueo_fast.finetune.engine.training_config import TrainerConfig
-from ueo_fast.finetune.engine.training_state import TrainingState, fingerprint
 from ueo_fast.gradient_cache import GradCache
 
 __all__ = ["History", "NonFiniteLossError", "TrainerConfig", "train"]
@@ -54,7 +72,7 @@ def train(
     are never touched and dropout is off, unless ``objective.prepare`` says otherwise; afterwards it
     is in evaluation mode in any case.
 
-    With ``hooks.checkpoints`` the run goes on from the checkpoint there, if there is one, and ends
+    With ``hooks.checkpoints`` the run resumes from the checkpoint there, if there is one, and ends
     as it would have ended uninterrupted (bit for bit on a CPU with the same number of threads; the
     history has all steps). One is saved every ``config.checkpoint_every`` steps, five minutes after
     the last one, and, in the main thread, when Ctrl-C or SIGTERM asks to stop: the step is
@@ -62,12 +80,12 @@ def train(
     raises ``KeyboardInterrupt``). A second one does so at once.
 
     Args:
-        classifier: what is trained: its prompt context and affine parameters. To resume, the
-            zero-shot model that the first run started from.
+        classifier: its prompt context and affine parameters are trained. To resume, the zero-shot
+            model that the first run started from.
         images: N images, augmented by the dataset itself if at all.
         objective: the loss of a batch.
         config: budget and optimiser; ``None`` takes the authors'.
-        hooks: who is told of each step, and where checkpoints are kept.
+        hooks: callbacks, and where checkpoints are kept.
         zero_shot: (N, C) cosines before the training, which the collapse monitor compares with;
             ``None`` takes the predictions of the first epoch.
 
@@ -86,12 +104,67 @@ def train(
     """
     config, hooks = config or TrainerConfig(), hooks or Hooks()
     try:
-        return _Run(classifier, images, objective, config, hooks, zero_shot).go()
+        run = _Run(classifier, images, objective, config, hooks, zero_shot)
+        state = run.state
+        with HeldSignals(hooks.checkpoints is not None and state.history.stopped is None) as held:
+            started = run.saved = time.perf_counter()
+            for epoch, batch, positions in run.batches(images):
+                rates = run.set_learning_rates()
+                step, statistics = run.gradients(batch, positions)
+                if state.scaler is None:
+                    state.sgd.step()
+                else:  # skips a step whose gradients overflowed, and lowers the loss scale
+                    state.scaler.step(state.sgd)
+                    state.scaler.update()
+                with torch.no_grad():
+                    objective.remember(step)
+                state.step += 1
+                run.report(statistics, epoch, rates, time.perf_counter() - started)
+                run.stop_and_save(statistics, epoch, held)
+                if state.history.stopped is not None:
+                    break
+                started = time.perf_counter()
+        state.sgd.zero_grad(set_to_none=True)
+        return state.history
     finally:
         classifier.eval()
 
 
+def make_sgd(classifier: ClipClassifier, config: TrainerConfig) -> torch.optim.SGD:
+    """The optimiser, with a group for the prompt and one for the affine parameters.
+
+    Parameters require a gradient from here on if their learning rate is not 0, and no others do.
+
+    Raises:
+        ValueError: nothing to train, or a prompt that cannot be.
+    """
+    if config.prompt_lr > 0:
+        classifier.prompt.check_trainable()
+    groups = []
+    for name, rate, parameters in (
+        ("prompt", config.prompt_lr, classifier.prompt_parameters()),
+        ("affine", config.affine_lr, classifier.affine_parameters()),
+    ):
+        for parameter in parameters:
+            parameter.requires_grad_(rate > 0)
+            parameter.grad = None
+        if rate > 0 and parameters:
+            groups.append({"params": parameters, "name": name, "start": rate})
+    if not groups:
+        raise ValueError(
+            "nothing to train: prompt_lr and affine_lr are both 0"
+            if config.prompt_lr == config.affine_lr == 0
+            else "nothing to train: prompt_lr is 0, and the visual tower has no affine parameters "
+            "in scope"
+        )
+    return torch.optim.SGD(
+        groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+
+
 class _Run:
+    """What :func:`train` does besides the optimiser's step."""
+
     def __init__(
         self,
         classifier: ClipClassifier,
@@ -101,7 +174,7 @@ class _Run:
         hooks: Hooks,
         zero_shot: Tensor | None,
     ) -> None:
-        self.classifier, self.images, self.objective = classifier, images, objective
+        self.classifier, self.objective = classifier, objective
         self.config, self.hooks = config, hooks
         found, subset = len(IndexedImages(images)), objective.subset
         count = found if subset is None else len(subset)
@@ -109,7 +182,8 @@ class _Run:
             raise ValueError("images is empty: there is nothing to train on")
         classifier.eval()  # before anything is computed: fixed text features must have no dropout
         self.forward = Forward(classifier, config)
-        self.optimizer = Optimizer(classifier, config)
+        sgd = make_sgd(classifier, config)
+        device = self.forward.device
         self.epoch_steps = steps_per_epoch(count, config.batch_size)
         self.total = config.epochs * self.epoch_steps
         names = classifier.prompt.class_names
@@ -119,74 +193,76 @@ class _Run:
             start = totals_of(rows, float(classifier.logit_scale))
         self.state = TrainingState(
             classifier,
-            objective.to(self.forward.device),
-            self.optimizer,
+            objective.to(device),
+            sgd,
+            torch.amp.GradScaler(device.type) if config.precision == "fp16" else None,
             CollapseMonitor(names, count, shuffled=config.shuffle, start=start),
             None if config.early_stop is None else EarlyStop(classifier, config.early_stop),
-            fingerprint(config, classifier, objective, found),
+            {
+                **config.decisive(),
+                "images": found,
+                "classes": list(names),
+                "prompt": classifier.prompt.template,
+                "objective": type(objective).__name__,
+                "choices": objective.choices,
+            },
+            Totals(len(names)),
         )
-        self.step = 0
         self.saved = 0.0
         self.overflows = 0
-
-    def go(self) -> History:
-        self._begin()
-        if self.state.history.stopped is None:
-            with HeldSignals(self.hooks.checkpoints is not None) as held:
-                self._steps(held)
-        self.optimizer.clear()
-        return self.state.history
-
-    def _begin(self) -> None:
-        """Take up the run where it was left."""
-        store, state = self.hooks.checkpoints, self.state
-        checkpoint = None if store is None else store.load()
-        if checkpoint is not None:
-            state.check(checkpoint, self.total)
-            state.load_classifier(checkpoint)
-            self.step = checkpoint.step
-        self.objective.prepare(self.classifier)
-        if checkpoint is not None:
-            state.load(checkpoint)
-        visual = self.classifier.model.visual
+        checkpoint = None if hooks.checkpoints is None else hooks.checkpoints.load()
+        if checkpoint is None:
+            objective.prepare(classifier)
+        else:
+            self.state.load(checkpoint, self.total)
+        visual = classifier.model.visual
         self.statistics = RunningStatistics(visual)
-        if self.config.micro_batch_size is not None:
-            check_independent(visual, self.config.micro_batch_size)
-        self.hooks.on_start(StartRecord(self.step, self.total, self.step // self.epoch_steps))
+        if config.micro_batch_size is not None:
+            check_independent(visual, config.micro_batch_size)
+        step = self.state.step
+        hooks.on_start(StartRecord(step, self.total, step // self.epoch_steps))
 
-    def _steps(self, held: HeldSignals) -> None:
-        started = self.saved = time.perf_counter()
-        batches = training_batches(
-            self.images,
+    def batches(self, images: Dataset[Any] | Tensor) -> Iterator[TrainingBatch]:
+        """Those that are left; none where the run was stopped early."""
+        if self.state.history.stopped is not None:
+            return iter(())
+        return training_batches(
+            images,
             self.config.batch_size,
             seed=self.config.seed,
             epochs=self.config.epochs,
-            start_step=self.step,
+            start_step=self.state.step,
             num_workers=self.config.num_workers,
             subset=self.objective.subset,
             shuffle=self.config.shuffle,
             pin_memory=self.forward.device.type == "cuda",
         )
-        for epoch, images, positions in batches:
-            rates = self.optimizer.set_rates(self.step, self.total)
-            statistics = self._step(images, positions)
-            self.step += 1
-            self._tell(statistics, epoch, rates, time.perf_counter() - started)
-            reasons = self._warn(self.state.monitor.step(statistics))
-            ends = self.step % self.epoch_steps == 0
-            if ends:
-                reasons += self._end_epoch(epoch)
-            self._maybe_stop(reasons)
-            self._maybe_save(ends, held)
-            if self.state.history.stopped is not None:
-                return
-            started = time.perf_counter()
 
-    def _step(self, batch: Tensor, positions: Tensor) -> StepStatistics:
-        """One gradient step; if it fails (:meth:`_fail`), the state is that before it."""
-        forward, optimizer = self.forward, self.optimizer
+    def set_learning_rates(self) -> dict[str, float]:
+        """Those of the next step, by group; 0 where frozen.
+
+        ``cosine`` multiplies by ``(1 + cos(π done / total)) / 2``: 1 in the first step, and nearly
+        0 in the last.
+
+        Source: Loshchilov and Hutter, *SGDR*, 2017, equation 5, without restarts; authors'
+        ``demo.py`` (``CosineAnnealingLR``, stepped per batch).
+        """
+        factor = 1.0
+        if self.config.schedule == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * self.state.step / self.total))
+        for group in self.state.sgd.param_groups:
+            group["lr"] = group["start"] * factor
+        return {"prompt": self.config.prompt_lr * factor, "affine": self.config.affine_lr * factor}
+
+    def gradients(self, batch: Tensor, positions: Tensor) -> tuple[Step, StepStatistics]:
+        """Forward and backward; if that fails (:meth:`_fail`), the state is that before it.
+
+        Returns:
+            What the loss was given, without gradients, and statistics of it.
+        """
+        forward, state = self.forward, self.state
         micro = self.config.micro_batch_size
-        optimizer.clear()
+        state.sgd.zero_grad(set_to_none=True)
         self.statistics.keep()
         batch = forward.to_device(batch)
         text = forward.text_features()
@@ -196,117 +272,110 @@ class _Run:
         image = forward.image_features(batch) if cache is None else cache.features
         cosines, logits = self.classifier.compare(image, text)
         step = Step(cosines, logits, image, text, positions.to(forward.device))
-        loss = self._loss(step)
-        optimizer.scaled(loss).backward()
-        if cache is not None and self.config.affine_lr > 0 and image.grad is not None:
-            cache.backward()
-        # The one wait for the device, and the way to stop before a NaN reaches the weights.
-        statistics = measure(loss, logits, optimizer.gradients())
-        self._check_finite(statistics)
-        optimizer.step()
-        with torch.no_grad():
-            self.objective.remember(Step(*(value.detach() for value in step)))
-        return statistics
-
-    def _loss(self, step: Step) -> Tensor:
         try:
-            return self.objective(step)
+            loss = self.objective(step)
         except ValueError as error:
             # Some losses refuse NaN (in a confidence) before there is a value to look at.
             if step.cosines.isfinite().all():
                 raise
             self._fail(f"the predictions are no longer finite ({error})")
+        (loss if state.scaler is None else state.scaler.scale(loss)).backward()
+        if cache is not None and self.config.affine_lr > 0 and image.grad is not None:
+            cache.backward()
+        # The one wait for the device, and the way to stop before a NaN reaches the weights.
+        gradients = [p.grad for p in state.parameters if p.grad is not None]
+        statistics = measure(loss, logits, gradients)
+        self._check_finite(statistics.loss, statistics.largest_gradient)
+        return Step(*(value.detach() for value in step)), statistics
 
-    def _check_finite(self, statistics: StepStatistics) -> None:
-        loss, gradient = statistics.loss, statistics.largest_gradient
+    def _check_finite(self, loss: float, gradient: float) -> None:
         if not math.isfinite(loss):
             self._fail(f"the loss became {loss}")
-        if self.optimizer.scaler is not None:
+        if self.state.scaler is not None:
             # The scaler leaves such a step out and tries a lower scale.
             self.overflows = 0 if math.isfinite(gradient) else self.overflows + 1
             if self.overflows >= _MOST_OVERFLOWS:
                 self._fail(f"the gradient overflowed in {self.overflows} steps in a row")
-        elif not gradient * max(1.0, self.optimizer.largest_rate) < _LARGEST_CHANGE:
+            return
+        largest_rate = max(group["lr"] for group in self.state.sgd.param_groups)
+        if not gradient * max(1.0, largest_rate) < _LARGEST_CHANGE:
             self._fail(f"the gradient became {gradient} (the loss was {loss})")
 
     def _fail(self, what: str) -> NoReturn:
         self.statistics.restore()
-        self.optimizer.clear()
+        self.state.sgd.zero_grad(set_to_none=True)
         kept = ""
         if self.hooks.checkpoints is not None:
             try:
-                self.hooks.checkpoints.save(self.state.checkpoint(self.step))
+                self.hooks.checkpoints.save(self.state.checkpoint())
                 kept = " and are saved as a checkpoint"
             except OSError as error:
                 kept = f", but no checkpoint of them could be saved ({error})"
         config = self.config
         half = " Or take precision='bf16' or 'fp32'." if config.precision == "fp16" else ""
         raise NonFiniteLossError(
-            f"{what} at step {self.step + 1} of {self.total} (prompt_lr={config.prompt_lr}, "
+            f"{what} at step {self.state.step + 1} of {self.total} (prompt_lr={config.prompt_lr}, "
             f"affine_lr={config.affine_lr}, precision={config.precision}); the weights are those "
             f"of the step before{kept}. Lower the learning rates, and check the images for NaN."
             f"{half}"
         )
 
-    def _tell(
+    def report(
         self, statistics: StepStatistics, epoch: int, rates: dict[str, float], seconds: float
     ) -> None:
-        history, marginal = self.state.history, statistics.marginal_entropy
-        history.loss.append(statistics.loss)
-        history.conditional_entropy.append(statistics.conditional_entropy)
-        history.marginal_entropy.append(marginal)
-        self.state.totals.add(statistics)
-        self.hooks.on_step(
-            StepRecord(
-                step=self.step,
-                total=self.total,
-                epoch=epoch,
-                loss=statistics.loss,
-                conditional_entropy=statistics.conditional_entropy,
-                marginal_entropy=marginal,
-                largest_share=statistics.largest_share,
-                learning_rates=rates,
-                seconds=seconds,
-            )
+        """Add the step to the history, and call the hook."""
+        record = StepRecord(
+            step=self.state.step,
+            total=self.total,
+            epoch=epoch,
+            loss=statistics.loss,
+            conditional_entropy=statistics.conditional_entropy,
+            marginal_entropy=statistics.marginal_entropy,
+            largest_share=statistics.largest_share,
+            learning_rates=rates,
+            seconds=seconds,
         )
+        history = self.state.history
+        history.loss.append(record.loss)
+        history.conditional_entropy.append(record.conditional_entropy)
+        history.marginal_entropy.append(record.marginal_entropy)
+        self.state.totals.add(statistics)
+        self.hooks.on_step(record)
 
-    def _end_epoch(self, epoch: int) -> list[str]:
-        """Returns why to stop."""
-        state, totals = self.state, self.state.totals
-        record = totals.record(epoch)
-        state.totals = Totals(len(record.histogram))
-        with evaluation_mode(self.classifier):
-            self.hooks.on_epoch(record)
-        reasons = self._warn(state.monitor.epoch(totals))
-        # A collapsed epoch is never the best one.
-        if state.early_stop is not None and not state.monitor.collapsed:
-            reason = state.early_stop.epoch(record)
-            reasons += [] if reason is None else [reason]
-        return reasons
+    def stop_and_save(self, statistics: StepStatistics, epoch: int, held: HeldSignals) -> None:
+        """After a step: warnings, the end of an epoch, early stopping, a checkpoint if one is due.
+
+        With early stopping, at a reason to stop or at the end, go back to the best epoch.
+        """
+        state, stop = self.state, self.state.early_stop
+        reasons = self._warn(state.monitor.step(statistics))
+        epoch_ends = state.step % self.epoch_steps == 0
+        last = state.step == self.total
+        if epoch_ends:
+            totals, state.totals = state.totals, Totals(len(statistics.histogram))
+            record = totals.record(epoch)
+            with evaluation_mode(self.classifier):
+                self.hooks.on_epoch(record)
+            reasons += self._warn(state.monitor.epoch(totals))
+            # A collapsed epoch is never the best one.
+            if stop is not None and not state.monitor.collapsed:
+                reason = stop.epoch(record)
+                reasons += [] if reason is None else [reason]
+        if stop is not None and (reasons or last):
+            state.history.kept_epoch = stop.restore()
+            if reasons and not last:
+                state.history.stopped = f"after step {state.step} of {self.total}: {reasons[0]}"
+        if self.hooks.checkpoints is not None:
+            every = self.config.checkpoint_every
+            due = state.step % every == 0 if every else epoch_ends
+            due = due or time.perf_counter() - self.saved > _SECONDS_UNSAVED
+            due = due or last or state.history.stopped is not None or held.pending is not None
+            if due:
+                self.hooks.checkpoints.save(state.checkpoint())
+                self.saved = time.perf_counter()
+                held.deliver()
 
     def _warn(self, warnings: list[str]) -> list[str]:
         for text in warnings:
-            self.hooks.on_warning(f"step {self.step} of {self.total}: {text}")
+            self.hooks.on_warning(f"step {self.state.step} of {self.total}: {text}")
         return warnings
-
-    def _maybe_stop(self, reasons: list[str]) -> None:
-        """With early stopping: at a reason, or at the end, go back to the best epoch."""
-        stop = self.state.early_stop
-        if stop is None or not (reasons or self.step == self.total):
-            return
-        history = self.state.history
-        history.kept_epoch = stop.restore()
-        if reasons and self.step < self.total:
-            history.stopped = f"after step {self.step} of {self.total}: {reasons[0]}"
-
-    def _maybe_save(self, epoch_ends: bool, held: HeldSignals) -> None:
-        if self.hooks.checkpoints is None:
-            return
-        every = self.config.checkpoint_every
-        due = self.step % every == 0 if every else epoch_ends
-        due = due or time.perf_counter() - self.saved > _SECONDS_UNSAVED
-        last = self.step == self.total or self.state.history.stopped is not None
-        if due or last or held.pending is not None:
-            self.hooks.checkpoints.save(self.state.checkpoint(self.step))
-            self.saved = time.perf_counter()
-            held.deliver()

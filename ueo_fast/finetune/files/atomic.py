@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, forced to disk, then renamed."""
+"""Atomic file writes: next to their place, forced to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file to write to, which takes the place of ``path`` when the block ends.
+    """A binary file to write to, which replaces ``path`` when the block ends.
 
-    The bytes go to ``.<name>.partial`` in the same folder. At the end of the block they are forced
-    to disk, the file is renamed to ``path``, and the folder is forced to disk as well, so that a
-    crash at any moment leaves the old file or the new one. If the block raises, or a step of this
-    fails, the partial file is removed and ``path`` stays as it was. A killed process leaves its
-    partial file behind; the next one that writes ``path`` overwrites it. Of two that write at the
-    same time the second is refused (where the system can lock files).
+    The bytes go to ``.<name>.partial`` in the same folder, are forced to disk, and the file is
+    renamed; then the folder is forced to disk too. So a crash at any moment leaves the old file or
+    the new one. If the block or a step of this raises, the partial file is removed and ``path``
+    stays as it was. A killed process leaves its partial file; the next writer of ``path``
+    overwrites it. Of two that write at the same time the second is refused (where the system can
+    lock files).
 
     Raises:
         BlockingIOError: ``path`` is being written already.
@@ -35,15 +35,15 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                if os.name == "nt":  # it renames no open file
+                if os.name == "nt":  # which does not rename open files
                     file.close()
-                os.replace(partial, path)  # before it is closed: then it would be anybody's
+                os.replace(partial, path)  # before it is closed, and its lock with it
             except BaseException:
                 with contextlib.suppress(OSError):
                     partial.unlink()
                 raise
     except OSError as error:
-        # A full disk's error names no file, and the partial file is nothing that a user knows.
+        # A full disk's error names no file, and users do not know the partial file.
         if error.filename in (None, str(partial)):
             raise failed_write(path, error) from error
         raise
@@ -51,40 +51,31 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _open_alone(partial: Path) -> BinaryIO:
-    """The partial file, empty, for as long as it is open this writer's own."""
+    """The partial file, empty, and locked as long as it is open."""
     while True:
-        if not _is_own(partial):
-            remove_leftover(partial)
-        file = open(partial, "wb", opener=_keeping)  # noqa: SIM115
-        try:
-            lock(file.fileno())
-            # Else its last writer gave it its name, or removed it, since it was opened here.
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(partial.lstat().st_mode):  # a pipe would wait, a link lead away
+                remove_leftover(partial)
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(open(partial, "wb", opener=_keeping))
+            try:
+                lock(file.fileno())
+            except BlockingIOError as error:
+                raise BlockingIOError(
+                    error.errno, "another process is writing it", str(partial)
+                ) from error
+            # Unless its last writer renamed or removed it since it was opened here.
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):
-                    if os.fstat(file.fileno()).st_size:  # what a killed process left
+                own = os.fstat(file.fileno())
+                if os.path.samestat(own, os.stat(partial)):
+                    if own.st_size:  # what a killed process left
                         file.truncate(0)
+                    stack.pop_all()
                     return file
-        except BlockingIOError as error:
-            file.close()
-            raise BlockingIOError(
-                error.errno, "another process is writing it", str(partial)
-            ) from error
-        except BaseException:
-            file.close()
-            raise
-        file.close()
-
-
-def _is_own(path: Path) -> bool:
-    """Whether ``path`` is a plain file, or none: a pipe would wait, a link lead elsewhere."""
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except FileNotFoundError:
-        return True
 
 
 def remove_leftover(partial: Path) -> None:
-    """Remove what is in the place of a partial file, and nothing that it may be a link to.
+    """Remove anything at the place of a partial file; a link, not what it leads to.
 
     Raises:
         OSError: it is a folder with something in it, or may not be removed.
@@ -116,27 +107,23 @@ def open_own(path: str, flags: int) -> int:
 
 
 def lock(descriptor: int) -> None:
-    """Keep others that ask out of an open file or folder, until it is closed.
-
-    Nobody is kept out where the system has no such locks, as some network file systems.
+    """Lock an open file or folder until it is closed, where the system has such locks.
 
     Raises:
         BlockingIOError: somebody else has it.
     """
     try:
         import fcntl
-    except ImportError:  # not a POSIX system
-        return
-    try:
+
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
-    except OSError:
+    except (ImportError, OSError):  # not a POSIX system, or a network file system without locks
         pass
 
 
 def failed_write(path: Path, error: OSError) -> OSError:
-    """The same error, told about ``path``; of the same subclass where it has a number."""
+    """The same error about ``path``; of the same subclass where it has a number."""
     kept = "what was there before is kept" if path.exists() else "nothing was written"
     if error.errno is None:
         return OSError(f"{path} could not be written ({error}); {kept}")

@@ -1,4 +1,4 @@
-"""Tensors and text in one safetensors file: whole or not there, and never a pickle."""
+"""Tensors and text in one safetensors file, written atomically; never a pickle."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def write_tensors(
     """Write a file, or replace one, atomically.
 
     Args:
-        path: where to.
-        tensors: of any device and layout in memory; views of one another are written in full.
-        metadata: text beside the tensors.
+        path: of the file.
+        tensors: of any device and memory layout; views of one another are written in full.
+        metadata: text to write with the tensors.
         checked: add the :func:`checksum` of all that to the metadata, as ``checksum``.
 
     Raises:
@@ -55,12 +55,12 @@ def read_tensors(
     """Tensors on the CPU, and metadata. Nothing in the file is executed.
 
     Args:
-        path: where from.
-        limit: most bytes that such a file can sensibly have.
+        path: of the file.
+        limit: the most bytes that such a file may have.
 
     Raises:
         FileNotFoundError: there is none. Other subclasses of ``OSError``: it cannot be opened.
-        TensorFileError: it is no safetensors file, is damaged, or is larger than ``limit``.
+        TensorFileError: it is not a safetensors file, is damaged, or is larger than ``limit``.
     """
     import safetensors
 
@@ -70,7 +70,7 @@ def read_tensors(
     size = path.stat().st_size
     if not path.is_file():  # opening a pipe may wait for ever
         raise TensorFileError(f"{path} is a pipe, a socket or a device; give a file")
-    with open(path, "rb") as file:  # an error of the system, e.g. no permission, is told as such
+    with open(path, "rb") as file:  # so that the system's own errors are raised
         start = file.read(2)
     if size == 0:
         raise TensorFileError(f"{path} is empty; its writing was cut off, or it is not the file")
@@ -107,17 +107,12 @@ def checksum(values: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _looks_like(start: bytes) -> str:
+    kind, unsafe = "no readable safetensors file", "which can run any program, and is not opened"
     if start == b"PK":
-        return (
-            "no readable safetensors file but a zip, as torch.save writes them; it may hold a "
-            "pickle, which can run any program, and is not opened"
-        )
+        return f"{kind} but a zip, as torch.save writes them; it may hold a pickle, {unsafe}"
     if start[:1] == b"\x80":
-        return (
-            "no readable safetensors file but probably a pickle, which can run any program, and is "
-            "not opened"
-        )
-    return "no readable safetensors file: damaged, cut off, or of another kind"
+        return f"{kind} but probably a pickle, {unsafe}"
+    return f"{kind}: damaged, cut off, or of another kind"
 
 
 def _compact(tensor: Tensor) -> Tensor:

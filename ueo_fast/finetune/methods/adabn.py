@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,8 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.batches import even_loader
-from ueo_fast.finetune.engine.hooks import Hooks
-from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError, TrainerConfig
+from ueo_fast.finetune.engine.forward import RunningStatistics
+from ueo_fast.finetune.engine.hooks import History, Hooks, NonFiniteLossError
+from ueo_fast.finetune.engine.training_config import TrainerConfig
 from ueo_fast.finetune.methods.base import Method
 from ueo_fast.finetune.target import Target
 from ueo_fast.ranges import check_count
@@ -23,12 +23,11 @@ from ueo_fast.ranges import check_count
 class AdaBN(Method):
     """Replaces the running mean and variance of every BatchNorm by the target's.
 
-    It repairs a shift that only moves and scales activations (brightness, contrast) and has
-    nothing to do with entropy: a baseline that says how much of a gain is mere re-normalisation.
-    One pass over shuffled batches of all but equal size. The mean is that of all images; the
-    variance is the average of the batches' own, as BatchNorm estimates it (what their means differ
-    by is left out). Both weigh every image the same. Layers after the first see activations that
-    were normalised with the batch's statistics, as in training.
+    It repairs a shift that only moves and scales activations (brightness, contrast), without any
+    entropy: a baseline that says how much of a gain is mere re-normalisation. One pass over
+    shuffled batches of nearly equal size. The mean is that of all images; the variance is the
+    average of the batches' own (the spread of their means is left out). Both weigh every image the
+    same. Layers after the first see activations normalised with the batch's statistics.
 
     Attributes:
         batch_size: the most images per batch of statistics, at least 2.
@@ -80,12 +79,14 @@ class AdaBN(Method):
             target.images, self.batch_size, seed=config.seed, num_workers=config.num_workers
         )
         device = classifier.logit_scale.device
-        before = [(copy.deepcopy(dict(layer.named_buffers())), layer.momentum) for layer in layers]
-        modes = [layer.training for layer in layers]
+        before = [(layer.momentum, layer.training) for layer in layers]
+        for layer in layers:
+            layer.train()
+        statistics = RunningStatistics(classifier.model.visual)
+        statistics.keep()
         try:
             for layer in layers:
                 layer.reset_running_stats()
-                layer.train()
             seen = 0
             for batch, _ in loader:
                 seen += len(batch)
@@ -101,14 +102,12 @@ class AdaBN(Method):
                         "they were. Check the images for NaN."
                     )
         except BaseException:
-            for layer, (buffers, _) in zip(layers, before, strict=True):
-                for name, value in layer.named_buffers():
-                    value.copy_(buffers[name])
+            statistics.restore()
             raise
         finally:
-            for layer, (_, momentum), mode in zip(layers, before, modes, strict=True):
+            for layer, (momentum, training) in zip(layers, before, strict=True):
                 layer.momentum = momentum
-                layer.train(mode)
+                layer.train(training)
         return History()
 
 

@@ -1,17 +1,19 @@
-"""The one interface that every adaptation method has."""
+"""The interface of every adaptation method, and the one that changes nothing."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.engine.hooks import History, Hooks
 from ueo_fast.finetune.engine.objective import Objective
-from ueo_fast.finetune.engine.trainer import History, TrainerConfig, train
+from ueo_fast.finetune.engine.trainer import train
+from ueo_fast.finetune.engine.training_config import TrainerConfig
 from ueo_fast.finetune.target import Target
 from ueo_fast.ranges import LARGEST_FACTOR, check_number
 
@@ -62,11 +64,32 @@ class Method(ABC):
             classifier: the zero-shot model to start from.
             target: the unlabelled images.
             config: budget and optimiser; ``None`` takes the authors'.
-            hooks: who is told of each step, and where checkpoints go.
+            hooks: callbacks, and where checkpoints go.
 
         Returns:
             One entry per gradient step; empty where the method takes none.
         """
+
+
+@dataclass(frozen=True)
+class ZeroShot(Method):
+    """Leaves the classifier as it is: the baseline that every other method is compared with."""
+
+    name: ClassVar[str] = "zeroshot"
+    title: ClassVar[str] = "zero-shot"
+
+    def trains_tower(self, config: TrainerConfig) -> bool:
+        return False
+
+    def adapt(
+        self,
+        classifier: ClipClassifier,
+        target: Target,
+        *,
+        config: TrainerConfig | None = None,
+        hooks: Hooks | None = None,
+    ) -> History:
+        return History()
 
 
 def check_entropies(*, eps: float, **weights: float) -> None:
@@ -77,7 +100,7 @@ def check_entropies(*, eps: float, **weights: float) -> None:
         weights: of the loss's terms, by name.
 
     Raises:
-        TypeError, ValueError: one that is no number, or that float32 cannot work with.
+        TypeError, ValueError: one is not a number, or float32 cannot work with it.
     """
     check_number("eps", eps, sign="not negative")
     for name, weight in weights.items():
@@ -85,13 +108,13 @@ def check_entropies(*, eps: float, **weights: float) -> None:
 
 
 def choices_of(method: Method) -> str:
-    """The options of a method that is a dataclass, as far as they are numbers, words or None.
+    """The fields of a method that is a dataclass, if they are numbers, words or ``None``.
 
-    Whatever else an option may be, its ``repr`` need not be the same in another process.
+    Other values are left out: their ``repr`` may differ in another process.
     """
     if not dataclasses.is_dataclass(method):
         return ""
-    values: dict[str, Any] = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     plain = (str, int, float, type(None))
     return ", ".join(f"{name}={v}" for name, v in values.items() if isinstance(v, plain))
 
@@ -137,17 +160,13 @@ class LossMethod(Method):
         hooks: Hooks | None = None,
     ) -> History:
         config = config or TrainerConfig()
-        self.check(config, len(target))
+        self.check(config, len(target), classifier.model.visual)
         objective = self.objective(classifier, target)
         objective.choices = choices_of(self)
         images = target.training_images
         if target.augmented is None and not self.trains_tower(config):
             images = target.evaluation_images
-        return train(
-            classifier,
-            images,
-            objective,
-            config=config,
-            hooks=hooks,
-            zero_shot=target.cosines,
-        )
+        start = target.cosines
+        history = train(classifier, images, objective, config=config, hooks=hooks, zero_shot=start)
+        history.online = objective.predictions()
+        return history

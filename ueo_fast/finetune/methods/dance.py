@@ -23,22 +23,21 @@ from ueo_fast.reference import compute_dtype
 class DANCE(LossMethod):
     """``L = mean_i H(q_i) + mean_i s(H(p_i))``: neighbourhood clustering + entropy separation.
 
-    ``q_i = softmax_j(f_i · v_j / τ)`` says which neighbour image ``i`` resembles: ``v`` are the C
-    class prototypes (text features) and the features of all other images, those of the batch as
-    they are and the others as they were when last seen, from a memory bank. Its entropy is lowered,
-    so that an image moves to a prototype or to a cluster of its own kind.
+    ``q_i = softmax_j(f_i · v_j / τ)`` is how much image ``i`` resembles each neighbour: ``v`` are
+    the C class prototypes (text features) and the features of all other images, from the batch or,
+    as they were when last seen, from a memory bank. Its entropy is lowered, so that an image moves
+    to a prototype or to a cluster of its own kind.
 
     ``s(h) = -|h - ρ|`` where ``|h - ρ| > m``, else 0, with ``ρ = log(C) / 2``: predictions much
     surer than ρ become surer still (known), much less sure ones less (unknown). ``log 2 / 2`` is
     below 0.5: with two classes nothing is ever separated at the default margin.
 
-    What differs from the paper: there is no labelled source, hence no source loss, and the weight
-    0.05 of both terms beside it, which would only scale the learning rate, is left out. The
-    classifier keeps CLIP's own temperature in ``p``, τ is that of ``q`` alone. The bank holds
-    nothing at the start and an image that was never seen is no neighbour (masked); in the authors'
-    code it is a zero vector, of similarity 0 to everything, until its first visit. ``i`` itself is
-    masked as well, where the code gives it similarity -1. Inside the margin the code's term is the
-    constant ``-m`` in place of the paper's 0: the same gradient.
+    Unlike the paper there is no labelled source, so no source loss, and no weight 0.05 of both
+    terms, which would only scale the learning rate. The classifier keeps CLIP's own temperature in
+    ``p``; τ is that of ``q`` alone. Images never seen so far are not neighbours (masked); in the
+    authors' code they are zero vectors, of similarity 0 to everything. ``i`` itself is masked too,
+    where the code gives it similarity -1. Inside the margin the code's term is the constant ``-m``
+    instead of the paper's 0: the same gradient.
 
     The bank takes 4 N E bytes, in memory and in each checkpoint (700 MB for 175,000 images and 1024
     features: save fewer with ``checkpoint_every``), and a batch B (C + N + B) similarities.
@@ -92,7 +91,7 @@ class _Neighbours(Objective):
     def _clustering(self, step: Step, dtype: torch.dtype) -> Tensor:
         images = step.image_features.to(dtype)
         stale = ~self.seen
-        stale[step.positions] = True  # these have newer features, beside the bank
+        stale[step.positions] = True  # the batch has newer features of these
         own = torch.eye(len(images), dtype=torch.bool, device=images.device)
         similarities = [
             images @ step.text_features.to(dtype).T,

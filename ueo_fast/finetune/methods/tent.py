@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ueo_fast import ueo_loss
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.engine.hooks import Hooks
-from ueo_fast.finetune.engine.objective import Objective, Step
-from ueo_fast.finetune.engine.trainer import History, TrainerConfig, train
-from ueo_fast.finetune.methods.base import Method, check_entropies, choices_of
+from ueo_fast.finetune.engine.hooks import History, Hooks
+from ueo_fast.finetune.engine.objective import Step
+from ueo_fast.finetune.engine.training_config import TrainerConfig
+from ueo_fast.finetune.methods.base import LossMethod, check_entropies
+from ueo_fast.finetune.methods.ueo import WeightedEntropy
 from ueo_fast.finetune.target import Target
 
 
 @dataclass(frozen=True)
-class Tent(Method):
+class Tent(LossMethod):
     """``L = mean_i H(p_i)`` of the batch, one step per batch, in one pass over the stream.
 
     The images come once, in their own order, un-augmented. Each batch is predicted by the forward
@@ -30,11 +30,11 @@ class Tent(Method):
     frozen. BatchNorm normalises with the statistics of the batch; in a tower without it (a ViT)
     the affine parameters of LayerNorm are all that changes.
 
-    What differs from the paper: the authors drop the running statistics, here they follow the
-    stream (with each layer's momentum), so that the adapted classifier can predict single images
-    afterwards. The optimiser is that of the common loop, at a constant learning rate, as nobody
-    knows where a stream ends. With BatchNorm a last batch of one image would have no spread: the
-    batch size is then raised until none is left over.
+    The authors drop the running statistics; here they follow the stream (with each layer's
+    momentum), so that the adapted classifier can predict single images afterwards. The optimiser
+    is that of the common loop, at a constant learning rate, because a stream has no known end. With
+    BatchNorm a last batch of one image would have no spread: the batch size is then raised until
+    none is left over.
 
     Attributes:
         eps: added inside the logarithms.
@@ -76,7 +76,6 @@ class Tent(Method):
             )
 
     def objective(self, classifier: ClipClassifier, target: Target) -> OnlineEntropy:
-        """The loss, which also records the predictions."""
         return OnlineEntropy(self.eps, len(target), len(classifier.prompt.class_names))
 
     def adapt(
@@ -116,18 +115,8 @@ class Tent(Method):
             schedule="constant",
             early_stop=None,
         )
-        objective = self.objective(classifier, target)
-        objective.choices = choices_of(self)
-        history = train(
-            classifier,
-            target.images,
-            objective,
-            config=config,
-            hooks=hooks,
-            zero_shot=target.cosines,
-        )
-        history.online = objective.online.cpu()
-        return history
+        target = dataclasses.replace(target, augmented=None)
+        return super().adapt(classifier, target, config=config, hooks=hooks)
 
 
 def batch_norms(tower: nn.Module) -> list[_BatchNorm]:
@@ -135,7 +124,7 @@ def batch_norms(tower: nn.Module) -> list[_BatchNorm]:
     return [module for module in tower.modules() if isinstance(module, _BatchNorm)]
 
 
-class OnlineEntropy(Objective):
+class OnlineEntropy(WeightedEntropy):
     """Mean entropy of a batch, and the predictions that were made on the way.
 
     Attributes:
@@ -146,17 +135,15 @@ class OnlineEntropy(Objective):
     online: Tensor
 
     def __init__(self, eps: float, images: int, classes: int) -> None:
-        super().__init__()
-        self.eps = eps
+        super().__init__(0.0, eps)
         self.register_buffer("online", torch.full((images, classes), math.nan, device="cpu"))
 
     def prepare(self, classifier: ClipClassifier) -> None:
         for layer in batch_norms(classifier.model.visual):
             layer.train()
 
-    def forward(self, step: Step) -> Tensor:
-        ones = step.logits.new_ones(len(step.logits))
-        return ueo_loss(step.logits, ones, trade_off=0.0, eps=self.eps)
-
     def remember(self, step: Step) -> None:
         self.online[step.positions] = step.cosines.to(self.online.dtype)
+
+    def predictions(self) -> Tensor:
+        return self.online.cpu()

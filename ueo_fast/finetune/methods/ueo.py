@@ -1,4 +1,4 @@
-"""Universal Entropy Optimization: entropy down where confident, diversity up where not."""
+"""Losses of entropies: UEO, its special cases InfoMax and EntMin, and the authors' upper bound."""
 
 from __future__ import annotations
 
@@ -16,9 +16,53 @@ from ueo_fast.ranges import check_number
 
 Confidence = Literal["zeroshot", "online"]
 
+DOUBT = 1e-3
+"""What the weight of an unknown image is, and what is added to that of a known one."""
+
+
+class WeightedEntropy(Objective):
+    """``ueo_loss`` of a batch.
+
+    Args:
+        trade_off: λ.
+        eps: added inside the logarithms.
+        weights: (N,) confidence of each image; ``None``: all the same.
+    """
+
+    weights: Tensor | None
+
+    def __init__(self, trade_off: float, eps: float, weights: Tensor | None = None) -> None:
+        super().__init__()
+        self.trade_off, self.eps = trade_off, eps
+        self.register_buffer("weights", weights)
+
+    def confidence(self, step: Step) -> Tensor:
+        """(B,) ``w`` of the batch."""
+        if self.weights is None:
+            return step.logits.new_ones(len(step.logits))
+        return self.weights[step.positions]
+
+    def forward(self, step: Step) -> Tensor:
+        w = self.confidence(step)
+        return ueo_loss(step.logits, w, trade_off=self.trade_off, eps=self.eps)
+
+
+class _EntropyMethod(LossMethod):
+    trade_off: float
+    eps: float
+
+    def __post_init__(self) -> None:
+        check_entropies(eps=self.eps, trade_off=self.trade_off)
+
+    def compares_images(self) -> bool:
+        return self.trade_off != 0
+
+    def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
+        return WeightedEntropy(self.trade_off, self.eps)
+
 
 @dataclass(frozen=True)
-class UEO(LossMethod):
+class UEO(_EntropyMethod):
     """``L = sum_i a_i H(p_i) - λ H(sum_i b_i p_i)``, ``a ∝ w`` and ``b ∝ 1 / w``.
 
     Images that the zero-shot model is sure of (probably known) lower their entropy; the others
@@ -49,28 +93,106 @@ class UEO(LossMethod):
                 f"confidence={self.confidence!r} is unknown: choose one of "
                 f"{', '.join(get_args(Confidence))}"
             )
-        check_entropies(eps=self.eps, trade_off=self.trade_off)
+        super().__post_init__()
         check_number("mcm_scale", self.mcm_scale, sign="positive")
 
-    def compares_images(self) -> bool:
-        return self.trade_off != 0
+    def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
+        if self.confidence == "online":
+            return _OnlineConfidence(self.trade_off, self.eps, self.mcm_scale)
+        return WeightedEntropy(self.trade_off, self.eps, target.confidence(self.mcm_scale))
+
+
+class _OnlineConfidence(WeightedEntropy):
+    def __init__(self, trade_off: float, eps: float, mcm_scale: float) -> None:
+        super().__init__(trade_off, eps)
+        self.mcm_scale = mcm_scale
+
+    def confidence(self, step: Step) -> Tensor:
+        return mcm_score(step.cosines.detach(), self.mcm_scale)
+
+
+@dataclass(frozen=True)
+class InfoMax(_EntropyMethod):
+    """``L = mean_i H(p_i) - λ H(mean_i p_i)``: the UEO loss with ``w = 1``.
+
+    With ``λ = 1`` it is minus the mutual information of image and prediction. Known and unknown
+    images count the same.
+
+    Attributes:
+        trade_off: λ.
+        eps: added inside the logarithms; 1e-5 is the authors' released code.
+
+    Source: docs/math.md, step 7 with ``w_i = 1``; ``--noweight`` of the authors' ``demo.py``.
+    """
+
+    trade_off: float = 1.0
+    eps: float = 0.0
+
+    name: ClassVar[str] = "infomax"
+    title: ClassVar[str] = "InfoMax"
+
+
+@dataclass(frozen=True)
+class EntMin(_EntropyMethod):
+    """``L = mean_i H(p_i)``: the UEO loss with ``w = 1`` and no marginal term (``λ = 0``).
+
+    Nothing keeps the predictions from collapsing into one class, and unknown images are made as
+    certain as known ones.
+
+    Attributes:
+        eps: added inside the logarithms; 1e-5 is the authors' released code.
+
+    Source: docs/math.md, step 7 with ``w_i = 1``, ``λ = 0``; Grandvalet and Bengio, 2004.
+    """
+
+    eps: float = 0.0
+
+    name: ClassVar[str] = "entmin"
+    title: ClassVar[str] = "EntMin"
+    trade_off: ClassVar[float] = 0.0  # type: ignore[misc]  # not an option of this method
+
+
+@dataclass(frozen=True)
+class Oracle(_EntropyMethod):
+    """The loss of UEO with ``w_i = 1[image i is of a known class] + 1e-3``.
+
+    It is not told which of the known classes. It shows what a perfect confidence would be worth to
+    UEO; it needs ground truth, so it cannot adapt to unlabelled images.
+
+    Attributes:
+        trade_off: λ.
+        eps: added inside the logarithms; 1e-5 is the authors' released code.
+
+    Source: ``--oracle`` of the authors' ``demo.py``; loss: docs/math.md, step 7; arXiv 2308.12919.
+    """
+
+    trade_off: float = 1.0
+    eps: float = 0.0
+
+    name: ClassVar[str] = "oracle"
+    title: ClassVar[str] = "oracle"
+    reads_labels: ClassVar[bool] = True
 
     def objective(self, classifier: ClipClassifier, target: Target) -> Objective:
-        frozen = target.confidence(self.mcm_scale) if self.confidence == "zeroshot" else None
-        return _UniversalEntropy(self, frozen)
+        """As :meth:`LossMethod.objective`.
+
+        Raises:
+            ValueError: the target has no labels.
+        """
+        labels = check_labels(target.labels)
+        known = (labels >= 0) & (labels < len(classifier.prompt.class_names))
+        return WeightedEntropy(self.trade_off, self.eps, known.float() + DOUBT)
 
 
-class _UniversalEntropy(Objective):
-    weights: Tensor | None
+def check_labels(labels: Tensor | None) -> Tensor:
+    """The labels that a method reads.
 
-    def __init__(self, method: UEO, weights: Tensor | None) -> None:
-        super().__init__()
-        self.method = method
-        self.register_buffer("weights", weights)
-
-    def forward(self, step: Step) -> Tensor:
-        if self.weights is None:
-            w = mcm_score(step.cosines.detach(), self.method.mcm_scale)
-        else:
-            w = self.weights[step.positions]
-        return ueo_loss(step.logits, w, trade_off=self.method.trade_off, eps=self.method.eps)
+    Raises:
+        ValueError: there are none.
+    """
+    if labels is None:
+        raise ValueError(
+            "labels is None, but the oracle is told which images are of a known class: give "
+            "labelled images (class folders, or a list with labels), or take method 'ueo'"
+        )
+    return labels

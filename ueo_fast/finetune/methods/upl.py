@@ -60,27 +60,14 @@ class UPL(LossMethod):
             (scale * rows.double()).softmax(dim=1).max(dim=1) for rows in cosines.split(_ROWS)
         ]
         confidence, labels = (torch.cat(parts) for parts in zip(*surest, strict=True))
-        return _PseudoLabels(_surest_of(confidence, labels, cosines.shape[1], self.k))
+        return _PseudoLabels(surest_labels(confidence, labels, self.k))
 
 
-def surest_labels(probabilities: Tensor, k: int) -> Tensor:
-    """The pseudo-label of each image that is among the ``k`` surest of its class.
-
-    Args:
-        probabilities: (N, C).
-        k: images per class, at most.
-
-    Returns:
-        (N,) int64; -1 for images that are not chosen.
-    """
-    confidence, labels = probabilities.max(dim=1)
-    return _surest_of(confidence, labels, probabilities.shape[1], k)
-
-
-def _surest_of(confidence: Tensor, labels: Tensor, classes: int, k: int) -> Tensor:
+def surest_labels(confidence: Tensor, labels: Tensor, k: int) -> Tensor:
+    """(N,) ``labels`` of the ``k`` images of each label with the most ``confidence``, else -1."""
     order = confidence.argsort(descending=True, stable=True)
     order = order[labels[order].argsort(stable=True)]  # by class, within it by confidence
-    counts = labels.bincount(minlength=classes)
+    counts = labels.bincount()
     first = counts.cumsum(dim=0) - counts
     rank = torch.arange(len(order), device=order.device) - first[labels[order]]
     chosen = order[rank < k]

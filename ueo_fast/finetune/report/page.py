@@ -19,7 +19,7 @@ from ueo_fast import __version__
 from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.evaluation.results_table import LOWER_IS_BETTER, doubts, verdict
 from ueo_fast.finetune.files.atomic import atomic_file
-from ueo_fast.finetune.methods.registry import METHODS
+from ueo_fast.finetune.methods import METHODS
 from ueo_fast.finetune.report import tables, text
 from ueo_fast.finetune.report.charts import window
 from ueo_fast.finetune.report.figures import score_charts, training_charts
