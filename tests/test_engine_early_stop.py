@@ -17,9 +17,9 @@ from engine_problem import (
 )
 
 from ueo_fast.finetune.engine.early_stop import EarlyStop
-from ueo_fast.finetune.engine.hooks import EpochRecord
 from ueo_fast.finetune.engine.objective import Objective
 from ueo_fast.finetune.engine.trainer import train
+from ueo_fast.finetune.files.run_files import EpochRecord
 
 
 class Collapsing(Objective):

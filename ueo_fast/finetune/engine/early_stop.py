@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ueo_fast.finetune.clip.adapted_state import adapted_state, load_adapted_state
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.engine.hooks import EpochRecord
+from ueo_fast.finetune.files.run_files import EpochRecord
 
 
 class EarlyStop:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ueo_fast.finetune.engine.hooks import EpochRecord
+from ueo_fast.finetune.files.run_files import EpochRecord
 
 
 class StepStatistics(NamedTuple):

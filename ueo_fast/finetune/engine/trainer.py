@@ -15,7 +15,7 @@ from ueo_fast.finetune.data.batches import IndexedImages, steps_per_epoch, train
 from ueo_fast.finetune.engine.early_stop import EarlyStop
 from ueo_fast.finetune.engine.forward import Forward
 from ueo_fast.finetune.engine.history import History, NonFiniteLossError
-from ueo_fast.finetune.engine.hooks import Hooks, StartRecord, StepRecord
+from ueo_fast.finetune.engine.hooks import Hooks, StartRecord
 from ueo_fast.finetune.engine.modes import RunningStatistics, check_independent, evaluation_mode
 from ueo_fast.finetune.engine.monitor import CollapseMonitor, totals_of
 from ueo_fast.finetune.engine.objective import Objective, Step
@@ -24,6 +24,7 @@ from ueo_fast.finetune.engine.step_statistics import StepStatistics, Totals, mea
 from ueo_fast.finetune.engine.stopping import HeldSignals
 from ueo_fast.finetune.engine.training_config import TrainerConfig
 from ueo_fast.finetune.engine.training_state import TrainingState, fingerprint
+from ueo_fast.finetune.files.run_files import StepRecord
 from ueo_fast.gradient_cache import GradCache
 
 __all__ = ["History", "NonFiniteLossError", "TrainerConfig", "train"]

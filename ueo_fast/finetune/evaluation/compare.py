@@ -1,28 +1,93 @@
-"""Runs side by side: methods and seeds, mean and spread, and what cannot be compared."""
+"""`ueo-fast compare`: runs side by side, with mean and spread, and what cannot be compared."""
 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ueo_fast.finetune.data.names import plural
-from ueo_fast.finetune.evaluation.finished_run import LeftOut, Outcome, read_outcomes
 from ueo_fast.finetune.evaluation.results_table import ResultsTable, doubts, verdict
+from ueo_fast.finetune.files.records import BrokenFileError
+from ueo_fast.finetune.files.run_files import (
+    MEASURED,
+    METRICS,
+    PROBLEM,
+    MetricsRecord,
+    ProblemSummary,
+)
+from ueo_fast.finetune.files.run_folder import RunFolder
 
-COLUMNS: Mapping[str, str] = {
-    "per_class_accuracy": "per-class accuracy",
-    "accuracy": "accuracy",
-    "auroc": "AUROC",
-    "fpr95": "FPR95 (low is good)",
-    "hm": "HM",
-}
+if TYPE_CHECKING:
+    from ueo_fast.finetune.commands.options import CompareConfig
+
+COLUMNS = {name: metric.heading for name, metric in METRICS.items() if name != "aupr"}
 SAME = 1e-3
 """Zero-shot metrics that differ by less, a tenth of a point, differ by rounding."""
 
-Record = dict[str, Any]
+# Results under different values of these answer different questions.
+_QUESTION = (
+    *("data", "test_data", "dataset", "domain", "scenario"),
+    *("model", "pretrained", "prompt_template", "mcm_scale"),
+)
+_QUESTION_PATHS = ("data", "test_data", "model", "pretrained")
+_QUESTION_COUNTS = ("known", "unknown", "train_images", "test_images")  # of problem.json
+
+# These change where and how fast a run goes, not what comes out but for rounding; the class list
+# is compared by what is in it. All other options are settings, those of later versions included:
+# what is not known is not averaged over.
+_NOT_SETTINGS = {
+    *("out", "resume", "config", "method", "seed", "classes", "data_root", "root", "check_counts"),
+    *("workers", "device", "threads", "compile", "patch", "channels_last", "micro_batch_size"),
+    *("eval_every", "eval_batch_size", "checkpoint_every", "strict", "tensorboard", "wandb"),
+    *_QUESTION,
+}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that has nothing to compare.
+
+    Attributes:
+        run: the folder.
+        reason: why, and what can be done about it.
+    """
+
+    run: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Metrics of one method at the end of one run, on one set of images.
+
+    Attributes:
+        run: the folder.
+        method: name; ``"zeroshot"`` for where the run started.
+        title: for people; says so where predictions were made during the adaptation.
+        seed: of the run.
+        split: ``"test"`` or ``"train"`` images.
+        metrics: fractions or ``None``, by the names of ``METRICS``.
+        question: what has to agree for numbers to be comparable.
+        settings: what has to agree for two seeds of a method to be averaged.
+    """
+
+    run: Path
+    method: str
+    title: str
+    seed: int
+    split: str
+    metrics: Mapping[str, float | None]
+    question: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    @property
+    def is_zero_shot(self) -> bool:
+        """Whether these are the numbers from before the adaptation."""
+        return self.method == "zeroshot"
 
 
 @dataclass(frozen=True)
@@ -94,6 +159,12 @@ class Comparison:
         return [end.join(prefix + line for line in lines)] if lines else []
 
 
+def run(config: CompareConfig) -> None:
+    """Print the tables."""
+    comparison = compare_runs(config.runs)
+    print(comparison.markdown() if config.markdown else comparison.text())
+
+
 def compare_runs(paths: Iterable[str | os.PathLike[str]]) -> Comparison:
     """Compare runs of ``ueo-fast finetune``.
 
@@ -107,13 +178,13 @@ def compare_runs(paths: Iterable[str | os.PathLike[str]]) -> Comparison:
         paths: run folders; one that is named twice counts once.
 
     Raises:
-        FileNotFoundError: a folder does not exist.
-        ValueError: no folder, a folder that is not such a run, or none with metrics.
+        FileNotFoundError, NotADirectoryError: it is not the folder of a run.
+        ValueError: no folder, a run of another kind, or none with metrics.
     """
     folders = list(dict.fromkeys(Path(os.path.normpath(path)) for path in paths))
     if not folders:
         raise ValueError("runs is empty: give at least one run folder")
-    read = [read_outcomes(folder) for folder in folders]
+    read = [_read(folder) for folder in folders]
     left_out = tuple(found for found in read if isinstance(found, LeftOut))
     outcomes = [each for found in read if not isinstance(found, LeftOut) for each in found]
     if not outcomes:
@@ -135,6 +206,75 @@ def compare_runs(paths: Iterable[str | os.PathLike[str]]) -> Comparison:
         left_out,
         tuple(dict.fromkeys(notes)),
     )
+
+
+def _read(path: Path) -> list[Outcome] | LeftOut:
+    """Of the zero-shot model and of the run's method, on test images and, where these are others,
+    training images; or why there are none: no labels, not finished, damaged files."""
+    folder = RunFolder.open(path)
+    config = folder.read_config()
+    try:
+        problem = folder.read_json(PROBLEM, ProblemSummary)
+        if not problem.labelled:
+            return LeftOut(path, "its images have no labels, so it has no metrics")
+        records = folder.read_json_lines(MEASURED, MetricsRecord)
+    except FileNotFoundError as error:
+        return LeftOut(path, f"it is not finished: there is no {Path(error.filename).name}")
+    except OSError as error:
+        return LeftOut(path, f"{error.filename} cannot be read ({error.strerror})")
+    except BrokenFileError as error:
+        return LeftOut(path, str(error))
+    outcomes = _outcomes(path, config, problem, records)
+    if not any(outcome.method == config["method"] for outcome in outcomes):
+        return LeftOut(
+            path,
+            "it is not finished: there are no metrics from its end; go on with "
+            f"ueo-fast finetune --resume --out {shlex.quote(str(path))}",
+        )
+    return outcomes
+
+
+def _outcomes(
+    path: Path,
+    config: Mapping[str, Any],
+    problem: ProblemSummary,
+    records: Iterable[MetricsRecord],
+) -> list[Outcome]:
+    question = _question(config, problem)
+    settings = {key: value for key, value in config.items() if key not in _NOT_SETTINGS}
+    # A line that was written again by a resumed run replaces the first one.
+    final = {
+        (record.method, record.split): record
+        for record in records
+        if record.stage == ("before" if record.method == "zeroshot" else "after")
+    }
+    # Online predictions are of the training images, which may be the test images too.
+    online = "train" if any(split == "train" for _, split in final) else "test"
+    return [
+        Outcome(
+            run=path,
+            method=method,
+            title=f"{record.title}, online" if split == "online" else record.title,
+            seed=record.seed,
+            split=online if split == "online" else split,
+            metrics=record.values,
+            question=question,
+            settings={} if method == "zeroshot" else settings,
+        )
+        for (method, split), record in final.items()
+    ]
+
+
+def _question(config: Mapping[str, Any], problem: ProblemSummary) -> dict[str, Any]:
+    values = {key: config.get(key) for key in _QUESTION}
+    for key in _QUESTION_PATHS:
+        value = values[key]
+        if isinstance(value, str):
+            values[key] = os.path.normpath(value)
+    if values["dataset"] is None:  # then it says nothing
+        values["scenario"] = None
+    counts = asdict(problem)
+    return {**values, **{key: counts[key] for key in _QUESTION_COUNTS}}
 
 
 def _group(
@@ -186,7 +326,7 @@ def _verdict(table: ResultsTable, zero_shot: Sequence[str]) -> str:
     return of + verdict(best, before, adapted[best])
 
 
-def _zero_shot(outcomes: Sequence[Outcome], notes: list[str]) -> list[Record]:
+def _zero_shot(outcomes: Sequence[Outcome], notes: list[str]) -> list[dict[str, Any]]:
     """One record, or one per seed where seeds disagree: every run measured the same model again."""
     by_seed: dict[int, Outcome] = {}
     for outcome in outcomes:
@@ -245,11 +385,11 @@ def _differing(mappings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 def _shown(value: Any, others: Sequence[Any]) -> str:
     """A value; of a list of names how many, and the first few that not all of the others have."""
-    if not isinstance(value, list):
+    if not isinstance(value, list | tuple):
         return str(value)
     names = [str(name) for name in value]
     common = set(names).intersection(
-        *(map(str, other) for other in others if isinstance(other, list))
+        *(map(str, other) for other in others if isinstance(other, list | tuple))
     )
     special = [name for name in names if name not in common]
     dots = ", ..." if len(special) > 3 else ""

@@ -1,25 +1,32 @@
-"""The tables of a report, as rows of text."""
+"""The tables of a report: their rows and columns, and how numbers and the user's words are written.
+
+``templates/macros.html`` draws the tables of classes and of images column by column; a column there
+needs an attribute of its row, :class:`ClassRow` or
+:class:`~ueo_fast.finetune.files.run_files.Prediction`.
+"""
 
 from __future__ import annotations
 
+import json
 import shlex
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ueo_fast.finetune.evaluation.results_table import direction
-from ueo_fast.finetune.report.predictions import Predictions
-from ueo_fast.finetune.report.read_run import MetricsLine, RunData
-from ueo_fast.finetune.report.text import percent, points, value_text
+from markupsafe import Markup, escape
 
-METRICS: Mapping[str, str] = {
-    "per_class_accuracy": "Per-class accuracy",
-    "accuracy": "Accuracy",
-    "hm": "HM",
-    "auroc": "AUROC",
-    "aupr": "AUPR",
-    "fpr95": "FPR95",
+from ueo_fast.finetune.evaluation.results_table import direction
+from ueo_fast.finetune.files.run_files import METRICS, MetricsRecord
+from ueo_fast.finetune.report.data import RunData
+
+ROWS = {
+    # Those of recognition first, then those of detection.
+    name: METRICS[name].title[0].upper() + METRICS[name].title[1:]
+    for name in sorted(METRICS, key=lambda name: METRICS[name].of_scores)
 }
+"""The rows of the table of metrics."""
+
 DIFFERENCE = "points"
 
 SPLITS: Mapping[str, str] = {
@@ -54,7 +61,7 @@ class MetricsTable:
         known_images: images of known classes.
         unknown_images: images of unknown classes; without any, detection is not defined.
         columns: headings: zero-shot, then each method with its difference to that.
-        rows: for each of :data:`METRICS` the cells, percent and points.
+        rows: for each of :data:`ROWS` the cells, percent and points.
     """
 
     split: str
@@ -148,7 +155,7 @@ def metrics_tables(run: RunData) -> list[MetricsTable]:
     return tables
 
 
-def _first_and_last(run: RunData, split: str) -> list[MetricsLine]:
+def _first_and_last(run: RunData, split: str) -> list[MetricsRecord]:
     """Before and after; where there is no after yet, the last line of each method so far."""
     lines = [m for m in run.metrics if m.split == split]
     # The zero-shot method has nothing after: it measures the same model twice.
@@ -159,13 +166,13 @@ def _first_and_last(run: RunData, split: str) -> list[MetricsLine]:
     return ends + [line for key, line in so_far.items() if key not in done]
 
 
-def _zero_shot_of_training_images(run: RunData) -> list[MetricsLine]:
+def _zero_shot_of_training_images(run: RunData) -> list[MetricsRecord]:
     """Of their own, or of the test images where these are the same."""
     before = [m for m in run.metrics if m.stage == "before"]
     return [m for m in before if m.split == "train"] or [m for m in before if m.split == "test"]
 
 
-def before_and_after(run: RunData) -> tuple[MetricsLine | None, MetricsLine | None]:
+def before_and_after(run: RunData) -> tuple[MetricsRecord | None, MetricsRecord | None]:
     """The zero-shot line and the adapted one, on the most telling images that have metrics."""
     for split in SPLITS:
         lines = [m for m in run.metrics if m.split == split]
@@ -189,22 +196,19 @@ def class_rows(run: RunData) -> list[ClassRow]:
         missing if after is None else after.class_accuracies,
         strict=True,
     )
-    return [_class_row(name, was, now, predictions) for name, was, now in accuracies]
-
-
-def _class_row(
-    name: str, before: float | None, after: float | None, predictions: Predictions | None
-) -> ClassRow:
     if predictions is None:
-        return ClassRow(name, None, before, after, None, None)
-    return ClassRow(
-        name,
-        predictions.labels[name] if predictions.labels else None,
-        before,
-        after,
-        predictions.zeroshot_counts[name],
-        predictions.adapted_counts[name],
-    )
+        return [ClassRow(name, None, was, now, None, None) for name, was, now in accuracies]
+    return [
+        ClassRow(
+            name,
+            predictions.labels[name] if predictions.labels else None,
+            was,
+            now,
+            predictions.zeroshot_counts[name],
+            predictions.adapted_counts[name],
+        )
+        for name, was, now in accuracies
+    ]
 
 
 def gained_and_lost(rows: list[ClassRow]) -> tuple[list[ClassRow], list[ClassRow]]:
@@ -215,10 +219,10 @@ def gained_and_lost(rows: list[ClassRow]) -> tuple[list[ClassRow], list[ClassRow
     return gained, lost
 
 
-def _metrics_table(split: str, lines: list[MetricsLine]) -> MetricsTable:
+def _metrics_table(split: str, lines: list[MetricsRecord]) -> MetricsTable:
     seeds = len({one.seed for one in lines})
     headings: list[str] = []
-    cells: dict[str, list[Cell]] = {key: [] for key in METRICS}
+    cells: dict[str, list[Cell]] = {key: [] for key in ROWS}
     for line in lines:
         title = f"{line.title}, epoch {line.epoch}" if line.stage == "during" else line.title
         headings.append(title if seeds == 1 else f"{title}, seed {line.seed}")
@@ -249,3 +253,64 @@ def _flags(command: Any) -> Iterator[str]:
     except ValueError:  # quotes that do not match: nobody's shell made it
         return
     yield from (word.partition("=")[0] for word in words if word.startswith("--"))
+
+
+def percent(value: float | None) -> str:
+    """``0.614`` as ``"61.4"``; ``"-"`` for what is not defined."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def points(before: float | None, after: float | None) -> str:
+    """Difference of two fractions in points of a hundred, with its sign."""
+    if before is None or after is None:
+        return "-"
+    text = f"{100 * (after - before):+.1f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+
+
+def count(value: int) -> str:
+    """``12,345``."""
+    return f"{value:,}"
+
+
+def score(value: float) -> str:
+    """An MCM score; at scale 1 they differ in late digits."""
+    return f"{value:#.5g}"
+
+
+def duration(seconds: float) -> str:
+    """``"1 h 02 min"``, ``"3 min 20 s"``, ``"12.5 s"``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def value_text(value: Any) -> str:
+    """A value of a JSON file, as a flag would be written."""
+    if isinstance(value, str):
+        return value if value.strip() else repr(value)
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def shown(text: str, limit: int = 300) -> str:
+    """The user's words as a page can hold them.
+
+    What is no character (controls, and bytes of a file name that are not UTF-8) becomes its escape
+    sequence; of what is longer than ``limit``, the middle is left out.
+    """
+    if len(text) > limit:
+        text = f"{text[: limit - limit // 3]} … {text[-limit // 3 :]}"
+    return "".join(
+        one
+        if unicodedata.category(one) not in ("Cc", "Cs")
+        else one.encode("unicode_escape").decode()
+        for one in text
+    )
+
+
+def name(text: str, limit: int = 300) -> Markup:
+    """The same as an element that keeps the direction of its letters to itself."""
+    return Markup("<bdi>{}</bdi>").format(escape(shown(text, limit)))
