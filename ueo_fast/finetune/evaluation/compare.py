@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ueo_fast.finetune.data.names import plural
-from ueo_fast.finetune.evaluation.results_table import ResultsTable, doubts, verdict
+from ueo_fast.finetune.evaluation.results_table import ResultsTable, doubts, escaped, verdict
 from ueo_fast.finetune.files.records import BrokenFileError
 from ueo_fast.finetune.files.run_files import (
     MEASURED,
@@ -66,28 +66,19 @@ class Outcome:
 
     Attributes:
         run: the folder.
-        method: name; ``"zeroshot"`` for where the run started.
+        record: the metrics, of the method or of the zero-shot model that the run started with.
         title: for people; says so where predictions were made during the adaptation.
-        seed: of the run.
         split: ``"test"`` or ``"train"`` images.
-        metrics: fractions or ``None``, by the names of ``METRICS``.
         question: what has to agree for numbers to be comparable.
         settings: what has to agree for two seeds of a method to be averaged.
     """
 
     run: Path
-    method: str
+    record: MetricsRecord
     title: str
-    seed: int
     split: str
-    metrics: Mapping[str, float | None]
     question: Mapping[str, Any]
     settings: Mapping[str, Any]
-
-    @property
-    def is_zero_shot(self) -> bool:
-        """Whether these are the numbers from before the adaptation."""
-        return self.method == "zeroshot"
 
 
 @dataclass(frozen=True)
@@ -129,7 +120,7 @@ class Comparison:
 
     def text(self) -> str:
         """Tables for a terminal."""
-        parts = self._remarks("")
+        parts = ["\n".join(self._remarks())]
         for group in self.groups:
             parts += [group.title, group.verdict, group.table.text()]
             if group.seeds is not None:
@@ -139,24 +130,22 @@ class Comparison:
 
     def markdown(self) -> str:
         """The same as GitHub tables."""
-        parts = self._remarks("> ")
+        # Two spaces at the end break a line.
+        parts = ["  \n".join(f"> {line}" for line in self._remarks())]
         for group in self.groups:
-            parts += [f"### {_escaped(group.title)}", _escaped(group.verdict)]
-            parts.append(_markdown(group.table))
+            parts += [f"### {escaped(group.title)}", escaped(group.verdict), group.table.markdown()]
             if group.seeds is not None:
-                parts += ["#### Seed by seed", _markdown(group.seeds)]
+                parts += ["#### Seed by seed", group.seeds.markdown()]
             parts.append(group.table.convention())
         return "\n\n".join(filter(None, parts))
 
-    def _remarks(self, prefix: str) -> list[str]:
+    def _remarks(self) -> list[str]:
         lines = [f"left out: {each.run}: {each.reason}" for each in self.left_out]
         lines += [f"note: {note}" for note in self.notes]
         if len({_frozen(group.question) for group in self.groups}) > 1:
             lines.append("these runs cannot be compared with each other in one table, because of")
             lines += [f"  {difference}" for difference in self.differences]
-        # Two spaces at the end break a line in markdown.
-        end = "  \n" if prefix else "\n"
-        return [end.join(prefix + line for line in lines)] if lines else []
+        return lines
 
 
 def run(config: CompareConfig) -> None:
@@ -225,7 +214,7 @@ def _read(path: Path) -> list[Outcome] | LeftOut:
     except BrokenFileError as error:
         return LeftOut(path, str(error))
     outcomes = _outcomes(path, config, problem, records)
-    if not any(outcome.method == config["method"] for outcome in outcomes):
+    if not any(outcome.record.method == config["method"] for outcome in outcomes):
         return LeftOut(
             path,
             "it is not finished: there are no metrics from its end; go on with "
@@ -253,11 +242,9 @@ def _outcomes(
     return [
         Outcome(
             run=path,
-            method=method,
+            record=record,
             title=f"{record.title}, online" if split == "online" else record.title,
-            seed=record.seed,
             split=online if split == "online" else split,
-            metrics=record.values,
             question=question,
             settings={} if method == "zeroshot" else settings,
         )
@@ -273,33 +260,35 @@ def _question(config: Mapping[str, Any], problem: ProblemSummary) -> dict[str, A
             values[key] = os.path.normpath(value)
     if values["dataset"] is None:  # then it says nothing
         values["scenario"] = None
-    counts = asdict(problem)
-    return {**values, **{key: counts[key] for key in _QUESTION_COUNTS}}
+    return {**values, **{key: getattr(problem, key) for key in _QUESTION_COUNTS}}
 
 
 def _group(
     outcomes: Sequence[Outcome], questions: Sequence[Mapping[str, Any]], notes: list[str]
 ) -> Group:
     question = outcomes[0].question
-    zero_shot = _zero_shot([outcome for outcome in outcomes if outcome.is_zero_shot], notes)
-    adapted = [outcome for outcome in outcomes if not outcome.is_zero_shot]
-    records, seeds = list(zero_shot), list(zero_shot)
+    before = [outcome for outcome in outcomes if outcome.record.method == "zeroshot"]
+    adapted = [outcome for outcome in outcomes if outcome.record.method != "zeroshot"]
+    zero_shot = _zero_shot(before, notes)
+    rows, seeds = list(zero_shot), list(zero_shot)
     for label, members in _rows(adapted).items():
         once: dict[int, Outcome] = {}
         for outcome in members:
-            first = once.setdefault(outcome.seed, outcome)
+            seed = outcome.record.seed
+            first = once.setdefault(seed, outcome)
             if first is not outcome:
                 notes.append(
-                    f"{outcome.run} repeats {first.run} ({label}, seed {outcome.seed}, the same "
-                    "settings) and is left out"
+                    f"{outcome.run} repeats {first.run} ({label}, seed {seed}, the same settings) "
+                    "and is left out"
                 )
         title = f"{label} ({plural(len(once), 'seed')})"
-        for outcome in once.values():
-            found = doubts(classes=question["known"], auroc=outcome.metrics["auroc"])
+        for seed, outcome in once.items():
+            values = outcome.record.values
+            found = doubts(classes=question["known"], auroc=values["auroc"])
             notes += [f"{outcome.run}: {text}" for text in found]
-            records.append({**outcome.metrics, "method": title})
-            seeds.append({**outcome.metrics, "method": f"{label}, seed {outcome.seed}"})
-    table = ResultsTable.from_records(records, COLUMNS)
+            rows.append({**values, "method": title})
+            seeds.append({**values, "method": f"{label}, seed {seed}"})
+    table = ResultsTable.from_records(rows, COLUMNS)
     return Group(
         title=_title(outcomes[0], questions),
         question=question,
@@ -330,7 +319,7 @@ def _zero_shot(outcomes: Sequence[Outcome], notes: list[str]) -> list[dict[str, 
     """One record, or one per seed where seeds disagree: every run measured the same model again."""
     by_seed: dict[int, Outcome] = {}
     for outcome in outcomes:
-        first = by_seed.setdefault(outcome.seed, outcome)
+        first = by_seed.setdefault(outcome.record.seed, outcome)
         if not _same(first, outcome):
             notes.append(
                 f"{first.run} and {outcome.run} are of the same images, model and seed, but have "
@@ -345,18 +334,14 @@ def _zero_shot(outcomes: Sequence[Outcome], notes: list[str]) -> list[dict[str, 
             "the zero-shot metrics differ between seeds, though no seed plays a part in them: "
             "images or weights have changed between the runs"
         )
-    return [{**outcome.metrics, "method": outcome.title} for outcome in different]
+    return [{**outcome.record.values, "method": outcome.title} for outcome in different]
 
 
 def _same(first: Outcome, second: Outcome) -> bool:
-    for key in COLUMNS:
-        one, other = first.metrics[key], second.metrics[key]
-        if one is None or other is None:
-            if one is not other:
-                return False
-        elif abs(one - other) > SAME:
-            return False
-    return True
+    pairs = [(getattr(first.record, key), getattr(second.record, key)) for key in COLUMNS]
+    return all(
+        one == other if None in (one, other) else abs(one - other) <= SAME for one, other in pairs
+    )
 
 
 def _rows(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
@@ -423,12 +408,3 @@ def _title(outcome: Outcome, questions: Sequence[Mapping[str, Any]]) -> str:
 
 def _frozen(question: Mapping[str, Any]) -> str:
     return repr(sorted(question.items()))
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _markdown(table: ResultsTable) -> str:
-    rows = {_escaped(method): row for method, row in table.rows.items()}
-    return ResultsTable(rows, table.columns).markdown()

@@ -221,7 +221,13 @@ class ResultsTable:
         """A GitHub table."""
         head, *body = self._cells()
         rule = ["---", *("---:" for _ in head[1:])]
-        return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+        lines = [head, rule, *body]
+        return "\n".join("| " + " | ".join(map(escaped, line)) + " |" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Text that does not end a cell of a GitHub table."""
+    return text.replace("|", "\\|")
 
 
 def _spread(values: Sequence[float | None]) -> Spread | None:

@@ -106,57 +106,53 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("percent", "points", "count", "score", "duration", "shown", "name"):
+    for name in ("percent", "count", "score", "duration", "shown", "name"):
         environment.filters[name] = getattr(tables, name)
     environment.filters["plural"] = plural
     return environment.get_template("page.html")
 
 
 def _content(run: RunData) -> dict[str, Any]:
+    """What the template shows, and the functions that it calls."""
     given, others = tables.options(run)
     rows = tables.class_rows(run)
     gained, lost = tables.gained_and_lost(rows)
-    before, after = tables.before_and_after(run)
-    zero_shot_only = run.config.get("method") == "zeroshot"
-    predictions = run.predictions
+    ends = tables.before_and_after(run)
+    predictions, problem = run.predictions, run.problem
+    medians = None
+    if predictions is not None and len(predictions):
+        scores = (predictions.zeroshot_mcm, predictions.adapted_mcm)
+        medians = [float(np.median(values)) for values in scores]
+    kinds = problem.left_out.values() if problem else ()
     return {
         "run": run,
         "version": __version__,
         "tables": tables,
         "script": Markup(_SCRIPT),
         "script_hash": base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode(),
-        "verdict": _verdict(run),
-        "cards": [(name, tables.ROWS[name]) for name in HEADLINE],
-        "known_names": frozenset(run.problem.known if run.problem else ()),
-        "warnings": (*_doubts(run), *run.warnings),
         "title": _title(run),
         "subject": _subject(run),
+        "verdict": _verdict(run, ends),
+        "warnings": (*_doubts(run, ends), *run.warnings),
         "resume": shlex.join(["ueo-fast", "finetune", "--resume", "--out", str(run.path)]),
         "first_warnings": FIRST_WARNINGS,
         "most_listed": MOST_LISTED,
-        "left_out": [
-            pair
-            for kinds in (run.problem.left_out.values() if run.problem else ())
-            for pair in kinds.items()
-        ],
+        "known_names": frozenset(problem.known if problem else ()),
+        "left_out": [pair for kind in kinds for pair in kind.items()],
         "given": given,
         "others": others,
         "facts": tables.facts(run.environment),
-        "zero_shot_only": zero_shot_only,
-        "before": before,
-        "after": after,
+        "zero_shot_only": run.config["method"] == "zeroshot",
+        "before": ends[0],
+        "after": ends[1],
+        "cards": [(name, tables.ROWS[name]) for name in HEADLINE],
         "metrics": tables.metrics_tables(run),
-        "medians": None
-        if predictions is None or not len(predictions)
-        else (
-            float(np.median(predictions.zeroshot_mcm)),
-            float(np.median(predictions.adapted_mcm)),
-        ),
-        "score_charts": [(title, Markup(svg)) for title, svg in score_charts(run)],
+        "medians": medians,
         "rows": rows,
         "gained": gained,
         "lost": lost,
         "by_count": sorted(rows, key=lambda row: -(row.put_after or 0)),
+        "score_charts": [(title, Markup(svg)) for title, svg in score_charts(run)],
         "training_charts": [(title, Markup(svg)) for title, svg in training_charts(run)],
         "window": window(len(run.steps)) if run.steps else 1,
         "training_seconds": sum(step.seconds for step in run.steps),
@@ -166,12 +162,11 @@ def _content(run: RunData) -> dict[str, Any]:
 _SCRIPT = files("ueo_fast.finetune.report").joinpath("templates/sort.js").read_text("utf-8")
 
 
-def _verdict(run: RunData) -> str:
-    before, after = tables.before_and_after(run)
-    predictions = run.predictions
+def _verdict(run: RunData, ends: tables.Ends) -> str:
+    before, after = ends
     moved = None
-    if predictions is not None and run.config.get("method") != "zeroshot":
-        moved = (predictions.changed, len(predictions))
+    if run.predictions is not None and run.config["method"] != "zeroshot":
+        moved = (run.predictions.changed, len(run.predictions))
     return verdict(
         after.title if after else _title(run),
         before.values if before else None,
@@ -181,12 +176,11 @@ def _verdict(run: RunData) -> str:
     )
 
 
-def _doubts(run: RunData) -> list[WarningRecord]:
+def _doubts(run: RunData, ends: tables.Ends) -> list[WarningRecord]:
     """What makes the results doubtful, whichever method they are of."""
     if run.problem is None or run.predictions is None:
         return []
-    before, after = tables.before_and_after(run)
-    line = after or before
+    line = ends[1] or ends[0]
     found = doubts(
         classes=run.problem.known,
         predicted=run.predictions.adapted_counts,
@@ -198,8 +192,8 @@ def _doubts(run: RunData) -> list[WarningRecord]:
 
 def _title(run: RunData) -> str:
     """The method's name, as tables write it."""
-    name = str(run.config.get("method", "run"))
-    return METHODS[name].title if name in METHODS else name
+    method = run.config["method"]
+    return METHODS[method].title if method in METHODS else str(method)
 
 
 def _subject(run: RunData) -> str:
@@ -223,7 +217,7 @@ def score_charts(run: RunData) -> list[Chart]:
     if predictions is None or not len(predictions):
         return []
     scores = {"zero-shot": predictions.zeroshot_mcm}
-    if run.config.get("method") != "zeroshot":
+    if run.config["method"] != "zeroshot":
         scores["adapted"] = predictions.adapted_mcm
     groups = {stage: _groups(values, predictions) for stage, values in scores.items()}
     edges = histogram_edges(list(scores.values()))
