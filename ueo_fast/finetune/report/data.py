@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import heapq
 import io
+import itertools
 import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,19 +27,10 @@ from PIL import Image
 from ueo_fast.finetune.data.decode import OVERSAMPLING, UnreadableImageError, opened
 from ueo_fast.finetune.data.names import printable
 from ueo_fast.finetune.evaluation.results_table import KnownCounts
+from ueo_fast.finetune.files import run_files
 from ueo_fast.finetune.files.records import BrokenFileError, fitting
 from ueo_fast.finetune.files.run_files import (
-    ENVIRONMENT,
-    EPOCHS,
-    FINISHED,
-    IMAGES,
     LONGEST_SIDE,
-    MEASURED,
-    PREDICTIONS,
-    PROBLEM,
-    STEPS,
-    THUMBNAILS,
-    WARNINGS,
     EpochRecord,
     Finished,
     ImageLists,
@@ -109,20 +102,24 @@ class Predictions:
         zeroshot, adapted, group = array("d"), array("d"), array("b")
         labels, before, after = Counter[str](), Counter[str](), Counter[str]()
         changed, unknown_right, verdicts = 0, 0, Counter[bool | None]()
-        highest, lowest = _Extremes(KEPT, 1), _Extremes(LISTED, -1)
-        for one in lines:
-            zeroshot.append(one.zeroshot_mcm)
-            adapted.append(one.adapted_mcm)
-            group.append(UNLABELLED if one.label is None else int(one.label in known))
-            if one.label is not None:
-                labels[one.label] += 1
-            before[one.zeroshot_class] += 1
-            after[one.adapted_class] += 1
-            changed += one.zeroshot_class != one.adapted_class
-            verdicts[one.known] += 1
-            unknown_right += one.known is False and group[-1] == UNKNOWN
-            highest.offer(one)
-            lowest.offer(one)
+        highest: list[Prediction] = []
+        lowest: list[Prediction] = []
+        lines = iter(lines)
+        while chunk := list(itertools.islice(lines, 10_000)):
+            for one in chunk:
+                zeroshot.append(one.zeroshot_mcm)
+                adapted.append(one.adapted_mcm)
+                group.append(UNLABELLED if one.label is None else int(one.label in known))
+                if one.label is not None:
+                    labels[one.label] += 1
+                before[one.zeroshot_class] += 1
+                after[one.adapted_class] += 1
+                changed += one.zeroshot_class != one.adapted_class
+                verdicts[one.known] += 1
+                unknown_right += one.known is False and group[-1] == UNKNOWN
+            # Of equal scores, these keep the first.
+            highest = heapq.nlargest(KEPT, [*highest, *chunk], key=_adapted_mcm)
+            lowest = heapq.nsmallest(LISTED, [*lowest, *chunk], key=_adapted_mcm)
         return cls(
             zeroshot_mcm=np.frombuffer(zeroshot, dtype=np.float64),
             adapted_mcm=np.frombuffer(adapted, dtype=np.float64),
@@ -134,8 +131,8 @@ class Predictions:
             known=verdicts[True],
             unknown=verdicts[False],
             unknown_right=unknown_right,
-            most_confident=highest.ranked(),
-            lowest=lowest.ranked(),
+            most_confident=tuple(highest),
+            lowest=tuple(lowest),
         )
 
     @property
@@ -157,25 +154,7 @@ class Predictions:
         return bool((self.group == KNOWN).any() and (self.group == UNKNOWN).any())
 
 
-class _Extremes:
-    """The ``count`` predictions of the highest score, or with ``sign`` -1 of the lowest; among
-    equals, those that came first."""
-
-    def __init__(self, count: int, sign: int) -> None:
-        self._count, self._sign = count, sign
-        self._heap: list[tuple[float, int, Prediction]] = []
-        self._seen = 0
-
-    def offer(self, one: Prediction) -> None:
-        self._seen += 1
-        entry = (self._sign * one.adapted_mcm, -self._seen, one)
-        if len(self._heap) < self._count:
-            heapq.heappush(self._heap, entry)
-        elif entry > self._heap[0]:
-            heapq.heapreplace(self._heap, entry)
-
-    def ranked(self) -> tuple[Prediction, ...]:
-        return tuple(one for _, _, one in sorted(self._heap, reverse=True))
+_adapted_mcm = attrgetter("adapted_mcm")
 
 
 @dataclass(frozen=True)
@@ -246,33 +225,29 @@ def _read(folder: RunFolder) -> RunData:
         return os.path.lexists(folder.path / name)
 
     config = folder.read_config()
-    environment: dict[str, Any] = if_there(ENVIRONMENT, dict) or {}
-    problem = if_there(PROBLEM, ProblemSummary)
-    outcome = if_there(FINISHED, Finished) or Finished()
+    environment: dict[str, Any] = if_there(run_files.ENVIRONMENT, dict) or {}
+    problem = if_there(run_files.PROBLEM, ProblemSummary)
+    outcome = if_there(run_files.FINISHED, Finished) or Finished()
     predictions, counts, links = None, None, {}
-    if exists(PREDICTIONS):
+    if exists(run_files.PREDICTIONS):
         known = problem.known if problem else ()
-        predictions = Predictions.of(read_predictions(folder.path / PREDICTIONS), known)
+        predictions = Predictions.of(read_predictions(folder.path / run_files.PREDICTIONS), known)
         if outcome.threshold is not None:
-            threshold = outcome.threshold
-            counts = KnownCounts(
-                predictions.known, predictions.unknown, threshold.value, threshold.rule
-            )
-    lists = if_there(IMAGES, ImageLists)
+            rule, value = outcome.threshold.rule, outcome.threshold.value
+            counts = KnownCounts(predictions.known, predictions.unknown, value, rule)
+    lists = if_there(run_files.IMAGES, ImageLists)
     if lists is not None and predictions is not None:
         paths = (lists.test or lists.train).paths
         links = dict(_links(paths, predictions, environment.get("folder")))
-    metrics = lines(MEASURED, MetricsRecord)
+    metrics = lines(run_files.MEASURED, MetricsRecord)
+    classes = len(problem.known) if problem else None
     for number, line in enumerate(metrics, start=1):
-        if problem is not None and len(line.class_accuracies) != len(problem.known):
-            raise BrokenFileError(
-                folder.path / MEASURED,
-                f"class_accuracies has {len(line.class_accuracies)} numbers, but {PROBLEM} "
-                f"{len(problem.known)} known classes",
-                number,
-            )
-    steps = {step.step: step for step in lines(STEPS, StepRecord)}
-    epochs = {epoch.epoch: epoch for epoch in lines(EPOCHS, EpochRecord)}
+        if classes not in (None, len(line.class_accuracies)):
+            given = f"class_accuracies has {len(line.class_accuracies)} numbers"
+            what = f"{given}, but {run_files.PROBLEM} {classes} known classes"
+            raise BrokenFileError(folder.path / run_files.MEASURED, what, number)
+    steps = {step.step: step for step in lines(run_files.STEPS, StepRecord)}
+    epochs = {epoch.epoch: epoch for epoch in lines(run_files.EPOCHS, EpochRecord)}
     by_place = {(m.method, m.seed, m.split, m.stage, m.epoch): m for m in metrics}
     return RunData(
         path=folder.path,
@@ -281,12 +256,13 @@ def _read(folder: RunFolder) -> RunData:
         problem=problem,
         steps=tuple(steps[number] for number in sorted(steps)),
         epochs=tuple(epochs[number] for number in sorted(epochs)),
-        warnings=tuple(lines(WARNINGS, WarningRecord)),
+        warnings=tuple(lines(run_files.WARNINGS, WarningRecord)),
         metrics=tuple(by_place.values()),
         predictions=predictions,
         outcome=outcome,
         counts=counts,
-        thumbnails=if_there(THUMBNAILS, partial(fitting, dict[str, Thumbnail], key="")) or {},
+        thumbnails=if_there(run_files.THUMBNAILS, partial(fitting, dict[str, Thumbnail], key=""))
+        or {},
         links=links,
     )
 
@@ -325,10 +301,14 @@ def write_thumbnails(folder: RunFolder, paths: Sequence[str], known: Iterable[st
         paths: of the images in it, as the run opened them.
         known: names of the known classes.
     """
-    predictions = Predictions.of(read_predictions(folder.path / PREDICTIONS), frozenset(known))
+    predictions = Predictions.of(
+        read_predictions(folder.path / run_files.PREDICTIONS), frozenset(known)
+    )
     by_name = {printable(path): path for path in paths}
     shown = (*predictions.likely_unknown, *predictions.most_confident)
-    folder.write_json(THUMBNAILS, {one.path: _thumbnail(by_name[one.path]) for one in shown})
+    folder.write_json(
+        run_files.THUMBNAILS, {one.path: _thumbnail(by_name[one.path]) for one in shown}
+    )
 
 
 def _thumbnail(path: str) -> Thumbnail:
