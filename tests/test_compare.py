@@ -284,7 +284,7 @@ def test_errors_name_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; give the folder"):
         compare_runs([good, tmp_path / "nowhere"])
     with pytest.raises(
-        FileNotFoundError, match=r"runs is not .* but good in it may be: give .*/\*"
+        FileNotFoundError, match=r"runs is not .* but good in it may be \(compare takes .*/\*\)"
     ):
         compare_runs([tmp_path / "runs"])
     with pytest.raises(NotADirectoryError, match=r"config\.json is a file; give the folder of"):

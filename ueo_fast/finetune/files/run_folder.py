@@ -136,11 +136,10 @@ class RunFolder:
             found = sorted(entry.name for entry in folder.iterdir())
             shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if found[5:] else "")
             runs = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG}"))
-            hint = f"; but {', '.join(runs[:3])} in it may be: give {folder}/*" if runs else ""
-            raise FileNotFoundError(
-                f"{folder} is not the folder of a run: it has no {CONFIG} "
-                f"(found: {shown or 'nothing'}){hint}"
-            )
+            what = f"it has no {CONFIG} (found: {shown or 'nothing'})"
+            if runs:
+                what += f"; but {', '.join(runs[:3])} in it may be (compare takes {folder}/*)"
+            raise FileNotFoundError(f"{folder} is not the folder of a run: {what}")
         return cls(folder)
 
     @classmethod
