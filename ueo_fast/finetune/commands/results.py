@@ -34,17 +34,9 @@ def measure(
     stage: Literal["before", "during", "after"] = "after",
     split: Literal["test", "train", "online"] = "test",
 ) -> MetricsRecord | None:
-    """Measure a classifier; ``None`` where there is nothing to measure by.
+    """Measure a classifier by its cosines (N, C) and labels (N,), int64.
 
-    Args:
-        cosines: (N, C), of the images.
-        labels: (N,) int64; ``None``, or none of a known class: nothing to measure by.
-        mcm_scale: multiplies the cosines in the MCM score.
-        method: name of the method; with the others, what the record says of the classifier.
-        seed: of the run.
-        epoch: 0 before training.
-        stage: of the run.
-        split: what the images are.
+    ``None`` where no label is a known class. The other arguments go into the record.
     """
     if labels is None or not bool((labels >= 0).any()):
         return None
@@ -71,9 +63,7 @@ def metrics_table(records: Iterable[MetricsRecord]) -> str:
 def known_counts(cosines: Tensor, mcm_scale: float) -> KnownCounts:
     """How many images count as known by :data:`THRESHOLD`; none do where it finds no threshold.
 
-    Args:
-        cosines: (N, C) of the adapted model.
-        mcm_scale: multiplies them in the MCM score.
+    ``cosines`` (N, C) are of the adapted model.
     """
     scores = mcm_score(cosines.double(), mcm_scale).numpy()
     try:
@@ -94,11 +84,11 @@ def verdict_line(
     """The sentence that a report begins with.
 
     Args:
-        method: name of the method.
+        method: its name.
         records: metrics, those of the zero-shot model first; empty without labels.
         before: (N, C) cosines of the zero-shot model.
-        after: (N, C) cosines of the adapted model.
-        counts: of the adapted model.
+        after: (N, C) cosines of the adapted model, as are ``counts``.
+        counts: known and unknown images.
     """
     changed = int((before.argmax(dim=1) != after.argmax(dim=1)).sum())
     return verdict(
@@ -113,10 +103,7 @@ def verdict_line(
 def warning_lines(class_names: Sequence[str], cosines: Tensor, record: MetricsRecord | None) -> str:
     """What makes the predictions doubtful, each on a line that ends with a line break.
 
-    Args:
-        class_names: C of them.
-        cosines: (N, C) of the adapted model.
-        record: its metrics; ``None`` without labels.
+    ``cosines`` (N, C) and ``record`` are of the adapted model; there is no record without labels.
     """
     found = doubts(
         classes=class_names,

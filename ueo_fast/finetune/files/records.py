@@ -98,14 +98,14 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def parse_object(path: Path, data: bytes, convert: Callable[..., T], line: int | None = None) -> T:
-    """Parse one JSON object.
+    """Parse one JSON object, the contents of ``path`` or of its ``line``.
 
     Args:
-        path: where it was read; it goes into the message, as does ``line``.
+        path: of the file, for messages.
         data: the JSON.
-        convert: a dataclass, as :func:`as_record` makes it, or a function of the object; what that
+        convert: a dataclass, which :func:`as_record` makes, or a function of the object; what that
             raises as KeyError, TypeError or ValueError becomes part of the message.
-        line: number of the line.
+        line: its number, for messages.
 
     Raises:
         BrokenFileError: ``data`` is something else, or ``convert`` refuses it.

@@ -74,8 +74,8 @@ class RunFolder:
     def create(cls, out: str | os.PathLike[str] | None, *, prefix: str) -> Iterator[RunFolder]:
         """Make the folder, and be the only process that writes to it while the block runs.
 
-        What a killed process left of a file is removed from it. A folder in which nothing was
-        written is removed when the block ends, so that a failed start leaves none.
+        Partial files of a killed process are removed from it. A folder in which nothing was written
+        is removed when the block ends, so that a failed start leaves none.
 
         Args:
             out: a folder that does not exist yet or is empty; ``None`` makes
@@ -147,8 +147,8 @@ class RunFolder:
     def resume(cls, path: str | os.PathLike[str]) -> Iterator[RunFolder]:
         """An existing run, to be written to again by this process alone while the block runs.
 
-        What a kill left behind is cleared away: partial files are removed, and a last line that
-        was cut off is cut from its ``*.jsonl``, so that the next one begins a line of its own.
+        Partial files of a killed process are removed, and a torn last line is cut from its
+        ``*.jsonl``, so that the next one begins a line of its own.
 
         Raises:
             BlockingIOError: another process writes to it.
@@ -163,7 +163,7 @@ class RunFolder:
             yield folder
 
     def _remove_partial_files(self) -> None:
-        """Those that a killed process left; the lock is held, so nobody is writing them."""
+        # The lock is held, so nobody is writing them.
         for partial in self.path.glob(_PARTIAL):
             remove_leftover(partial)
 
@@ -186,13 +186,11 @@ class RunFolder:
     def read_json(self, name: str, convert: Callable[..., T]) -> T:
         """Read a file that holds one JSON object.
 
-        Args:
-            name: of the file.
-            convert: a record's class, which checks each value, or a function of the object.
+        ``convert`` is a record's class, which checks each value, or a function of the object.
 
         Raises:
             FileNotFoundError: the run has no such file.
-            BrokenFileError: ``convert`` refuses what is in it; the message names the file.
+            BrokenFileError: ``convert`` refuses what is in it; the message names file and line.
         """
         path = self.path / name
         return parse_object(path, read_whole(path), convert)
@@ -202,13 +200,9 @@ class RunFolder:
         name: str,
         convert: Callable[..., T] = dict,  # type: ignore[assignment]
     ) -> list[T]:
-        """Read a file that holds one JSON object per line; arguments as of :meth:`read_json`.
+        """Read a file that holds one JSON object per line, as :meth:`read_json` does.
 
         A last line without its line break was cut off by a crash and is left out.
-
-        Raises:
-            FileNotFoundError: the run has no such file.
-            BrokenFileError: ``convert`` refuses a line; the message names file and line.
         """
         path = self.path / name
         return [
@@ -218,11 +212,10 @@ class RunFolder:
         ]
 
     def read_config(self) -> dict[str, Any]:
-        """Read the options of a run of ``ueo-fast finetune``, those of other versions included.
+        """Read the options of a run of ``ueo-fast finetune``, whichever version wrote it.
 
         Raises:
-            BrokenFileError: the file is damaged.
-            ValueError: the run is of another kind.
+            ValueError: the file is damaged, or the run is of another kind.
         """
         config: dict[str, Any] = self.read_json(CONFIG, dict)
         missing = [name for name in _Identity.__annotations__ if name not in config]
@@ -277,13 +270,9 @@ class RunFolder:
     def drop_json_lines(self, name: str, key: str, last: int) -> None:
         """Drop the records whose ``key`` is above ``last``, and what a crash left of a last line.
 
-        A resumed run repeats the steps after its last checkpoint, and says them again. Records
+        A resumed run repeats the steps after its last checkpoint and reports them again. Records
         without ``key`` stay. The file is replaced atomically, and only if something is dropped;
-        nothing happens where there is none.
-
-        Raises:
-            BrokenFileError: a line is not a JSON object; the message names file and line.
-            OSError: the file could not be rewritten; it is as it was.
+        nothing happens where there is none. Errors are those of :meth:`read_json`.
         """
         path = self.path / name
         if not os.path.lexists(path):
