@@ -16,7 +16,7 @@ from report_run import ReportRun, make_run
 from ueo_fast.finetune.data.names import printable
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.report import read_run, write_report, write_thumbnails
-from ueo_fast.finetune.report.data import KEPT, KNOWN, UNKNOWN
+from ueo_fast.finetune.report.run_data import KEPT, KNOWN, UNKNOWN
 
 pytestmark = pytest.mark.usefixtures("without_charts")
 

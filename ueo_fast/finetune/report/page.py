@@ -34,7 +34,7 @@ from ueo_fast.finetune.report.charts import (
     roc_chart,
     window,
 )
-from ueo_fast.finetune.report.data import (
+from ueo_fast.finetune.report.run_data import (
     KNOWN,
     UNKNOWN,
     UNLABELLED,

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from ueo_fast.finetune.evaluation.results_table import direction
 from ueo_fast.finetune.files.run_files import METRICS, MetricsRecord
-from ueo_fast.finetune.report.data import RunData
+from ueo_fast.finetune.report.run_data import RunData
 
 Ends = tuple[MetricsRecord | None, MetricsRecord | None]
 """The metrics of the zero-shot model and of the adapted one."""
