@@ -187,6 +187,8 @@ def fitting(hint: Any, value: Any, key: str) -> Any:
     Raises:
         TypeError, ValueError: it is of another type, or out of range; the message names ``key``.
     """
+    if hint in (float, int, str, bool):  # most values: none of the tests below
+        return _scalar(hint, value, key)
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -215,6 +217,10 @@ def fitting(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, dict):
             raise _unfit(value, key)
         return {name: fitting(arguments[1], one, key) for name, one in value.items()}
+    return _scalar(hint, value, key)
+
+
+def _scalar(hint: Any, value: Any, key: str) -> Any:
     if hint is float and type(value) in (int, float):
         if not abs(value) < math.inf or abs(value) > 1e308:
             raise ValueError(f"{key} is {_brief(value)}, not a finite number")
