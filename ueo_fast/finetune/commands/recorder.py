@@ -1,4 +1,4 @@
-"""What a run reports while it goes on: metrics before, during and after it, curves, lines."""
+"""What a run reports: its metrics before, during and after training, and its training curves."""
 
 from __future__ import annotations
 

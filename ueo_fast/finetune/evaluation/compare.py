@@ -159,9 +159,9 @@ def compare_runs(paths: Iterable[str | os.PathLike[str]]) -> Comparison:
 
     Numbers are put into one table only where the data, the classes, the model and its weights, the
     prompt, the scale of the score and the numbers of images agree. Seeds are averaged only where
-    all other options agree too; otherwise the rows of a method name what differs. What the
-    zero-shot model says depends on the seed in no way, so its row appears once and without a
-    spread, unless the runs disagree about it.
+    all other options agree too; otherwise the rows of a method name what differs. The zero-shot
+    model does not depend on the seed, so its row appears once and without a spread, unless the runs
+    disagree about it.
 
     Args:
         paths: run folders; one that is named twice counts once.
@@ -386,12 +386,12 @@ def _shown(value: Any, others: Sequence[Any]) -> str:
 def _title(outcome: Outcome, questions: Sequence[Mapping[str, Any]]) -> str:
     """What the numbers are about, with all in which it differs from the other ``questions``."""
     question = outcome.question
-    told = {"dataset", "domain", "scenario", "model", "pretrained"}
+    named = {"dataset", "domain", "scenario", "model", "pretrained"}
     if question["dataset"] is not None:
         where = f"{question['dataset']} {question['domain']}, {question['scenario']}"
     else:
         key = "test_data" if outcome.split == "test" and question["test_data"] else "data"
-        told.add(key)
+        named.add(key)
         where = str(question[key])
     kind = "test" if outcome.split == "test" else "training"
     words = [
@@ -400,7 +400,7 @@ def _title(outcome: Outcome, questions: Sequence[Mapping[str, Any]]) -> str:
         str(question["model"]) + (f" ({question['pretrained']})" if question["pretrained"] else ""),
     ]
     for key in _differing(questions):
-        if key not in told:
+        if key not in named:
             others = [other[key] for other in questions]
             words.append(f"{key} {_shown(question[key], others)}")
     return "; ".join(words)

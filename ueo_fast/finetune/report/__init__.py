@@ -1,4 +1,4 @@
-"""One HTML page that tells what a run did."""
+"""One HTML page about a run."""
 
 from ueo_fast.finetune.report.page import write_report
 from ueo_fast.finetune.report.run_data import RunData, read_run, write_thumbnails

@@ -36,7 +36,7 @@ _SCORE_SIZE = (5.0, 4.3)
 _FEWEST_BINS, _MOST_BINS = 10, 40
 
 # What a chart draws in, and what the page says it looks like. The left side is what matplotlib
-# draws, colours that are told apart; the page's style sheet gives the right side its colours.
+# draws, in distinct colours; the page's style sheet gives the right side its colours.
 # Blue, vermilion and green of Okabe and Ito's palette: distinct for colour-blind readers.
 INK, QUIET, KNOWN, UNKNOWN, THIRD = "#010203", "#040506", "#0072b2", "#d55e00", "#009e73"
 _PAGE_COLOURS = {
@@ -331,7 +331,7 @@ def _chart(
     Args:
         name: of the chart, once per page; ids begin with it.
         title: what it is, in a few words; escaped here, as is ``description``.
-        description: what it shows, for who cannot see it.
+        description: what it shows, for readers who cannot see it.
         draw: draws in the colours of this module.
         x: what the horizontal axis shows.
         y: what the vertical axis shows.

@@ -1,4 +1,4 @@
-"""`ueo-fast report`: ``report.html``, one page that tells what a run did, whole in itself."""
+"""`ueo-fast report`: writes ``report.html``, one self-contained page about a run."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the report of a run as one HTML page.
 
     The page needs no network and no other file: styles, charts (SVG), thumbnails (JPEG) and one
-    script, which sorts its tables, are in it. It forbids itself everything else, so no name of a
-    class or a file can make it do something. Nothing but the run folder is read, and no image that
-    it names is opened: thumbnails were made by the run, and links lead only to images of its
+    script, which sorts its tables, are in it. Its content security policy forbids everything else,
+    so no name of a class or a file can run code. Only the run folder is read, and no image that it
+    names is opened: the run made the thumbnails, and links lead only to images of its
     ``images.json``.
 
     A page has 150 to 800 kB, and less than 4 MB where every name and message is long and full of
     markup: curves have at most 400 points, there are at most 24 thumbnails of 160 pixels, long
-    words lose their middle, and long tables are cut, with a line that names the file that has all.
+    words lose their middle, and long tables are cut, with a line that names the complete file.
 
     Args:
         run: a run folder of ``ueo-fast finetune``, finished or not.
