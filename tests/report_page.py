@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+from report_run import ReportRun, make_run
+
+from ueo_fast.finetune.report import write_report
+
+SECTIONS = ("unknown", "metrics", "scores", "classes", "images", "training", "run")
+HEADINGS = {
+    "per_class_accuracy": "Per-class accuracy",
+    "accuracy": "Accuracy",
+    "hm": "HM",
+    "auroc": "AUROC",
+    "aupr": "AUPR",
+    "fpr95": "FPR95 (low is good)",
+}
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -109,3 +124,14 @@ def chart(page: Node, name: str) -> Node:
         if svg.attributes["aria-labelledby"].startswith(f"{name}-title ")
     ]
     return node
+
+
+def report_of(folder: Path, run: ReportRun) -> Node:
+    """The page of a run that is made in ``folder``."""
+    return parse_file(write_report(make_run(folder, run)))
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

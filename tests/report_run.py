@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 
 from ueo_fast import mcm_score
-from ueo_fast.finetune.commands.evaluation import PREDICTION_COLUMNS, known_counts, prediction_rows
 from ueo_fast.finetune.commands.problem import Labelled, Problem, write_problem
+from ueo_fast.finetune.commands.results import known_counts, prediction_rows
 from ueo_fast.finetune.data.image_list import ImageList
-from ueo_fast.finetune.engine.hooks import EpochRecord, StepRecord
 from ueo_fast.finetune.evaluation.metrics import compute_metrics
+from ueo_fast.finetune.files.run_files import PREDICTION_COLUMNS, EpochRecord, StepRecord
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.report import write_thumbnails
 

@@ -114,13 +114,13 @@ def test_a_folder_in_the_files_place_is_named(tmp_path):
 def test_a_file_that_may_not_grow_keeps_the_one_before(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_json("config.json", {"a": 1})
-    folder.write_tensors("t.safetensors", {"x": torch.ones(3)})
+    write_tensors(folder.path / "t.safetensors", {"x": torch.ones(3)})
     folder.write_csv("p.csv", ["a"], [["1"]])
     folder.append_json_line("train.jsonl", {"step": 1})
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     for write in (
         lambda: folder.write_json("config.json", {"a": "x" * 5000}),
-        lambda: folder.write_tensors("t.safetensors", {"x": torch.ones(3000)}),
+        lambda: write_tensors(folder.path / "t.safetensors", {"x": torch.ones(3000)}),
         lambda: folder.write_csv("p.csv", ["a"], [["x" * 100]] * 100),
         lambda: folder.append_json_line("train.jsonl", {"step": "x" * 5000}),
         lambda: folder.append_json_line("new.jsonl", {"step": "x" * 5000}),
@@ -137,7 +137,7 @@ def test_a_file_that_may_not_grow_keeps_the_one_before(tmp_path):
 def test_a_full_disk_keeps_everything(small_disk):
     folder = RunFolder(small_disk)
     folder.write_json("config.json", {"a": 1})
-    folder.write_tensors("t.safetensors", {"x": torch.ones(3)})
+    write_tensors(folder.path / "t.safetensors", {"x": torch.ones(3)})
     reported = []
 
     def fill() -> None:
@@ -152,8 +152,8 @@ def test_a_full_disk_keeps_everything(small_disk):
     assert len(reported) > 30
     assert [record["step"] for record in folder.read_json_lines("train.jsonl")] == reported
     with pytest.raises(OSError, match=r"No space left on device.*t.safetensors"):
-        folder.write_tensors("t.safetensors", {"x": torch.ones(30000)})
-    assert torch.equal(folder.read_tensors("t.safetensors")[0]["x"], torch.ones(3))
+        write_tensors(folder.path / "t.safetensors", {"x": torch.ones(30000)})
+    assert torch.equal(read_tensors(folder.path / "t.safetensors")[0]["x"], torch.ones(3))
     assert names(small_disk) == ["config.json", "t.safetensors", "train.jsonl"]
 
 
@@ -311,9 +311,9 @@ def test_a_bad_tensor_file_is_named(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(b"")
     with pytest.raises(TensorFileError, match=r"checkpoint.safetensors is empty"):
-        RunFolder(tmp_path).read_tensors(path.name)
+        read_tensors(path)
     with pytest.raises(FileNotFoundError, match=r"other.safetensors"):
-        RunFolder(tmp_path).read_tensors("other.safetensors")
+        read_tensors(tmp_path / "other.safetensors")
 
 
 def test_of_two_writers_the_second_is_refused(tmp_path):

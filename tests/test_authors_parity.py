@@ -20,8 +20,9 @@ from ueo_fast import affine_parameters
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.demo.tiny_clip import EMBED_DIM, TOWERS
-from ueo_fast.finetune.engine.hooks import Hooks, StepRecord
+from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.trainer import TrainerConfig
+from ueo_fast.finetune.files.run_files import StepRecord
 from ueo_fast.finetune.methods import UEO
 from ueo_fast.finetune.target import Target
 

@@ -68,7 +68,7 @@ def stopped_after(monkeypatch, place: Path, out: str, step: int, *more: str) -> 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        module = "ueo_fast.finetune.commands.tracking.bar_hooks"
+        module = "ueo_fast.finetune.commands.recorder.bar_hooks"
         patch.setattr(module, lambda bar: Hooks(on_step=interrupt))
         assert (
             finetune(place, out, *EPOCHS, "--checkpoint-every", "1", *more) == 128 + signal.SIGINT

@@ -102,7 +102,7 @@ def test_weights_and_biases_without_a_key_is_no_traceback(place, monkeypatch, ca
         raise UsageError("No API key configured.")
 
     monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # as if installed
-    monkeypatch.setattr("ueo_fast.finetune.commands.tracking.WandbTracker", refuses)
+    monkeypatch.setattr("ueo_fast.finetune.commands.recorder.WandbTracker", refuses)
     assert finetune(place, "no key", "--epochs", "1", "--wandb", "project") == 1
     error = capsys.readouterr().err
     assert "wandb='project'" in error

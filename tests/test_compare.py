@@ -42,7 +42,8 @@ def record(method, seed, values, stage="after", split="test", epoch=50):
     names = ("per_class_accuracy", "accuracy", "auroc", "fpr95", "hm")
     metrics = {**dict(zip(names, values, strict=True)), "aupr": values[2]}
     place = {"epoch": epoch, "stage": stage, "split": split}
-    return {"method": method, "title": TITLES[method], "seed": seed, **place, **metrics}
+    images = {"class_accuracies": [values[1]] * 2, "known_images": 60, "unknown_images": 30}
+    return {"method": method, "title": TITLES[method], "seed": seed, **place, **metrics, **images}
 
 
 def make_run(
@@ -280,15 +281,19 @@ def test_runs_without_numbers_are_named_with_the_reason(tmp_path):
 
 def test_errors_name_the_folder(tmp_path):
     good = make_run(tmp_path / "runs" / "good")
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist; give folders of runs"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; give the folder"):
         compare_runs([good, tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match=r"runs is not a run .* but good in it may be: give .*/\*"):
+    with pytest.raises(
+        FileNotFoundError, match=r"runs is not .* but good in it may be \(compare takes .*/\*\)"
+    ):
         compare_runs([tmp_path / "runs"])
-    with pytest.raises(ValueError, match=r"config\.json is not a run of ueo-fast finetune"):
+    with pytest.raises(NotADirectoryError, match=r"config\.json is a file; give the folder of"):
         compare_runs([good / "config.json"])
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "config.json").write_text(json.dumps({"tower": "bn", "seeds": [0]}))
-    with pytest.raises(ValueError, match=r"demo is not a run .* has no method, model and seed"):
+    with pytest.raises(
+        ValueError, match=r"demo/config\.json names no method, model, seed, so this is"
+    ):
         compare_runs([tmp_path / "demo"])
     (tmp_path / "demo" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"demo/config\.json, line 1: Expecting property name"):

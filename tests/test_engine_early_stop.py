@@ -16,10 +16,10 @@ from engine_problem import (
     state_of,
 )
 
-from ueo_fast.finetune.engine.hooks import EpochRecord
 from ueo_fast.finetune.engine.monitor import EarlyStop
 from ueo_fast.finetune.engine.objective import Objective
 from ueo_fast.finetune.engine.trainer import train
+from ueo_fast.finetune.files.run_files import EpochRecord
 
 
 class Collapsing(Objective):

@@ -10,9 +10,10 @@ import sys
 import pytest
 from engine_problem import CONFIG, MemoryStore, Told, infomax, make_classifier, make_images
 
-from ueo_fast.finetune.engine.hooks import EpochRecord, Hooks, StartRecord, StepRecord, combine
+from ueo_fast.finetune.engine.hooks import Hooks, StartRecord, combine
 from ueo_fast.finetune.engine.tracking import JsonLinesTracker, TensorBoardTracker, WandbTracker
 from ueo_fast.finetune.engine.trainer import train
+from ueo_fast.finetune.files.run_files import EpochRecord, StepRecord
 from ueo_fast.finetune.files.run_folder import RunFolder
 
 

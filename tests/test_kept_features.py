@@ -128,7 +128,7 @@ def test_commands_evaluate_from_features(tmp_path, seen, monkeypatch, capsys):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        module = "ueo_fast.finetune.commands.tracking.bar_hooks"
+        module = "ueo_fast.finetune.commands.recorder.bar_hooks"
         patch.setattr(module, lambda bar: Hooks(on_epoch=interrupt))
         assert finetune(place, "stopped", *words) == 130
     seen.clear()
@@ -181,7 +181,7 @@ def test_a_resumed_run_ends_with_the_same_bits_where_images_were_left_out(tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        module = "ueo_fast.finetune.commands.tracking.bar_hooks"
+        module = "ueo_fast.finetune.commands.recorder.bar_hooks"
         patch.setattr(module, lambda bar: Hooks(on_epoch=interrupt))
         assert finetune(tmp_path, "stopped", *words) == 130
     assert main(["finetune", "--resume", "--out", str(tmp_path / "stopped")]) == 0

@@ -15,22 +15,11 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from PIL import Image
-from report_page import chart, parse, parse_file, section
+from report_page import HEADINGS, SECTIONS, chart, metrics_of, parse, parse_file, report_of, section
 from report_run import ODD_NAMES, SCRIPT, ReportRun, make_run
 
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.report import read_run, write_report, write_thumbnails
-
-SECTIONS = ("unknown", "metrics", "scores", "classes", "images", "training", "run")
-HEADINGS = {
-    "per_class_accuracy": "Per-class accuracy",
-    "accuracy": "Accuracy",
-    "hm": "HM",
-    "auroc": "AUROC",
-    "aupr": "AUPR",
-    "fpr95": "FPR95 (low is good)",
-}
-MANY = [f"class {i:03d}" for i in range(345)]
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +27,6 @@ def ordinary(tmp_path_factory):
     """A finished, labelled run, and its page."""
     run = make_run(tmp_path_factory.mktemp("ordinary"), ReportRun(warnings=("it collapsed",)))
     return run, parse_file(write_report(run))
-
-
-def report_of(tmp_path, run):
-    return parse_file(write_report(make_run(tmp_path, run)))
-
-
-def metrics_of(run):
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_page_has_every_section_and_what_a_reader_without_eyes_needs(ordinary):

@@ -136,10 +136,10 @@ def test_a_path_that_is_no_file_of_this_machine_is_not_linked_to(tmp_path, path)
     [
         ({"jpeg": 'AAAA" onerror="alert(1)'}, "thumbnails.json"),
         ({"jpeg": "A" * 200_000}, "a thumbnail has more than 100000 bytes"),
-        ({"jpeg": None}, "jpeg=None"),
+        ({"jpeg": None}, "jpeg is None, of the wrong type"),
         ({"width": 10**9}, "width is 1000000000, expected 0 to 160"),
         ({"height": '1" onload="x'}, "height is "),
-        ({"reason": ["x"]}, "must be text"),
+        ({"reason": ["x"]}, "reason is ['x'], of the wrong type"),
     ],
 )
 def test_thumbnails_that_are_none_are_refused(tmp_path, values, message):

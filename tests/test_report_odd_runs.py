@@ -10,31 +10,13 @@ import subprocess
 import sys
 
 import pytest
-from report_page import chart, parse_file, section
+from report_page import SECTIONS, chart, metrics_of, parse_file, report_of, section
 from report_run import ReportRun, make_run
 
 from ueo_fast.finetune.report import write_report
 from ueo_fast.finetune.report.charts import MOST_POINTS
 
-SECTIONS = ("unknown", "metrics", "scores", "classes", "images", "training", "run")
-HEADINGS = {
-    "per_class_accuracy": "Per-class accuracy",
-    "accuracy": "Accuracy",
-    "hm": "HM",
-    "auroc": "AUROC",
-    "aupr": "AUPR",
-    "fpr95": "FPR95 (low is good)",
-}
 MANY = [f"class {i:03d}" for i in range(345)]
-
-
-def report_of(tmp_path, run):
-    return parse_file(write_report(make_run(tmp_path, run)))
-
-
-def metrics_of(run):
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_unlabelled_run_has_no_metrics_but_all_the_rest(tmp_path):

@@ -16,7 +16,7 @@ from report_run import ReportRun, make_run
 from ueo_fast.finetune.data.names import printable
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.report import read_run, write_report, write_thumbnails
-from ueo_fast.finetune.report.predictions import KEPT, KNOWN, UNKNOWN
+from ueo_fast.finetune.report.run_data import KEPT, KNOWN, UNKNOWN
 
 pytestmark = pytest.mark.usefixtures("without_charts")
 
@@ -32,14 +32,14 @@ def test_everything_is_read(run):
     assert data.environment["threads"] == 2
     assert data.problem.unknown == ("kettle", "umbrella")
     assert data.problem.skipped[0].reason == "the file is empty"
-    assert data.problem.left_out == ((".txt", 3), ("hidden", 1))
+    assert data.problem.left_out == {"train": {".txt": 3, "hidden": 1}}
     assert [step.step for step in data.steps] == list(range(1, 41))
     assert data.steps[0].learning_rates.keys() == {"prompt", "affine"}
     assert [epoch.epoch for epoch in data.epochs] == [1, 2, 3, 4]
     assert [line.stage for line in data.metrics] == ["before", "during", "after"]
     assert data.finished
-    assert data.seconds == 12.5
-    assert data.stopped == ""
+    assert data.outcome.seconds == 12.5
+    assert data.outcome.stopped is None
 
 
 def test_predictions_are_counted_and_ranked(run):
@@ -187,13 +187,13 @@ BROKEN = [
         "finished.json",
         4,
         lambda line: '"threshold": {"rule": 3, "value": 0.5}, "x": {',
-        "rule is 3, of the wrong",
+        "threshold.rule is 3, of the wrong",
     ),
     (
         "finished.json",
         4,
         lambda line: '"threshold": {"rule": "otsu"}, "x": {',
-        "'value' is missing",
+        "'threshold.value' is missing",
     ),
     ("problem.json", 1, lambda line: "{]", r"problem.json, line 1: "),
     ("config.json", 2, lambda line: "nothing", r"config.json, line 2: "),
@@ -221,16 +221,18 @@ def test_a_broken_problem_says_what_is_missing(run):
 
 def test_a_run_of_another_kind(run):
     (run / "config.json").write_text('{"tower": "bn"}')
-    with pytest.raises(ValueError, match=r"config.json names no method, so this is not a run of"):
+    with pytest.raises(
+        ValueError, match=r"config.json names no method, model, seed, so this is not a run of"
+    ):
         write_report(run)
 
 
 def test_what_is_no_run_folder(tmp_path, run):
-    with pytest.raises(FileNotFoundError, match="does not exist; give a folder that ueo-fast fin"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; give the folder"):
         write_report(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"has no config.json, so it is not a run folder"):
+    with pytest.raises(FileNotFoundError, match=r"not the folder of a run: it has no config.json"):
         write_report(tmp_path)
-    with pytest.raises(NotADirectoryError, match="is a file; give the run folder that holds it"):
+    with pytest.raises(NotADirectoryError, match=r"config.json is a file; give the folder of"):
         write_report(run / "config.json")
     missing = tmp_path / "no" / "page.html"
     with pytest.raises(FileNotFoundError, match=re.escape(str(missing))):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from ueo_fast.finetune.demo.plots import (
     plot_samples,
 )
 from ueo_fast.finetune.evaluation.results_table import ResultsTable, Spread
-from ueo_fast.finetune.files.records import BrokenFileError, as_record
+from ueo_fast.finetune.files.records import BrokenFileError, Range, as_record
 from ueo_fast.finetune.files.run_folder import RunFolder
 
 
@@ -152,6 +152,8 @@ class Outer:
     one: Inner | None
     kind: Literal["a", "b"]
     many: dict[str, int | None]
+    share: Annotated[float, Range(0, 1, "a fraction in 0..1")] | None
+    paths: tuple[str | int | None, ...]
     text: str = "absent"
 
 
@@ -161,13 +163,16 @@ SOUND = {
     "one": {"name": "é", "numbers": [1, 2.5]},
     "kind": "b",
     "many": {"x": None, "y": 7},
+    "share": 1,
+    "paths": ["a", None, "b"],
     "of another version": [1],
 }
 
 
 def test_an_object_becomes_a_dataclass():
     found = as_record(Outer)(SOUND)
-    assert found == Outer(3, True, Inner("é", (1.0, 2.5)), "b", {"x": None, "y": 7})
+    inner, paths = Inner("é", (1.0, 2.5)), ("a", None, "b")
+    assert found == Outer(3, True, inner, "b", {"x": None, "y": 7}, 1.0, paths)
     assert as_record(Outer)({**SOUND, "one": None, "text": "t"}).text == "t"
     exact = as_record(Inner, all_of=["name", "numbers"])
     assert exact({"name": "a", "numbers": []}) == Inner("a", ())
@@ -175,6 +180,20 @@ def test_an_object_becomes_a_dataclass():
         exact({"name": "a", "numbers": [], "later": 1})
     with pytest.raises(KeyError, match="numbers"):
         exact({"name": "a"})
+
+
+def test_records_are_written_as_they_are_read(tmp_path):
+    folder, record = RunFolder(tmp_path), as_record(Outer)(SOUND)
+    folder.write_json("one.json", record)
+    assert folder.read_json("one.json", Outer) == record
+    folder.append_json_line("some.jsonl", record)
+    folder.append_json_line("some.jsonl", dataclasses.replace(record, whole=4))
+    lines = folder.read_json_lines("some.jsonl", Outer)
+    assert [line.whole for line in lines] == [3, 4]
+    folder.write_json_lines("others.jsonl", lines)
+    assert (tmp_path / "others.jsonl").read_bytes() == (tmp_path / "some.jsonl").read_bytes()
+    with pytest.raises(BrokenFileError, match=r"some.jsonl, line 1: 'name' is missing"):
+        folder.read_json_lines("some.jsonl", Inner)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +213,10 @@ def test_an_object_becomes_a_dataclass():
         ({"kind": ["a"]}, r"kind is \['a'\], expected one of a, b"),
         ({"many": {"x": "7"}}, "many is '7', of the wrong type"),
         ({"many": [["x", 7]]}, "many is .* of the wrong type"),
+        ({"share": 1.5}, "share is 1.5, expected a fraction in 0..1"),
+        ({"share": "1"}, "share is '1', of the wrong type"),
+        ({"paths": ["a", 1.5]}, "paths is 1.5, of the wrong type"),
+        ({"paths": ["a", 10**30]}, "paths is 1000000000000000000000000000000, which is out of"),
         ({"text": None}, "text is None, of the wrong type"),
     ],
 )

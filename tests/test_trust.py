@@ -37,8 +37,8 @@ from ueo_fast.finetune.clip.delta import (  # noqa: E402
     save_delta,
 )
 from ueo_fast.finetune.clip.load import load_base, load_clip, load_tokenizer  # noqa: E402
-from ueo_fast.finetune.commands.finetune import BASE  # noqa: E402
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer  # noqa: E402
+from ueo_fast.finetune.files.run_files import BASE_MODEL  # noqa: E402
 
 REMOTE = {"hf_tokenizer_name": "a/b", "tokenizer_kwargs": {"trust_remote_code": True}}
 
@@ -117,7 +117,7 @@ def renamed(run: Path, copy: Path, name: str, pretrained: str | None = None) -> 
     base = dataclasses.replace(delta.base, name=name, pretrained=pretrained)
     adapted = load_delta(tiny_clip("bn", 3), run / "delta.safetensors", tokenizer=tiny_tokenizer())
     save_delta(copy / "delta.safetensors", adapted, base, method=delta.method, seed=delta.seed)
-    (copy / BASE).write_text(json.dumps(dataclasses.asdict(base)))
+    (copy / BASE_MODEL).write_text(json.dumps(dataclasses.asdict(base)))
     config = json.loads((copy / "config.json").read_text())
     config |= {"model": name.removeprefix("local-dir:"), "pretrained": pretrained}
     (copy / "config.json").write_text(json.dumps(config))
@@ -279,7 +279,7 @@ def test_resume_sees_what_no_fingerprint_does(place, tmp_path, capsys):
 
 def test_resume_before_the_model_was_recorded(place, tmp_path, elsewhere, capsys):
     shared = renamed(place / "run", tmp_path / "run", f"local-dir:{place / 'model'}")
-    (shared / BASE).unlink()
+    (shared / BASE_MODEL).unlink()
     assert use("resume", place, shared) != 0
     assert f"name it: --model {place / 'model'}" in capsys.readouterr().err
     load_clip(str(place / "model"))
@@ -292,9 +292,9 @@ def test_resume_before_the_model_was_recorded(place, tmp_path, elsewhere, capsys
 )
 def test_an_edited_record_of_the_model_is_refused(place, tmp_path, content, capsys):
     shared = renamed(place / "run", tmp_path / "run", f"local-dir:{place / 'model'}")
-    (shared / BASE).write_text(content)
+    (shared / BASE_MODEL).write_text(content)
     assert use("resume", place, shared) != 0
-    assert str(shared / BASE) in capsys.readouterr().err
+    assert str(shared / BASE_MODEL) in capsys.readouterr().err
 
 
 def test_in_python_a_delta_opens_nothing_and_runs_nothing(

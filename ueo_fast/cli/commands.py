@@ -213,7 +213,7 @@ _ALL = (
             "training curves, and the most and least confident images."
         ),
         config="commands.options:ReportConfig",
-        entry="commands.report:run",
+        entry="report.page:run",
     ),
     Command(
         name="compare",
@@ -223,7 +223,7 @@ _ALL = (
             "deviation over its seeds, and a table of every run."
         ),
         config="commands.options:CompareConfig",
-        entry="commands.compare:run",
+        entry="evaluation.compare:run",
     ),
 )
 

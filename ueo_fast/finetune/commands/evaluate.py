@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ueo_fast.finetune.adaptation import make_classifier
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.adapted import open_run
-from ueo_fast.finetune.commands.evaluation import (
-    PREDICTION_COLUMNS,
+from ueo_fast.finetune.commands.options import EvaluateConfig
+from ueo_fast.finetune.commands.problem import Labelled, reread_problem
+from ueo_fast.finetune.commands.results import (
     known_counts,
     measure,
     metrics_table,
@@ -19,16 +18,14 @@ from ueo_fast.finetune.commands.evaluation import (
     verdict_line,
     warning_lines,
 )
-from ueo_fast.finetune.commands.options import EvaluateConfig
-from ueo_fast.finetune.commands.problem import Labelled, reread_problem
 from ueo_fast.finetune.data.choices import Decoding
 from ueo_fast.finetune.data.image_list import check_root, read_images
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.data.views import temporary_copies, views_of
 from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches, watched
+from ueo_fast.finetune.files.run_files import PREDICTION_COLUMNS
 from ueo_fast.finetune.files.run_folder import RunFolder
-from ueo_fast.finetune.methods import METHODS
 
 if TYPE_CHECKING:
     from ueo_fast.finetune.data.copies import Copies
@@ -66,15 +63,26 @@ def run(config: EvaluateConfig) -> None:
         images = _readable(config, images, before)
         after = _predict(config, adapted.classifier(), images, decode, copies, "adapted")
     scale = config.mcm_scale or adapted.config.mcm_scale
-    rows = [_row("zeroshot", before.cosines, images.labels, scale)]
-    if adapted.config.method != "zeroshot":
-        rows.append(_row(adapted.config.method, after.cosines, images.labels, scale))
+    method, seed = adapted.config.method, adapted.config.seed
+    cosines = {"zeroshot": before.cosines, method: after.cosines}
+    measured = [
+        measure(each, images.labels, scale, method=name, seed=seed)
+        for name, each in cosines.items()
+    ]
+    records = [record for record in measured if record is not None]
+    if not records:
+        raise ValueError(
+            "no image that can be read is of a known class, so there is nothing to measure"
+        )
     counts = known_counts(after.cosines, scale)
     names = zero_shot.prompt.class_names
-    print(warning_lines(names, after.cosines, rows[-1]), end="")
-    print(verdict_line(adapted.config.method, rows, before.cosines, after.cosines, counts))
-    print(f"{plural(len(images.images), 'image')}, {problem_line(images)}")
-    print(metrics_table(rows))
+    print(warning_lines(names, after.cosines, records[-1]), end="")
+    print(verdict_line(method, records, before.cosines, after.cosines, counts))
+    print(
+        f"{plural(len(images.images), 'image')}, {records[0].known_images} of known classes and "
+        f"{records[0].unknown_images} of others"
+    )
+    print(metrics_table(records))
     if config.out is not None:
         out = Path(config.out)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,22 +91,6 @@ def run(config: EvaluateConfig) -> None:
         )
         RunFolder(out.parent).write_csv(out.name, PREDICTION_COLUMNS, rows_of)
         print(f"predictions: {out}")
-
-
-def problem_line(images: Labelled) -> str:
-    """How many images are of known classes, and how many are not."""
-    assert images.labels is not None
-    known = int((images.labels >= 0).sum())
-    return f"{known} of known classes and {len(images.labels) - known} of others"
-
-
-def _row(name: str, cosines: Tensor, labels: Tensor | None, scale: float) -> dict[str, Any]:
-    metrics = measure(cosines, labels, scale)
-    if metrics is None:
-        raise ValueError(
-            "no image that can be read is of a known class, so there is nothing to measure"
-        )
-    return {"title": METHODS[name].title, **metrics.as_dict()}
 
 
 def _predict(

@@ -21,8 +21,10 @@ from ueo_fast.finetune.clip.load import LoadedClip, load_base, load_clip
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.clip.weights import identify
 from ueo_fast.finetune.commands.device import chosen_device
-from ueo_fast.finetune.commands.evaluation import (
-    PREDICTION_COLUMNS,
+from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
+from ueo_fast.finetune.commands.problem import Problem, read_problem
+from ueo_fast.finetune.commands.recorder import Recorder, check_trackers, training_hooks
+from ueo_fast.finetune.commands.results import (
     brief,
     known_counts,
     metrics_table,
@@ -30,30 +32,33 @@ from ueo_fast.finetune.commands.evaluation import (
     verdict_line,
     warning_lines,
 )
-from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
-from ueo_fast.finetune.commands.problem import Problem, read_problem
-from ueo_fast.finetune.commands.recorder import Recorder
 from ueo_fast.finetune.commands.stages import Start, begin, continued, is_begun
-from ueo_fast.finetune.commands.tracking import check_trackers, training_hooks
 from ueo_fast.finetune.data.loader import STOPPING, loading_errors
 from ueo_fast.finetune.data.pictures import COPIES, remove_copies
 from ueo_fast.finetune.data.views import open_copies
 from ueo_fast.finetune.engine.checkpoint import SafetensorsCheckpoints
 from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError
 from ueo_fast.finetune.evaluation.results_table import KnownCounts
-from ueo_fast.finetune.files.records import as_record
+from ueo_fast.finetune.files.run_files import (
+    BASE_MODEL,
+    CACHE,
+    CHECKPOINT,
+    CONFIG,
+    DELTA,
+    ENVIRONMENT,
+    FINISHED,
+    PREDICTION_COLUMNS,
+    PREDICTIONS,
+    REPORT,
+    Finished,
+    Threshold,
+)
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.report import write_report, write_thumbnails
 
 if TYPE_CHECKING:
     from ueo_fast.finetune.data.copies import Copies
 
-FINISHED = "finished.json"
-CACHE = "cache"
-DELTA = "delta.safetensors"
-BASE = "base_model.json"
-REPORT = "report.html"
-PREDICTIONS = "predictions.csv"
 _RESULTS = (PREDICTIONS, DELTA, FINISHED, REPORT)
 
 
@@ -84,13 +89,13 @@ def run(config: FinetuneConfig) -> Path:
             given, config = config, _saved_config(folder, config)
             missing = [name for name in _RESULTS if not (folder.path / name).exists()]
             if missing in ([], [REPORT]):
-                folder.read_json(FINISHED, dict)
+                folder.read_json(FINISHED, Finished)
                 _remove_copies(config, folder)
                 print(f"{folder.path} is finished: there is nothing to resume")
                 if missing:
                     _report(folder)
                 return folder.path
-            if not (folder.path / SafetensorsCheckpoints.name).exists():
+            if not (folder.path / CHECKPOINT).exists():
                 print("no step was saved: the training begins again")
             begun = is_begun(folder)
             return _run(config, folder, None if begun else read_problem(config), given)
@@ -108,11 +113,11 @@ def _run(
             loaded = _load(config, folder, given)
             config.make_method().check(config.trainer(), tower=loaded.model.visual)
             clip = loaded
-            if not (folder.path / "config.json").exists():
-                folder.write_json("config.json", config.as_dict())
-            if not (folder.path / BASE).exists():
-                folder.write_json(BASE, dataclasses.asdict(clip.base))
-            if not (folder.path / "environment.json").exists():
+            if not (folder.path / CONFIG).exists():
+                folder.write_json(CONFIG, config.as_dict())
+            if not (folder.path / BASE_MODEL).exists():
+                folder.write_json(BASE_MODEL, clip.base)
+            if not (folder.path / ENVIRONMENT).exists():
                 command = config.command()
                 folder.write_environment(command=command, seeds=[config.seed], threads=threads)
             copies = _open_copies(config, folder, given)
@@ -123,14 +128,9 @@ def _run(
             )
             history, recorder = _train(config, folder, clip, start, store)
             counts = _finish(config, folder, clip, start, history, recorder)
-            folder.write_json(
-                FINISHED,
-                {
-                    "stopped": history.stopped,
-                    "seconds": time.perf_counter() - started,
-                    "threshold": {"rule": counts.rule, "value": counts.threshold},
-                },
-            )
+            threshold = Threshold(counts.rule, counts.threshold)
+            seconds = time.perf_counter() - started
+            folder.write_json(FINISHED, Finished(history.stopped, seconds, threshold))
             print(f"adapted: {folder.path / DELTA}")
             if copies is not None:
                 copies.close()
@@ -143,11 +143,11 @@ def _run(
             raise SystemExit(128 + number) from None
         except OSError as error:
             unread = isinstance(error, BrokenPipeError)  # of what is printed: nobody's fault
-            if unread or not (folder.path / "config.json").exists():
+            if unread or not (folder.path / CONFIG).exists():
                 raise
             raise OSError(f"{error}\nFix this, then go on: {_resume(folder)}") from error
         except ValueError as error:
-            if clip is None or not (folder.path / "config.json").exists():
+            if clip is None or not (folder.path / CONFIG).exists():
                 raise
             raise ValueError(
                 f"{error}\n{folder.path} is kept. Fix this and resume with: {_resume(folder)}; to "
@@ -194,7 +194,7 @@ def _report(folder: RunFolder) -> None:
 
 def _what_is_kept(folder: RunFolder, store: SafetensorsCheckpoints) -> str:
     """What a run that is stopped leaves, and how it goes on."""
-    if not (folder.path / "config.json").exists():
+    if not (folder.path / CONFIG).exists():
         return "nothing was done yet"
     if store.step is not None:
         kept = f"step {store.step} is saved"
@@ -271,9 +271,9 @@ def _load(config: FinetuneConfig, folder: RunFolder, given: FinetuneConfig) -> L
 
 def _recorded_base(folder: RunFolder) -> BaseModel | None:
     """The model that the run began with; None before that is known."""
-    if not (folder.path / BASE).exists():
+    if not (folder.path / BASE_MODEL).exists():
         return None
-    return folder.read_json(BASE, as_record(BaseModel))
+    return folder.read_json(BASE_MODEL, BaseModel)
 
 
 @loading_errors()

@@ -14,6 +14,7 @@ from ueo_fast.finetune.commands.finetune_options import EPS_USERS, FinetuneOptio
 from ueo_fast.finetune.data.choices import check_cache
 from ueo_fast.finetune.engine.training_config import TrainerConfig
 from ueo_fast.finetune.files.records import as_record
+from ueo_fast.finetune.files.run_files import CONFIG
 from ueo_fast.ranges import (
     LARGEST_FACTOR,
     MOST_THREADS,
@@ -258,7 +259,7 @@ class FinetuneConfig(FinetuneOptions):
                 it cannot have; the message names the file and the option.
         """
         names = [item.name for item in fields(cls) if item.name not in ("out", "resume")]
-        return folder.read_json("config.json", as_record(cls, all_of=names))
+        return folder.read_json(CONFIG, as_record(cls, all_of=names))
 
     def command(self) -> str:
         """The shortest command that gives the same run; without ``--out``."""

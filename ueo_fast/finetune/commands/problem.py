@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,8 @@ from ueo_fast.finetune.data.image_list import ImageList, check_root, read_class_
 from ueo_fast.finetune.data.labels import match_labels
 from ueo_fast.finetune.data.names import counted
 from ueo_fast.finetune.files.records import as_record
+from ueo_fast.finetune.files.run_files import IMAGES, ImageLists, ListedImages
 from ueo_fast.finetune.files.run_folder import RunFolder
-
-IMAGES = "images.json"
 
 
 @dataclass(frozen=True)
@@ -139,67 +137,42 @@ def _read(config: FinetuneConfig, source: str, known: tuple[str, ...]) -> Labell
 def write_problem(folder: RunFolder, problem: Problem) -> None:
     """Keep the lists in the run folder: a resumed run sees the same images, whatever was added to
     the user's folder since."""
-    lists = {"train": problem.train, "test": problem.test}
-    folder.write_json(
-        IMAGES,
-        {
-            "known": list(problem.known),
-            **{name: None if part is None else _to_json(part) for name, part in lists.items()},
-        },
+    test = None if problem.test is None else _listed(problem.test)
+    folder.write_json(IMAGES, ImageLists(problem.known, _listed(problem.train), test))
+
+
+def _listed(part: Labelled) -> ListedImages:
+    return ListedImages(
+        part.images.names,
+        tuple(os.path.abspath(path) for path in part.images.paths),
+        part.images.labels,
+        None if part.labels is None else tuple(part.labels.tolist()),
+        part.note,
     )
 
 
 def reread_problem(folder: RunFolder) -> Problem:
     """What :func:`write_problem` kept."""
-    return folder.read_json(IMAGES, lambda value: as_record(_Lists)(value).problem())
+    return folder.read_json(IMAGES, lambda value: _problem(as_record(ImageLists)(value)))
 
 
-@dataclass(frozen=True)
-class _List:
-    """One list of images in the file, as :func:`_to_json` writes it."""
-
-    names: tuple[str, ...]
-    paths: tuple[str, ...]
-    labels: tuple[str | int | None, ...] | None
-    positions: tuple[int, ...] | None
-    note: str
-
-    def labelled(self, classes: int) -> Labelled:
-        images = ImageList(self.paths, self.names, self.labels)
-        if not images.paths:
-            raise ValueError("a list has no images")
-        if self.positions is None:
-            return Labelled(images, None, self.note)
-        if len(self.positions) != len(images):
-            raise ValueError(f"{len(self.positions)} positions are of {len(images)} images")
-        if not all(-1 <= position < classes for position in self.positions):
-            raise ValueError(f"a position is not in -1..{classes - 1}")
-        return Labelled(
-            images, torch.tensor(self.positions, dtype=torch.int64, device="cpu"), self.note
-        )
+def _problem(lists: ImageLists) -> Problem:
+    if not lists.known:
+        raise ValueError("known has no class")
+    classes = len(lists.known)
+    test = None if lists.test is None else _labelled(lists.test, classes)
+    return Problem(lists.known, _labelled(lists.train, classes), test)
 
 
-@dataclass(frozen=True)
-class _Lists:
-    known: tuple[str, ...]
-    train: _List
-    test: _List | None
-
-    def problem(self) -> Problem:
-        if not self.known:
-            raise ValueError("known has no class")
-        train, test = self.train, self.test
-        classes = len(self.known)
-        return Problem(
-            self.known, train.labelled(classes), None if test is None else test.labelled(classes)
-        )
-
-
-def _to_json(part: Labelled) -> dict[str, Any]:
-    return {
-        "names": list(part.images.names),
-        "paths": [os.path.abspath(path) for path in part.images.paths],
-        "labels": None if part.images.labels is None else list(part.images.labels),
-        "positions": None if part.labels is None else part.labels.tolist(),
-        "note": part.note,
-    }
+def _labelled(listed: ListedImages, classes: int) -> Labelled:
+    images = ImageList(listed.paths, listed.names, listed.labels)
+    if not images.paths:
+        raise ValueError("a list has no images")
+    if listed.positions is None:
+        return Labelled(images, None, listed.note)
+    if len(listed.positions) != len(images):
+        raise ValueError(f"{len(listed.positions)} positions are of {len(images)} images")
+    if not all(-1 <= position < classes for position in listed.positions):
+        raise ValueError(f"a position is not in -1..{classes - 1}")
+    labels = torch.tensor(listed.positions, dtype=torch.int64, device="cpu")
+    return Labelled(images, labels, listed.note)

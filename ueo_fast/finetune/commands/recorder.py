@@ -1,25 +1,38 @@
-"""The metrics of a run: measured before, during and after, and kept in metrics.jsonl."""
+"""What a run reports: its metrics before, during and after training, and its training curves."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-from typing import Any
+import importlib
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import Tensor
 
-from ueo_fast.finetune.commands.evaluation import measure
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
+from ueo_fast.finetune.commands.results import brief, measure
 from ueo_fast.finetune.commands.stages import Start
 from ueo_fast.finetune.data.names import printable, shown
+from ueo_fast.finetune.engine.hooks import (
+    CheckpointStore,
+    Hooks,
+    StartRecord,
+    bar_hooks,
+    combine,
+    training_bar,
+)
+from ueo_fast.finetune.engine.tracking import (
+    JsonLinesTracker,
+    TensorBoardTracker,
+    Tracker,
+    WandbTracker,
+)
 from ueo_fast.finetune.engine.trainer import History
-from ueo_fast.finetune.evaluation.finished_run import checked_metrics
 from ueo_fast.finetune.evaluation.predict import collect, predict_batches, watched
+from ueo_fast.finetune.files.run_files import MEASURED, TENSORBOARD, EpochRecord, MetricsRecord
 from ueo_fast.finetune.files.run_folder import RunFolder
-from ueo_fast.finetune.methods import METHODS
-
-METRICS = "metrics.jsonl"
-Record = dict[str, Any]
 
 
 class Recorder:
@@ -37,29 +50,26 @@ class Recorder:
         self._config = config
         self._folder = folder
         self._start = start
-        self._method = METHODS[config.method]
         self._epoch = 0
-        self._records: dict[tuple[Any, ...], Record] = {}
+        self._records: dict[tuple[Any, ...], MetricsRecord] = {}
         with contextlib.suppress(FileNotFoundError):
-            for record in folder.read_json_lines(METRICS, checked_metrics):
+            for record in folder.read_json_lines(MEASURED, MetricsRecord):
                 self._records[_key(record)] = record
 
-    def before(self) -> Record | None:
-        """Measure the zero-shot classifier, from what it said already; ``None`` without labels."""
+    def before(self) -> MetricsRecord | None:
+        """Measure the zero-shot classifier by its known cosines; ``None`` without labels."""
         start = self._start
-        zero_shot = METHODS["zeroshot"]
-        values = {"method": zero_shot.name, "title": zero_shot.title, "epoch": 0, "stage": "before"}
-        record = self._add(values, "test", start.test_cosines, start.tested.labels)
+        record = self._add("before", "test", start.test_cosines, start.tested.labels)
         if start.separate:
             cosines = start.target.zero_shot_cosines()
-            self._add(values, "train", cosines, start.train.labels)
+            self._add("before", "train", cosines, start.train.labels)
         return record
 
     def goes_on(self, epoch: int) -> None:
         """Note how many epochs the run that is resumed had done."""
         self._epoch = epoch
 
-    def during(self, epoch: int) -> Record | None:
+    def during(self, epoch: int) -> MetricsRecord | None:
         """Note that an epoch is over, and measure the classifier every so many of them.
 
         Returns:
@@ -70,39 +80,30 @@ class Recorder:
         last = epoch == self._config.epochs  # is measured at the end
         if self._start.tested.labels is None or not every or epoch % every or last:
             return None
-        cosines = self._predict("test")
-        return self._add(self._values("during"), "test", cosines, self._start.tested.labels)
+        return self._add("during", "test", self._predict("test"), self._start.tested.labels)
 
     def after(self, history: History) -> Tensor:
         """Measure the adapted classifier; returns its cosines (M, C) on the test images."""
         start = self._start
         cosines = self._predict("test")
-        if self._method is METHODS["zeroshot"]:  # it was measured before
+        if self._config.method == "zeroshot":  # it was measured before
             return cosines
         if history.kept_epoch is not None:
             self._epoch = history.kept_epoch
-        values = self._values("after")
-        self._add(values, "test", cosines, start.tested.labels)
+        self._add("after", "test", cosines, start.tested.labels)
         if start.separate and start.train.labels is not None:
-            self._add(values, "train", self._predict("train"), start.train.labels)
+            self._add("after", "train", self._predict("train"), start.train.labels)
         if history.online is not None:
-            self._add(values, "online", history.online, start.train.labels)
+            self._add("after", "online", history.online, start.train.labels)
         return cosines
 
-    def first_and_last(self) -> list[Record]:
+    def first_and_last(self) -> list[MetricsRecord]:
         """What a table of before and after shows."""
-        chosen = []
-        for record in self._records.values():
-            if record["stage"] == "during" or record["split"] == "train":
-                continue
-            online = record["split"] == "online"
-            title = f"{record['title']}, online" if online else record["title"]
-            chosen.append({**record, "title": title})
-        return chosen
-
-    def _values(self, stage: str) -> Record:
-        values = {"method": self._method.name, "title": self._method.title}
-        return {**values, "epoch": self._epoch, "stage": stage}
+        return [
+            replace(record, title=f"{record.title}, online") if record.split == "online" else record
+            for record in self._records.values()
+            if record.stage != "during" and record.split != "train"
+        ]
 
     def _predict(self, split: str) -> Tensor:
         start, config = self._start, self._config
@@ -131,17 +132,89 @@ class Recorder:
         return found.cosines
 
     def _add(
-        self, values: Record, split: str, cosines: Tensor, labels: Tensor | None
-    ) -> Record | None:
-        metrics = measure(cosines, labels, self._config.mcm_scale)
-        if metrics is None:
-            return None
-        record = {**values, "seed": self._config.seed, "split": split, **metrics.as_dict()}
-        self._records[_key(record)] = record
-        lines = [json.dumps(each, allow_nan=False) + "\n" for each in self._records.values()]
-        self._folder.write_text(METRICS, "".join(lines))
+        self,
+        stage: Literal["before", "during", "after"],
+        split: Literal["test", "train", "online"],
+        cosines: Tensor,
+        labels: Tensor | None,
+    ) -> MetricsRecord | None:
+        record = measure(
+            cosines,
+            labels,
+            self._config.mcm_scale,
+            method="zeroshot" if stage == "before" else self._config.method,
+            seed=self._config.seed,
+            epoch=0 if stage == "before" else self._epoch,
+            stage=stage,
+            split=split,
+        )
+        if record is not None:
+            self._records[_key(record)] = record
+            self._folder.write_json_lines(MEASURED, self._records.values())
         return record
 
 
-def _key(record: Record) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("method", "epoch", "stage", "split"))
+def _key(record: MetricsRecord) -> tuple[Any, ...]:
+    return record.method, record.epoch, record.stage, record.split
+
+
+def check_trackers(config: FinetuneConfig) -> None:
+    """Check that the packages that the run reports to are installed, before hours are spent.
+
+    Raises:
+        ModuleNotFoundError: one is not.
+    """
+    if config.tensorboard:
+        importlib.import_module("tensorboard")
+    if config.wandb is not None:
+        importlib.import_module("wandb")
+
+
+@contextlib.contextmanager
+def training_hooks(
+    config: FinetuneConfig, folder: RunFolder, recorder: Recorder, store: CheckpointStore
+) -> Iterator[Hooks]:
+    """Hooks for a run, and its checkpoints; what they opened is closed at the end."""
+    with contextlib.ExitStack() as stack:
+        trackers: list[Tracker] = [JsonLinesTracker(folder)]
+        if config.tensorboard:
+            trackers.append(stack.enter_context(TensorBoardTracker(folder.path / TENSORBOARD)))
+        if config.wandb is not None:
+            trackers.append(stack.enter_context(_wandb(config.wandb, config, folder)))
+        bar = stack.enter_context(training_bar(config.method))
+        yield combine(
+            *(tracker.hooks() for tracker in trackers),
+            bar_hooks(bar),
+            _terminal(bar, recorder),
+            Hooks(checkpoints=store),
+        )
+
+
+def _wandb(project: str, config: FinetuneConfig, folder: RunFolder) -> WandbTracker:
+    try:
+        return WandbTracker(project, folder, name=folder.path.name, config=config.as_dict())
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # wandb has its own tree of errors: no key, no network, no right
+        raise OSError(
+            f"wandb={project!r}: Weights & Biases says: {error}\nFix that (wandb login), or set "
+            "WANDB_MODE=offline or disabled in the environment; then go on with ueo-fast finetune "
+            f"--resume --out {shlex.quote(str(folder.path))}"
+        ) from error
+
+
+def _terminal(bar: Any, recorder: Recorder) -> Hooks:
+    def on_start(record: StartRecord) -> None:
+        recorder.goes_on(record.epoch)
+        if record.step:
+            bar.write(f"goes on after step {record.step} of {record.total}")
+
+    def on_epoch(record: EpochRecord) -> None:
+        metrics = recorder.during(record.epoch)
+        if metrics is not None:
+            bar.write(f"epoch {record.epoch}: {brief(metrics)}")
+
+    def on_warning(text: str) -> None:
+        bar.write(f"warning: {text}")
+
+    return Hooks(on_start, on_epoch=on_epoch, on_warning=on_warning)

@@ -12,27 +12,20 @@ from ueo_fast.finetune.adaptation import make_classifier, zero_shot
 from ueo_fast.finetune.clip.load import LoadedClip
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
-from ueo_fast.finetune.commands.problem import (
-    IMAGES,
-    Labelled,
-    Problem,
-    reread_problem,
-    write_problem,
-)
+from ueo_fast.finetune.commands.problem import Labelled, Problem, reread_problem, write_problem
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.data.views import Views, views_of
 from ueo_fast.finetune.evaluation.predict import predict_readable, watched
 from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.files.records import BrokenFileError
+from ueo_fast.finetune.files.run_files import IMAGES, PROBLEM, ZERO_SHOT, ProblemSummary, Skipped
 from ueo_fast.finetune.files.run_folder import RunFolder
+from ueo_fast.finetune.files.tensor_file import read_tensors, write_tensors
 from ueo_fast.finetune.target import Target
 
 if TYPE_CHECKING:
     from ueo_fast.finetune.data.copies import Copies
-
-ZERO_SHOT = "zero_shot.safetensors"
-PROBLEM = "problem.json"
 
 _SAME = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 1e-2}
 """Cosines of one model and one image differ by less from device to device, per precision."""
@@ -98,21 +91,18 @@ def begin(
         skipped = (*skipped, *more)
     kept = Problem(problem.known, train, None if problem.test is None else tested)
     lists = {"train": train, **({} if problem.test is None else {"test": tested})}
-    folder.write_json(
-        PROBLEM,
-        {
-            # As the prompts and the predictions have them: without underscores.
-            "known": list(classifier.prompt.class_names),
-            "unknown": kept.unknown(),
-            "train_images": len(train.images),
-            "test_images": len(tested.images),
-            "labelled": tested.labels is not None,
-            "skipped": [{"image": name, "reason": reason} for name, reason in skipped],
-            # What was no image, for each list: kinds of files and how many of each; links.
-            "left_out": {name: dict(part.images.left_out) for name, part in lists.items()},
-            "followed": {name: list(part.images.followed) for name, part in lists.items()},
-        },
+    summary = ProblemSummary(
+        # As the prompts and the predictions have them: without underscores.
+        known=tuple(classifier.prompt.class_names),
+        unknown=tuple(kept.unknown()),
+        train_images=len(train.images),
+        test_images=len(tested.images),
+        labelled=tested.labels is not None,
+        skipped=tuple(Skipped(name, reason) for name, reason in skipped),
+        left_out={name: dict(part.images.left_out) for name, part in lists.items()},
+        followed={name: tuple(part.images.followed) for name, part in lists.items()},
     )
+    folder.write_json(PROBLEM, summary)
     if skipped:
         print(f"left out: {plural(len(skipped), 'image')} that cannot be read ({PROBLEM} has all):")
         for name, reason in skipped[:5]:
@@ -121,7 +111,7 @@ def begin(
     tensors = {"train": target.zero_shot_cosines()}
     if problem.test is not None:
         tensors["test"] = test_cosines
-    folder.write_tensors(ZERO_SHOT, tensors)
+    write_tensors(folder.path / ZERO_SHOT, tensors)
     if copies is not None:
         print(f"cache: {copies.text()}")
     return Start(classifier, target, train, tested, test_cosines, problem.test is not None, plain)
@@ -173,7 +163,7 @@ def _check_model(
 
 
 def _kept_cosines(folder: RunFolder, problem: Problem) -> dict[str, Tensor]:
-    tensors, _ = folder.read_tensors(ZERO_SHOT)
+    tensors, _ = read_tensors(folder.path / ZERO_SHOT)
     for name, part in (("train", problem.train), ("test", problem.test)):
         if part is None:
             continue

@@ -23,6 +23,7 @@ from ueo_fast.finetune.engine.hooks import SERIES, Checkpoint, History
 from ueo_fast.finetune.engine.monitor import CollapseMonitor, EarlyStop, Totals, below
 from ueo_fast.finetune.engine.objective import Objective
 from ueo_fast.finetune.files.records import fitting
+from ueo_fast.finetune.files.run_files import CHECKPOINT
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.files.tensor_file import checksum, read_tensors, write_tensors
 
@@ -39,10 +40,8 @@ class SafetensorsCheckpoints:
         step: of the checkpoint that was loaded or saved last; ``None``: there was none yet.
     """
 
-    name = "checkpoint.safetensors"
-
     def __init__(self, folder: RunFolder | str | os.PathLike[str]) -> None:
-        self.path = (folder.path if isinstance(folder, RunFolder) else Path(folder)) / self.name
+        self.path = (folder.path if isinstance(folder, RunFolder) else Path(folder)) / CHECKPOINT
         self.step: int | None = None
 
     def load(self) -> Checkpoint | None:

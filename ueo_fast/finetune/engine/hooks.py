@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ueo_fast.finetune.files.run_files import EpochRecord, StepRecord
+
 if TYPE_CHECKING:  # a message about an error needs no PyTorch
     from torch import Tensor
 
@@ -24,58 +26,6 @@ class StartRecord:
     step: int
     total: int
     epoch: int
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One gradient step.
-
-    Attributes:
-        step: steps done, from 1.
-        total: steps in all.
-        epoch: from 1.
-        loss: value of the method's loss.
-        conditional_entropy: mean entropy of the batch's predictions, nats; every image has the
-            same weight, so that methods can be compared.
-        marginal_entropy: entropy of the batch's mean prediction, nats, at most log C.
-        largest_share: share of the batch that is put into the most frequent class.
-        learning_rates: by group, ``prompt`` and ``affine``, those of this step.
-        seconds: that the step took, loading included.
-    """
-
-    step: int
-    total: int
-    epoch: int
-    loss: float
-    conditional_entropy: float
-    marginal_entropy: float
-    largest_share: float
-    learning_rates: dict[str, float]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """One pass over the images, as training saw them.
-
-    Attributes:
-        epoch: from 1.
-        loss: mean over steps.
-        conditional_entropy: mean over the epoch's images, nats.
-        marginal_entropy: entropy of the epoch's mean prediction, nats.
-        histogram: images per predicted class, C numbers.
-    """
-
-    epoch: int
-    loss: float
-    conditional_entropy: float
-    marginal_entropy: float
-    histogram: tuple[int, ...]
-
-    @property
-    def mutual_information(self) -> float:
-        """Marginal minus conditional entropy, nats: high where predictions are sure and spread."""
-        return self.marginal_entropy - self.conditional_entropy
 
 
 SERIES = ("loss", "conditional_entropy", "marginal_entropy")

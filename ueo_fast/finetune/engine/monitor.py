@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ueo_fast.finetune.clip.model import ClipClassifier, adapted_state, load_adapted_state
-from ueo_fast.finetune.engine.hooks import EpochRecord
+from ueo_fast.finetune.files.run_files import EpochRecord
 
 _ROWS = 16384
 """Images whose zero-shot predictions are looked at in one go."""

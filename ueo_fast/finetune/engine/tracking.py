@@ -5,76 +5,101 @@ from __future__ import annotations
 import os
 import secrets
 from contextlib import suppress
-from dataclasses import asdict
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeVar
 
-from ueo_fast.finetune.engine.hooks import EpochRecord, Hooks, StartRecord, StepRecord
+from ueo_fast.finetune.engine.hooks import Hooks, StartRecord
 from ueo_fast.finetune.files.records import fitting
+from ueo_fast.finetune.files.run_files import (
+    EPOCHS,
+    STEPS,
+    WANDB,
+    WARNINGS,
+    EpochRecord,
+    StepRecord,
+    WarningRecord,
+)
 from ueo_fast.finetune.files.run_folder import RunFolder
 
 WandbMode = Literal["online", "offline", "disabled"]
+Self = TypeVar("Self", bound="Tracker")
 
 
-class Tracker(Protocol):
-    """Turns what a run tells into entries somewhere."""
+class Tracker:
+    """Turns what a run reports into entries somewhere. A context manager: its end closes it."""
+
+    _step = 0  # the last one that was reported
 
     def hooks(self) -> Hooks:
         """For the run, through :func:`~ueo_fast.finetune.engine.hooks.combine` with others."""
+        return Hooks(self._on_start, self._on_step, self._on_epoch, self._on_warning)
 
-    def close(self) -> None:
-        """No more entries; call it in any case."""
+    def close(self, exit_code: int = 0) -> None:
+        """Write or send what is left; no more entries follow."""
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close(0 if error is None else 1)
+
+    def _on_start(self, record: StartRecord) -> None:
+        self._step = record.step
+
+    def _on_step(self, record: StepRecord) -> None:
+        self._step = record.step
+
+    def _on_epoch(self, record: EpochRecord) -> None:
+        raise NotImplementedError
+
+    def _on_warning(self, text: str) -> None:
+        raise NotImplementedError
 
 
-class JsonLinesTracker:
+class JsonLinesTracker(Tracker):
     """``train.jsonl``, ``epochs.jsonl`` and ``warnings.jsonl`` in a run folder.
 
-    One record per line, each forced to disk when it is told. When a run is resumed, lines after its
-    checkpoint are dropped, as the run will tell them again: each step is there once.
+    One record per line, each forced to disk when it is reported. When a run is resumed, lines after
+    its checkpoint are dropped, as the run will report them again: each step is there once.
 
     Args:
         folder: of the run.
     """
 
-    steps = "train.jsonl"
-    epochs = "epochs.jsonl"
-    warnings = "warnings.jsonl"
-
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-        self._step = 0
-
-    def hooks(self) -> Hooks:
-        return Hooks(self._on_start, self._on_step, self._on_epoch, self._on_warning)
-
-    def close(self) -> None:
-        """Nothing is left to write."""
 
     def _on_start(self, record: StartRecord) -> None:
-        self._step = record.step
-        self._folder.drop_json_lines(self.steps, "step", record.step)
-        self._folder.drop_json_lines(self.epochs, "epoch", record.epoch)
-        self._folder.drop_json_lines(self.warnings, "step", record.step)
+        super()._on_start(record)
+        self._folder.drop_json_lines(STEPS, "step", record.step)
+        self._folder.drop_json_lines(EPOCHS, "epoch", record.epoch)
+        self._folder.drop_json_lines(WARNINGS, "step", record.step)
 
     def _on_step(self, record: StepRecord) -> None:
-        self._step = record.step
-        self._folder.append_json_line(self.steps, asdict(record))
+        super()._on_step(record)
+        self._folder.append_json_line(STEPS, record)
 
     def _on_epoch(self, record: EpochRecord) -> None:
-        self._folder.append_json_line(self.epochs, asdict(record))
+        self._folder.append_json_line(EPOCHS, record)
 
     def _on_warning(self, text: str) -> None:
-        warning = {"step": self._step, "text": text}
-        # What was said before the run was under way, a resumed run says again.
-        path = self._folder.path / self.warnings
-        if not path.exists() or warning not in self._folder.read_json_lines(self.warnings):
-            self._folder.append_json_line(self.warnings, warning)
+        warning = WarningRecord(self._step, text)
+        # A resumed run repeats the warnings from before its first step.
+        with suppress(FileNotFoundError):
+            if warning in self._folder.read_json_lines(WARNINGS, WarningRecord):
+                return
+        self._folder.append_json_line(WARNINGS, warning)
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(Tracker):
     """Curves for TensorBoard, and one histogram of predicted classes per epoch.
 
-    All are drawn over steps. When a run is resumed, TensorBoard is told to forget what came after
+    All are drawn over steps. When a run is resumed, TensorBoard is made to forget what came after
     its checkpoint.
 
     Args:
@@ -92,41 +117,25 @@ class TensorBoardTracker:
         self._make: Any = tensorboard.SummaryWriter
         self._folder = str(folder)
         self._writer: Any = None
-        self._step = 0
 
-    def hooks(self) -> Hooks:
-        return Hooks(self._on_start, self._on_step, self._on_epoch, self._on_warning)
-
-    def close(self) -> None:
-        """Write what is left."""
+    def close(self, exit_code: int = 0) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    def __enter__(self) -> TensorBoardTracker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _on_start(self, record: StartRecord) -> None:
+        super()._on_start(record)
         self.close()
-        self._step = record.step
         # Also at step 0: a run that was killed before its first checkpoint begins again.
         self._writer = self._make(self._folder, purge_step=record.step + 1)
 
     def _open(self) -> Any:
-        if self._writer is None:  # told of something before the start
+        if self._writer is None:  # a warning came before the start
             self._writer = self._make(self._folder)
         return self._writer
 
     def _on_step(self, record: StepRecord) -> None:
-        self._step = record.step
+        super()._on_step(record)
         for name, value in _step_values(record).items():
             self._open().add_scalar(name, value, record.step)
 
@@ -152,17 +161,17 @@ class TensorBoardTracker:
         self._open().add_text("warning", text, self._step)
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """Curves for Weights & Biases.
 
-    The run's id is kept in the run folder (``wandb.json``), so that a resumed run goes on with the
-    same page. What it tells a second time is ignored there; it is the same, to the bit.
+    The run's id is kept in the run folder (``wandb.json``), so that a resumed run continues on the
+    same page. What it reports a second time is ignored there; it is the same, to the bit.
 
     Args:
         project: name of the project.
         folder: of the run; W&B's own files go there too.
         name: of the run on the page; ``None`` lets W&B find one.
-        config: choices to show beside the curves.
+        config: choices to show next to the curves.
         mode: ``online``, ``offline`` or ``disabled``; ``None`` takes ``WANDB_MODE``, or online.
 
     Raises:
@@ -182,7 +191,6 @@ class WandbTracker:
             import wandb
         except ImportError as error:
             raise _missing("wandb", error) from error
-        self._step = 0
         self._run: Any = wandb.init(
             project=project,
             dir=str(folder.path),
@@ -193,29 +201,11 @@ class WandbTracker:
             mode=mode,
         )
 
-    def hooks(self) -> Hooks:
-        return Hooks(self._on_start, self._on_step, self._on_epoch, self._on_warning)
-
-    def close(self) -> None:
-        """Send what is left."""
-        self._run.finish()
-
-    def __enter__(self) -> WandbTracker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._run.finish(exit_code=0 if error is None else 1)
-
-    def _on_start(self, record: StartRecord) -> None:
-        self._step = record.step
+    def close(self, exit_code: int = 0) -> None:
+        self._run.finish(exit_code=exit_code)
 
     def _on_step(self, record: StepRecord) -> None:
-        self._step = record.step
+        super()._on_step(record)
         self._run.log(_step_values(record), step=record.step)
 
     def _on_epoch(self, record: EpochRecord) -> None:
@@ -239,11 +229,10 @@ def _epoch_values(record: EpochRecord) -> dict[str, float]:
 
 
 def _wandb_id(folder: RunFolder) -> str:
-    name = "wandb.json"
     with suppress(FileNotFoundError):
-        return folder.read_json(name, lambda value: str(fitting(str, value["id"], "id")))
+        return folder.read_json(WANDB, lambda value: str(fitting(str, value["id"], "id")))
     identity = secrets.token_hex(8)
-    folder.write_json(name, {"id": identity})
+    folder.write_json(WANDB, {"id": identity})
     return identity
 
 

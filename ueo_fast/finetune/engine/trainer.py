@@ -30,7 +30,6 @@ from ueo_fast.finetune.engine.hooks import (
     Hooks,
     NonFiniteLossError,
     StartRecord,
-    StepRecord,
 )
 from ueo_fast.finetune.engine.monitor import (
     CollapseMonitor,
@@ -42,6 +41,7 @@ from ueo_fast.finetune.engine.monitor import (
 )
 from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.engine.training_config import TrainerConfig
+from ueo_fast.finetune.files.run_files import StepRecord
 from ueo_fast.gradient_cache import GradCache
 
 __all__ = ["History", "NonFiniteLossError", "TrainerConfig", "train"]

@@ -1,4 +1,4 @@
-"""What was measured, as a sentence and as a table of methods against metrics, for every reader."""
+"""Results in words and in a table of methods against metrics, as every command shows them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ueo_fast.finetune.data.names import plural
+from ueo_fast.finetune.files.run_files import HEADLINE, METRICS
 
 COLUMNS: Mapping[str, str] = {
-    "per_class_accuracy": "per-class accuracy",
-    "auroc": "AUROC (known as positive)",
-    "hm": "HM",
+    name: METRICS[name].title + (" (known as positive)" if METRICS[name].of_scores else "")
+    for name in HEADLINE
 }
-LOWER_IS_BETTER = frozenset({"fpr95"})
-_JUDGED: Mapping[str, str] = {"per_class_accuracy": "per-class accuracy", "auroc": "AUROC"}
-_DETECTION: Mapping[str, str] = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
+_JUDGED = {name: METRICS[name].title for name in ("per_class_accuracy", "auroc")}
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def direction(metric: str, before: float | None, after: float | None) -> str:
     """``"better"``, ``"worse"``, or empty: not defined, or equal to a tenth of a point."""
     if before is None or after is None or not float(f"{100 * (after - before):.1f}"):
         return ""
-    return "better" if (after > before) != (metric in LOWER_IS_BETTER) else "worse"
+    return "better" if (after > before) != METRICS[metric].low_is_good else "worse"
 
 
 def verdict(
@@ -171,7 +169,7 @@ class ResultsTable:
         records: Iterable[Mapping[str, Any]],
         columns: Mapping[str, str] = COLUMNS,
     ) -> ResultsTable:
-        """From lines of ``metrics.jsonl``: each has ``method`` and the metrics as fractions."""
+        """From mappings with ``method``, the name of the row, and the metrics as fractions."""
         grouped: dict[str, list[Mapping[str, Any]]] = {}
         for record in records:
             grouped.setdefault(record["method"], []).append(record)
@@ -188,7 +186,7 @@ class ResultsTable:
         parts = ["percent"]
         if any(spread is not None and spread.std is not None for _, spread in spreads):
             parts[0] += ", mean ± standard deviation over seeds (n - 1)"
-        detection = [name for key, name in _DETECTION.items() if key in defined]
+        detection = [one.title for key, one in METRICS.items() if one.of_scores and key in defined]
         if detection:
             named = ", ".join(detection[:-1]) + " and " if detection[1:] else ""
             parts.append(
@@ -223,7 +221,13 @@ class ResultsTable:
         """A GitHub table."""
         head, *body = self._cells()
         rule = ["---", *("---:" for _ in head[1:])]
-        return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+        lines = [head, rule, *body]
+        return "\n".join("| " + " | ".join(map(escaped, line)) + " |" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Text that does not end a cell of a GitHub table."""
+    return text.replace("|", "\\|")
 
 
 def _spread(values: Sequence[float | None]) -> Spread | None:

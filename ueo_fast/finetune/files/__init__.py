@@ -1,1 +1,1 @@
-"""Files that are whole or not there, and the folder of a run."""
+"""Atomic file writes, and the folder of a run."""

@@ -1,7 +1,7 @@
-"""JSON of a run folder, read as something that anybody may have changed or damaged.
+"""JSON that anybody may have changed or damaged: read, checked against types, refused by name.
 
-A file is a regular file of bounded size, holds an object (or one per line), and each value has the
-type that a dataclass gives to its key; what does not is an error that names file, line and key.
+A file is a regular file of bounded size and holds an object, or one per line. Each value must have
+the type that a dataclass gives to its key; the error for any other names file, line and key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,19 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, BinaryIO, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    BinaryIO,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+)
 from typing import get_type_hints as type_hints
 
 T = TypeVar("T")
@@ -26,23 +38,27 @@ MOST_BYTES = 2**30
 LONGEST_LINE = 2**24
 """Bytes; an epoch with a histogram of 20,000 classes has a hundredth of that."""
 _MOST_INT = 2**63 - 1
+_BINARY = getattr(os, "O_BINARY", 0)
 
 
 class BrokenFileError(ValueError):
-    """A file of a run that is not what it should be; the message names it, the line and the key."""
+    """A file of a run has unusable content; the message names the file, the line and the key."""
 
     def __init__(self, path: Path, what: str, line: int | None = None) -> None:
         where = path if line is None else f"{path}, line {line}"
         super().__init__(f"{where}: {what}; the file was changed or damaged: restore it")
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read, and nothing else: a pipe would wait, and a device may have no end.
+class Range(NamedTuple):
+    """Limits of a number, for a dataclass's field: ``Annotated[int, Range(0, 9, "0 to 9")]``."""
 
-    Raises:
-        BrokenFileError: it is a folder, a pipe, a socket or a device.
-        OSError: it cannot be opened.
-    """
+    low: float
+    high: float
+    text: str
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Open a regular file; reading a pipe would wait, and a device may have no end."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -52,60 +68,52 @@ def open_regular(path: Path) -> BinaryIO:
     raise BrokenFileError(path, f"it is {kind}, expected a file")
 
 
-_BINARY = getattr(os, "O_BINARY", 0)
-
-
-def bounded_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file, with their line breaks.
+def read_whole(path: Path) -> bytes:
+    """Read a file of at most :data:`MOST_BYTES`.
 
     Raises:
-        BrokenFileError: one is longer than :data:`LONGEST_LINE`.
-    """
-    number = 0
-    while line := file.readline(LONGEST_LINE + 1):
-        number += 1
-        if len(line) > LONGEST_LINE:
-            raise BrokenFileError(path, f"it has more than {LONGEST_LINE:,} bytes", number)
-        yield line
-
-
-def read_object(path: Path, convert: Callable[[dict[str, Any]], T]) -> T:
-    """A file that holds one JSON object.
-
-    Args:
-        path: of the file.
-        convert: from the object; what it raises as KeyError, TypeError or ValueError becomes part
-            of the message.
-
-    Raises:
-        BrokenFileError: it holds something else, or ``convert`` refuses it.
+        BrokenFileError: it is larger, or is not a regular file.
         OSError: it cannot be read; ``FileNotFoundError`` where there is none.
     """
-    with open_regular(path) as file:
+    with _open_regular(path) as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise BrokenFileError(path, f"it has more than {MOST_BYTES:,} bytes")
-    return _converted(path, data, convert)
+    return data
 
 
-def read_lines(path: Path, convert: Callable[[dict[str, Any]], T]) -> list[T]:
-    """A file that holds one JSON object per line; arguments and errors as :func:`read_object`.
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file with their line breaks; errors as for :func:`read_whole`.
 
-    A last line without its line break was cut off by a crash and is left out.
+    Raises:
+        BrokenFileError: a line is longer than :data:`LONGEST_LINE`.
     """
-    with open_regular(path) as file:
-        return [
-            _converted(path, line, convert, number)
-            for number, line in enumerate(bounded_lines(path, file), start=1)
-            if line.endswith(b"\n")
-        ]
+    number = 0
+    with _open_regular(path) as file:
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise BrokenFileError(path, f"it has more than {LONGEST_LINE:,} bytes", number)
+            yield line
 
 
-def _converted(
-    path: Path, data: bytes, convert: Callable[[dict[str, Any]], T], line: int | None = None
-) -> T:
+def parse_object(path: Path, data: bytes, convert: Callable[..., T], line: int | None = None) -> T:
+    """Parse one JSON object, the contents of ``path`` or of its ``line``.
+
+    Args:
+        path: of the file, for messages.
+        data: the JSON.
+        convert: a dataclass, which :func:`as_record` makes, or a function of the object; what that
+            raises as KeyError, TypeError or ValueError becomes part of the message.
+        line: its number, for messages.
+
+    Raises:
+        BrokenFileError: ``data`` is something else, or ``convert`` refuses it.
+    """
+    if dataclasses.is_dataclass(convert):
+        convert = as_record(cast(type[T], convert))
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_no_number)
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
         if not isinstance(value, dict):
             raise TypeError(f"holds a {type(value).__name__}, expected an object")
         return convert(value)
@@ -121,16 +129,16 @@ def _converted(
         raise BrokenFileError(path, str(error), line) from None
 
 
-def _no_number(text: str) -> NoReturn:
+def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a JSON number")
 
 
 def as_record(kind: type[T], *, all_of: Iterable[str] | None = None) -> Callable[[Any], T]:
-    """A converter for :func:`read_object`: to a dataclass, each field of the type that it has.
+    """Make a converter from an object to a dataclass, which checks the type of each field.
 
     Known are str, bool, int (of 64 bits), float (finite; an int will do), ``None``, ``Literal``,
-    unions, tuples, lists and dicts of these, dataclasses, and ``Any``. A field that has a default
-    may be absent, and what the object has besides the fields is left out.
+    unions, tuples, lists and dicts of these, dataclasses, ``Annotated`` with a :class:`Range`, and
+    ``Any``. A field that has a default may be absent; keys that are not fields are ignored.
 
     Args:
         kind: the dataclass.
@@ -165,7 +173,7 @@ def _record(kind: type[T], value: Any, key: str) -> T:
 
 @functools.cache
 def _fields(kind: Any) -> list[tuple[str, Any, bool]]:
-    hints = type_hints(kind)
+    hints = type_hints(kind, include_extras=True)
     missing = dataclasses.MISSING
     return [
         (field.name, hints[field.name], field.default is field.default_factory is missing)
@@ -174,11 +182,13 @@ def _fields(kind: Any) -> list[tuple[str, Any, bool]]:
 
 
 def fitting(hint: Any, value: Any, key: str) -> Any:
-    """``value`` as the type ``hint``, as :func:`as_record` knows it.
+    """Return ``value`` as the type ``hint``, one of those that :func:`as_record` knows.
 
     Raises:
         TypeError, ValueError: it is of another type, or out of range; the message names ``key``.
     """
+    if hint in (float, int, str, bool):  # most values: none of the tests below
+        return _scalar(hint, value, key)
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -186,18 +196,31 @@ def fitting(hint: Any, value: Any, key: str) -> Any:
         return _record(hint, value, key)  # type: ignore[arg-type]
     if origin in (Union, UnionType):
         return _one_of(arguments, value, key)
+    if origin is Annotated:
+        number, limits = fitting(arguments[0], value, key), arguments[1]
+        if not limits.low <= number <= limits.high:
+            raise ValueError(f"{key} is {_brief(number)}, expected {limits.text}")
+        return number
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{key} is {_brief(value)}, expected one of {_listed(arguments)}")
+            raise ValueError(
+                f"{key} is {_brief(value)}, expected one of {', '.join(map(str, arguments))}"
+            )
         return value
     if origin in (tuple, list):
         if not isinstance(value, list):
             raise _unfit(value, key)
+        if set(map(type, value)) <= _plain(arguments[0]):  # a million paths
+            return origin(value)
         return origin(fitting(arguments[0], one, key) for one in value)
     if origin in (dict, Mapping):
         if not isinstance(value, dict):
             raise _unfit(value, key)
         return {name: fitting(arguments[1], one, key) for name, one in value.items()}
+    return _scalar(hint, value, key)
+
+
+def _scalar(hint: Any, value: Any, key: str) -> Any:
     if hint is float and type(value) in (int, float):
         if not abs(value) < math.inf or abs(value) > 1e308:
             raise ValueError(f"{key} is {_brief(value)}, not a finite number")
@@ -207,6 +230,12 @@ def fitting(hint: Any, value: Any, key: str) -> Any:
     if hint is int and not -_MOST_INT <= value <= _MOST_INT:
         raise ValueError(f"{key} is {_brief(value)}, which is out of range")
     return value
+
+
+def _plain(hint: Any) -> set[Any]:
+    """The types that ``hint`` allows whatever their value."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return {str, bool, NoneType}.intersection(kinds)
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
@@ -221,10 +250,6 @@ def _one_of(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
 
 def _unfit(value: Any, key: str) -> TypeError:
     return TypeError(f"{key} is {_brief(value)}, of the wrong type")
-
-
-def _listed(values: Iterable[Any]) -> str:
-    return ", ".join(map(str, values))
 
 
 def _brief(value: Any) -> str:

@@ -11,10 +11,11 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ueo_fast.finetune.files.atomic import (
     atomic_file,
@@ -24,21 +25,11 @@ from ueo_fast.finetune.files.atomic import (
     remove_leftover,
     sync_folder,
 )
-from ueo_fast.finetune.files.records import (
-    LONGEST_LINE,
-    bounded_lines,
-    open_regular,
-    read_lines,
-    read_object,
-)
-from ueo_fast.finetune.files.tensor_file import read_tensors, write_tensors
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ueo_fast.finetune.files.records import LONGEST_LINE, parse_object, read_lines, read_whole
+from ueo_fast.finetune.files.run_files import CONFIG, ENVIRONMENT
 
 T = TypeVar("T")
 
-CONFIG = "config.json"
 _PARTIAL = ".*.partial"  # see atomic_file
 _PACKAGES = (
     "ueo_fast",
@@ -53,13 +44,22 @@ _PACKAGES = (
 )
 
 
-class RunFolder:
-    """Config, environment, metrics and results of one run.
+@dataclass(frozen=True)
+class _Identity:
+    """The options that every run of ``ueo-fast finetune`` has."""
 
-    Files appear whole or not at all (written beside their place, then renamed); lines are appended
-    to ``*.jsonl`` in one write each and forced to disk, so a run that is killed keeps every line
-    that it had reported. An error of the system (full disk, read-only folder) is raised as the
-    ``OSError`` that it is, names the file, and leaves what was there before.
+    method: str
+    model: str
+    seed: int
+
+
+class RunFolder:
+    """The folder of one run: :mod:`~ueo_fast.finetune.files.run_files` says what is in it.
+
+    Files are written atomically. Lines are appended to ``*.jsonl`` in one write each and forced to
+    disk, so a run that is killed keeps every line that it had reported. An error of the system
+    (full disk, read-only folder) is raised as the ``OSError`` that it is, names the file, and
+    leaves what was there before.
 
     Args:
         path: an existing folder; :meth:`create` makes one, :meth:`open` checks that one is a run,
@@ -74,8 +74,8 @@ class RunFolder:
     def create(cls, out: str | os.PathLike[str] | None, *, prefix: str) -> Iterator[RunFolder]:
         """Make the folder, and be the only process that writes to it while the block runs.
 
-        What a killed process left of a file is removed from it. A folder in which nothing was
-        written is removed when the block ends, so that a failed start leaves none.
+        Partial files of a killed process are removed from it. A folder in which nothing was written
+        is removed when the block ends, so that a failed start leaves none.
 
         Args:
             out: a folder that does not exist yet or is empty; ``None`` makes
@@ -135,10 +135,11 @@ class RunFolder:
         if not os.path.lexists(folder / CONFIG):  # reading says what else it is
             found = sorted(entry.name for entry in folder.iterdir())
             shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if found[5:] else "")
-            raise FileNotFoundError(
-                f"{folder} is not the folder of a run: it has no {CONFIG} "
-                f"(found: {shown or 'nothing'})"
-            )
+            runs = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG}"))
+            what = f"it has no {CONFIG} (found: {shown or 'nothing'})"
+            if runs:
+                what += f"; but {', '.join(runs[:3])} in it may be (compare takes {folder}/*)"
+            raise FileNotFoundError(f"{folder} is not the folder of a run: {what}")
         return cls(folder)
 
     @classmethod
@@ -146,8 +147,8 @@ class RunFolder:
     def resume(cls, path: str | os.PathLike[str]) -> Iterator[RunFolder]:
         """An existing run, to be written to again by this process alone while the block runs.
 
-        What a kill left behind is cleared away: partial files are removed, and a last line that
-        was cut off is cut from its ``*.jsonl``, so that the next one begins a line of its own.
+        Partial files of a killed process are removed, and a torn last line is cut from its
+        ``*.jsonl``, so that the next one begins a line of its own.
 
         Raises:
             BlockingIOError: another process writes to it.
@@ -162,7 +163,7 @@ class RunFolder:
             yield folder
 
     def _remove_partial_files(self) -> None:
-        """Those that a killed process left; the lock is held, so nobody is writing them."""
+        # The lock is held, so nobody is writing them.
         for partial in self.path.glob(_PARTIAL):
             remove_leftover(partial)
 
@@ -174,17 +175,57 @@ class RunFolder:
         return path
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write ``value`` as indented JSON, atomically; NaN is an error, not a number."""
-        return self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+        """Write a record or ``dict`` as indented JSON, atomically; NaN is an error."""
+        text = json.dumps(value, indent=2, allow_nan=False, default=asdict)
+        return self.write_text(name, text + "\n")
 
-    def read_json(self, name: str, convert: Callable[[dict[str, Any]], T]) -> T:
-        """A file of the run, as :func:`~ueo_fast.finetune.files.records.read_object` reads it.
+    def write_json_lines(self, name: str, records: Iterable[Any]) -> Path:
+        """Write a whole JSON-lines file, or replace one, atomically."""
+        return self.write_text(name, "".join(map(_line, records)))
+
+    def read_json(self, name: str, convert: Callable[..., T]) -> T:
+        """Read a file that holds one JSON object.
+
+        ``convert`` is a record's class, which checks each value, or a function of the object.
 
         Raises:
             FileNotFoundError: the run has no such file.
-            BrokenFileError: ``convert`` refuses what is in it; the message names the file.
+            BrokenFileError: ``convert`` refuses what is in it; the message names file and line.
         """
-        return read_object(self.path / name, convert)
+        path = self.path / name
+        return parse_object(path, read_whole(path), convert)
+
+    def read_json_lines(
+        self,
+        name: str,
+        convert: Callable[..., T] = dict,  # type: ignore[assignment]
+    ) -> list[T]:
+        """Read a file that holds one JSON object per line, as :meth:`read_json` does.
+
+        A last line without its line break was cut off by a crash and is left out.
+        """
+        path = self.path / name
+        return [
+            parse_object(path, line, convert, number)
+            for number, line in enumerate(read_lines(path), start=1)
+            if line.endswith(b"\n")
+        ]
+
+    def read_config(self) -> dict[str, Any]:
+        """Read the options of a run of ``ueo-fast finetune``, whichever version wrote it.
+
+        Raises:
+            ValueError: the file is damaged, or the run is of another kind.
+        """
+        config: dict[str, Any] = self.read_json(CONFIG, dict)
+        missing = [name for name in _Identity.__annotations__ if name not in config]
+        if missing:
+            raise ValueError(
+                f"{self.path / CONFIG} names no {', '.join(missing)}, so this is not a run of "
+                "ueo-fast finetune (the results of ueo-fast demo are in its results.md)"
+            )
+        self.read_json(CONFIG, _Identity)
+        return config
 
     def write_csv(self, name: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
         """Write a table as CSV (UTF-8, quoted as the csv module does), atomically, row by row."""
@@ -197,35 +238,18 @@ class RunFolder:
             text.detach()
         return path
 
-    def write_tensors(
-        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-    ) -> Path:
-        """Write tensors and text as safetensors, atomically."""
-        return write_tensors(self.path / name, tensors, metadata)
-
-    def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What :meth:`write_tensors` wrote: tensors on the CPU, and metadata.
-
-        Raises:
-            FileNotFoundError: the run has no such file.
-            TensorFileError: it is damaged; the message names it.
-        """
-        return read_tensors(self.path / name)
-
     def write_environment(self, *, command: str, seeds: Sequence[int], threads: int) -> Path:
         """Write ``environment.json``: see :func:`environment`."""
-        values = environment(threads)
-        return self.write_json(
-            "environment.json", {"command": command, "seeds": list(seeds), **values}
-        )
+        values = {"command": command, "seeds": list(seeds), **environment(threads)}
+        return self.write_json(ENVIRONMENT, values)
 
-    def append_json_line(self, name: str, record: Mapping[str, Any]) -> None:
-        """Append one record to a JSON-lines file and force it to disk.
+    def append_json_line(self, name: str, record: Any) -> None:
+        """Append a record or ``dict`` to a JSON-lines file and force it to disk.
 
         Raises:
             OSError: it could not be written; the lines before it are kept, and no piece of it.
         """
-        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        line = _line(record).encode()
         path = self.path / name
         size = None
         try:
@@ -243,45 +267,30 @@ class RunFolder:
         if not size:
             sync_folder(self.path)
 
-    def read_json_lines(
-        self, name: str, check: Callable[[dict[str, Any]], dict[str, Any]] = dict
-    ) -> list[dict[str, Any]]:
-        """The records of a JSON-lines file, in order.
-
-        A last line without its line break was cut off by a crash and is left out.
-
-        Raises:
-            FileNotFoundError: the run has no such file.
-            BrokenFileError: ``check`` refuses a line; the message names file and line.
-        """
-        return read_lines(self.path / name, check)
-
     def drop_json_lines(self, name: str, key: str, last: int) -> None:
         """Drop the records whose ``key`` is above ``last``, and what a crash left of a last line.
 
-        A resumed run repeats the steps after its last checkpoint, and says them again. Records
+        A resumed run repeats the steps after its last checkpoint and reports them again. Records
         without ``key`` stay. The file is replaced atomically, and only if something is dropped;
-        nothing happens where there is none.
-
-        Raises:
-            BrokenFileError: a line is not a JSON object; the message names file and line.
-            OSError: the file could not be rewritten; it is as it was.
+        nothing happens where there is none. Errors are those of :meth:`read_json`.
         """
         path = self.path / name
         if not os.path.lexists(path):
             return
-        records = self.read_json_lines(name)
-        with open_regular(path) as file:
-            lines = list(bounded_lines(path, file))
-        # The last line may be torn: it is no record.
+        lines = list(read_lines(path))
         kept = [
             line
-            for line, record in zip(lines, records, strict=False)
-            if not _above(record.get(key), last)
+            for number, line in enumerate(lines, start=1)
+            if line.endswith(b"\n")
+            and not parse_object(path, line, lambda value: _above(value.get(key), last), number)
         ]
         if len(kept) < len(lines):
             with atomic_file(path) as file:
                 file.writelines(kept)
+
+
+def _line(record: Any) -> str:
+    return json.dumps(record, allow_nan=False, default=asdict) + "\n"
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -1,10 +1,10 @@
-"""Metrics and predictions of labelled images, as the commands print and keep them."""
+"""Metrics and predictions of images, as the commands measure, print and keep them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,44 +12,58 @@ from torch import Tensor
 from ueo_fast import mcm_score
 from ueo_fast.finetune.commands.problem import Labelled
 from ueo_fast.finetune.data.names import printable
-from ueo_fast.finetune.evaluation.metrics import Metrics, compute_metrics
+from ueo_fast.finetune.evaluation.metrics import compute_metrics
 from ueo_fast.finetune.evaluation.predict import cosine_error
 from ueo_fast.finetune.evaluation.results_table import KnownCounts, ResultsTable, doubts, verdict
+from ueo_fast.finetune.files.run_files import HEADLINE, METRICS, MetricsRecord
 from ueo_fast.finetune.methods import METHODS
 from ueo_fast.finetune.scoring.thresholds import choose_threshold, lowest_known
 
-COLUMNS: Mapping[str, str] = {
-    "per_class_accuracy": "per-class accuracy",
-    "accuracy": "accuracy",
-    "auroc": "AUROC",
-    "aupr": "AUPR",
-    "fpr95": "FPR95",
-    "hm": "HM",
-}
 THRESHOLD = "otsu"
 """The rule of ``known`` in predictions.csv: it needs no labels and is the default of score."""
 
 
-def measure(cosines: Tensor, labels: Tensor | None, mcm_scale: float) -> Metrics | None:
-    """Metrics, or ``None`` where there is nothing to measure by: no label is a known class."""
+def measure(
+    cosines: Tensor,
+    labels: Tensor | None,
+    mcm_scale: float,
+    *,
+    method: str,
+    seed: int,
+    epoch: int = 0,
+    stage: Literal["before", "during", "after"] = "after",
+    split: Literal["test", "train", "online"] = "test",
+) -> MetricsRecord | None:
+    """Measure a classifier by its cosines (N, C) and labels (N,), int64.
+
+    ``None`` where no label is a known class. The other arguments go into the record.
+    """
     if labels is None or not bool((labels >= 0).any()):
         return None
-    return compute_metrics(cosines, labels, mcm_scale=mcm_scale)
+    return MetricsRecord(
+        method=method,
+        title=METHODS[method].title,
+        epoch=epoch,
+        stage=stage,
+        seed=seed,
+        split=split,
+        **compute_metrics(cosines, labels, mcm_scale=mcm_scale).as_dict(),
+    )
 
 
-def metrics_table(records: Iterable[Mapping[str, Any]]) -> str:
+def metrics_table(records: Iterable[MetricsRecord]) -> str:
     """One row per title, for a terminal, with the conventions below it."""
-    rows = [{**record, "method": record["title"]} for record in records]
-    table = ResultsTable.from_records(rows, COLUMNS)
+    table = ResultsTable.from_records(
+        ({"method": record.title, **record.values} for record in records),
+        {name: metric.title for name, metric in METRICS.items()},
+    )
     return f"{table.text()}\n{table.convention()}"
 
 
 def known_counts(cosines: Tensor, mcm_scale: float) -> KnownCounts:
     """How many images count as known by :data:`THRESHOLD`; none do where it finds no threshold.
 
-    Args:
-        cosines: (N, C) of the adapted model.
-        mcm_scale: multiplies them in the MCM score.
+    ``cosines`` (N, C) are of the adapted model.
     """
     scores = mcm_score(cosines.double(), mcm_scale).numpy()
     try:
@@ -62,7 +76,7 @@ def known_counts(cosines: Tensor, mcm_scale: float) -> KnownCounts:
 
 def verdict_line(
     method: str,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[MetricsRecord],
     before: Tensor,
     after: Tensor,
     counts: KnownCounts,
@@ -70,52 +84,40 @@ def verdict_line(
     """The sentence that a report begins with.
 
     Args:
-        method: name of the method.
+        method: its name.
         records: metrics, those of the zero-shot model first; empty without labels.
         before: (N, C) cosines of the zero-shot model.
-        after: (N, C) cosines of the adapted model.
-        counts: of the adapted model.
+        after: (N, C) cosines of the adapted model, as are ``counts``.
+        counts: known and unknown images.
     """
     changed = int((before.argmax(dim=1) != after.argmax(dim=1)).sum())
     return verdict(
-        records[1]["title"] if records[1:] else METHODS[method].title,
-        records[0] if records else None,
-        records[1] if records[1:] else None,
+        records[1].title if records[1:] else METHODS[method].title,
+        records[0].values if records else None,
+        records[1].values if records[1:] else None,
         moved=None if method == "zeroshot" else (changed, len(after)),
         counts=counts,
     )
 
 
-def warning_lines(
-    class_names: Sequence[str], cosines: Tensor, record: Mapping[str, Any] | None
-) -> str:
+def warning_lines(class_names: Sequence[str], cosines: Tensor, record: MetricsRecord | None) -> str:
     """What makes the predictions doubtful, each on a line that ends with a line break.
 
-    Args:
-        class_names: C of them.
-        cosines: (N, C) of the adapted model.
-        record: its metrics; ``None`` without labels.
+    ``cosines`` (N, C) and ``record`` are of the adapted model; there is no record without labels.
     """
     found = doubts(
         classes=class_names,
         predicted=cosines.argmax(dim=1).unique().tolist(),
         images=len(cosines),
-        auroc=None if record is None else record["auroc"],
+        auroc=None if record is None else record.auroc,
     )
     return "".join(f"warning: {text}\n" for text in found)
 
 
-def brief(record: Mapping[str, Any]) -> str:
+def brief(record: MetricsRecord) -> str:
     """The metrics of a record on one line."""
-    values = ((COLUMNS[name], record[name]) for name in ("per_class_accuracy", "auroc", "hm"))
+    values = ((METRICS[name].title, record.values[name]) for name in HEADLINE)
     return ", ".join(f"{name} {'-' if v is None else f'{100 * v:.1f}'}" for name, v in values)
-
-
-PREDICTION_COLUMNS = (
-    *("image", "path", "label"),
-    *("zeroshot_class", "zeroshot_mcm", "adapted_class", "adapted_mcm"),
-    *("mcm_scale", "known"),
-)
 
 
 def prediction_rows(
@@ -126,7 +128,7 @@ def prediction_rows(
     mcm_scale: float,
     threshold: float | None,
 ) -> Iterator[tuple[str, ...]]:
-    """One row per image: its label, class and MCM score before and after, and whether it is known.
+    """One row per image, with the columns of ``PREDICTION_COLUMNS``.
 
     Args:
         images: N of them.
