@@ -1,6 +1,6 @@
 """Builds ueo_fast/_cpu.so and _cuda.so with CMake + ninja; tags the wheel py3-none-<platform>.
 
-Environment (docs/layout.md, "Building"): UEO_FAST_BUILD=0 installs without the binaries (the pure
+Environment (CONTRIBUTING.md, "Building"): UEO_FAST_BUILD=0 installs without the binaries (the pure
 PyTorch reference runs instead), CUDA=auto|0|1 chooses whether _cuda.so is built,
 UEO_FAST_CUDA_ARCHITECTURES for which GPUs, MAX_JOBS limits parallel compilers.
 """

@@ -43,7 +43,7 @@ def test_the_docs_have_gpu_figures_if_and_only_if_they_were_measured():
 
 
 def test_links_of_the_documentation_lead_somewhere():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")]
     for page in pages:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
@@ -65,3 +65,11 @@ def test_the_first_screen_of_the_readme_names_the_two_commands():
     first_screen = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40])
     assert "make demo" in first_screen
     assert "make test" in first_screen
+
+
+def test_pre_commit_runs_the_checks_of_ci():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    checks = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "entry: make lint\n" in hooks
+    assert "entry: bash .ci/run\n" in hooks
+    assert "\nmake lint\n" in checks
