@@ -37,14 +37,14 @@ inline bool is_dense(const int64_t* sizes, const int64_t* strides, int64_t dims)
   return true;
 }
 
-// Of a dense tensor whose channels are dimension `dim`.
+// The layout of a dense tensor whose channels are dimension `dim`.
 inline ChannelLayout channel_layout(const int64_t* sizes, const int64_t* strides, int64_t dims,
                                     int64_t dim) {
   const int64_t channels = sizes[dim];
   int64_t others = 1;
   for (int64_t d = 0; d < dims; ++d) others *= d == dim ? 1 : sizes[d];
   if (others == 0 || channels == 0) return {0, channels, 1};
-  if (channels == 1) return {1, 1, others};  // its stride means nothing
+  if (channels == 1) return {1, 1, others};  // its stride has no meaning
   return {others / strides[dim], channels, strides[dim]};
 }
 

@@ -1,5 +1,5 @@
-// From tensors to what the kernels of channel_affine take, and what they ask of their arguments. The
-// same on every device. Users meet the friendlier errors of ueo_fast/normalization.py first.
+// Turns tensors into what the kernels of channel_affine take, and checks them, the same on every
+// device. Users see the friendlier errors of ueo_fast/normalization.py first.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -22,7 +22,7 @@ inline ChannelLayout channel_layout(const Tensor& x, int64_t dim, const char* na
   return channel_layout(x.sizes().data(), x.strides().data(), x.dim(), dim);
 }
 
-// Refuses a tensor whose elements do not lie in memory as those of x do.
+// Refuses a tensor whose memory layout differs from that of x.
 inline void check_like(const Tensor& x, const Tensor& tensor, const char* name) {
   bool same = tensor.dim() == x.dim() && tensor.scalar_type() == x.scalar_type();
   for (int64_t d = 0; same && d < x.dim(); ++d) {
@@ -48,7 +48,7 @@ inline std::optional<Tensor> channel_values(const Tensor& x, const ChannelLayout
   return values->is_contiguous() ? values : torch::stable::contiguous(*values);
 }
 
-// What the kernels take per channel, with its memory.
+// What the kernels take per channel, and the memory that holds it.
 struct ChannelTensors {
   std::optional<Tensor> weight;
   std::optional<Tensor> bias;

@@ -1,6 +1,6 @@
-// What every op asks of its arguments. Users meet the friendlier errors of
+// The checks that every op makes of its arguments. Users see the friendlier errors of
 // ueo_fast/functional.py first; these keep a direct call of torch.ops.ueo_fast from reading memory
-// that is not there.
+// that does not exist.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -1,4 +1,4 @@
-// From tensors to what kernels take: storage types, views, weights. The same on every device.
+// Turns tensors into what kernels take: storage types, views, weights. The same on every device.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -53,7 +53,7 @@ auto with_compute_type(Storage storage, F&& f) {
 template <class A>
 constexpr ScalarType kComputeDtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
 
-// Of everything that is computed from the logits.
+// The dtype of everything that is computed from the logits.
 inline ScalarType dtype_of(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -67,7 +67,7 @@ const A* optional_weights(const std::optional<Tensor>& weights, std::optional<Te
   return contiguous->template const_data_ptr<A>();
 }
 
-// What forward keeps for backward, not filled in yet.
+// The buffer of what forward keeps for backward, not filled in yet.
 inline Tensor empty_saved(const Tensor& logits) {
   return empty<1>(logits, {Saved<float>::size(logits.size(0), logits.size(1))}, dtype_of(logits));
 }
@@ -82,7 +82,7 @@ Saved<const A> parts_of(const Tensor& saved, const LogitsView& logits) {
   return {saved.const_data_ptr<A>(), logits.rows, logits.columns};
 }
 
-// Refuses what a backward pass would read beyond its end.
+// Refuses a tensor that a backward pass would read beyond its end.
 inline void check_saved(const Tensor& logits, const Tensor& grad_loss, const Tensor& saved) {
   const ScalarType dtype = dtype_of(logits);
   STD_TORCH_CHECK(grad_loss.dim() == 0 && grad_loss.scalar_type() == dtype,

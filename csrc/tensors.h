@@ -10,8 +10,9 @@
 
 namespace ueo_fast {
 
-// An uninitialised contiguous tensor on the device of `like`. Straight to the allocator:
-// torch::stable::new_empty looks the operator up by name, which costs as much as a small loss.
+// An uninitialised contiguous tensor on the device of `like`. It calls the
+// allocator directly: torch::stable::new_empty looks the operator up by name, which costs as much as
+// a small loss.
 template <size_t kDims>
 torch::stable::Tensor empty(const torch::stable::Tensor& like,
                             const std::array<int64_t, kDims>& sizes,
@@ -33,7 +34,7 @@ torch::stable::Tensor empty(const torch::stable::Tensor& like,
   return torch::stable::Tensor(handle);
 }
 
-// An uninitialised tensor that lies in memory as `like` does, which is dense.
+// An uninitialised tensor with the memory layout of `like`, which is dense.
 inline torch::stable::Tensor empty_as(const torch::stable::Tensor& like) {
   int32_t device_type = 0;
   int32_t device_index = 0;

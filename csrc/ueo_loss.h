@@ -1,5 +1,5 @@
-// What the loss is told and what it keeps, the same on every device. No torch header. Steps are those
-// of docs/math.md.
+// The loss's options and what it keeps for backward, the same on every device. No torch header. Steps
+// are those of docs/math.md.
 #pragma once
 
 #include <cstdint>
@@ -29,13 +29,13 @@ enum RowStat : int64_t {
   kRowMax,      // max_c z_ic
   kRowSum,      // sum_c exp(z_ic - max)
   kRowMeanLog,  // mean under p of log2(exp(z - max)); with eps, of log(p + eps) + p / (p + eps);
-                // 0 on a CPU, where backward has no use for it
+                // 0 on a CPU, where backward does not use it
   kRowConfidence,      // w_i, up to the scale of a given w
   kRowMarginalWeight,  // v_i, up to a scale
   kRowStats
 };
 
-// What the batch sums up to; kSummary numbers of the compute type.
+// Sums over the batch; kSummary numbers of the compute type.
 enum Summary : int64_t {
   kConditionalEntropy,  // sum_i a_i H_i
   kMarginalEntropy,     // H(q)
@@ -46,7 +46,7 @@ enum Summary : int64_t {
 };
 
 // What forward keeps for backward, in one buffer of the compute type and without gaps. The row
-// statistics come first, so that they begin where the allocator's memory does, at a whole slot.
+// statistics come first, so that they start at the allocator's alignment, at a whole slot.
 template <class A>
 struct Saved {
   A* row_stats;  // (rows, kRowStats)

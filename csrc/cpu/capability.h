@@ -1,4 +1,4 @@
-// Which instruction set the loops run at.
+// Which instruction set the loops use.
 #pragma once
 
 #include <cstdint>

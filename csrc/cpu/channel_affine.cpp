@@ -50,7 +50,7 @@ struct Computed {
                    computed<A>(x, channel.var, copies[3]), static_cast<A>(eps)} {}
 };
 
-// A parameter gradient where the driver computes it: in place or, of another dtype, before a
+// Where the driver computes a parameter's gradient: in place or, for another dtype, before a
 // conversion.
 template <class A>
 struct Gradient {

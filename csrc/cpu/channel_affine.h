@@ -9,10 +9,10 @@
 
 namespace ueo_fast::cpu {
 
-// Where the parameters of an element are found. Elements are numbered in the order of memory.
-// By runs: element e has those of channel (e / period) % channels.
+// Where the parameters of an element are. Elements are numbered in the order of memory.
+// By runs: element e uses those of channel (e / period) % channels.
 // By columns: memory is rows of `period` elements (the last one may be shorter) and parameters are
-// spread over one row: element e has those at e % period.
+// spread over one row: element e uses those at e % period.
 template <class A>
 struct Parameters {
   const A* scale;
@@ -22,7 +22,7 @@ struct Parameters {
   int64_t channels;
 };
 
-// What the op takes per channel, (channels,) each; null: see csrc/library.cpp.
+// The op's arguments per channel, (channels,) each; for null see csrc/library.cpp.
 template <class A>
 struct ChannelParameters {
   const A* weight;

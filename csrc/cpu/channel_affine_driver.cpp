@@ -22,8 +22,8 @@ struct Chunks {
   int64_t begin(int64_t chunk) const { return chunk * kAffineChunk; }
   int64_t end(int64_t chunk) const { return std::min((chunk + 1) * kAffineChunk, elements); }
 
-  // Every (run, chunk) that meet have a pair of sums of their own: numbers grow along memory, as a
-  // chunk's first run is the last chunk's last run or the one behind it.
+  // Every (run, chunk) that overlap have their own pair of sums. Their numbers grow along memory,
+  // because a chunk's first run is the previous chunk's last run or the one after it.
   int64_t slot(int64_t run, int64_t chunk) const { return run + chunk; }
   int64_t slots() const { return divide_up(elements, inner) + count(); }
 };
@@ -92,7 +92,7 @@ std::vector<double> add_slots(const std::vector<A>& slots, const Chunks& chunks,
   return totals;
 }
 
-// In eight chains: one alone would wait for the addition before it.
+// In eight chains: in a single one, each addition would wait for the one before it.
 double sum_of(const double* values, int64_t n) {
   double lane[8] = {};
   int64_t j = 0;
@@ -145,7 +145,7 @@ template <class A>
     numbers.rstd[c] = 1 / std::sqrt(p.var[c] + p.eps);
     numbers.scale[c] *= numbers.rstd[c];
   }
-  // Rounded once, as on a GPU. Without a mean an infinite scale must not meet 0.
+  // Rounded once, as on a GPU. Without a mean, an infinite scale must not be multiplied by 0.
   for (int64_t c = 0; p.mean && c < channels; ++c) {
     numbers.shift[c] = std::fma(-numbers.mean[c], numbers.scale[c], numbers.shift[c]);
   }

@@ -16,7 +16,7 @@ inline void for_each_tile(int64_t begin, int64_t end, F&& f) {
   }
 }
 
-// Cuts the tile [begin, begin + n) where a run of a channel ends; f(run, first, count).
+// Cuts the tile [begin, begin + n) where a channel's run ends; calls f(run, first, count).
 template <class F>
 inline void for_each_run(int64_t begin, int64_t n, int64_t period, F&& f) {
   int64_t run = begin / period;

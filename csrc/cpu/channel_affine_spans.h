@@ -22,7 +22,7 @@ struct Spread {
   A operator[](int64_t j) const { return data[j]; }
 };
 
-// Of NaN it is NaN; what is not positive becomes +0.
+// NaN stays NaN; what is not positive becomes +0.
 template <class A>
 inline A relu_of(A y) {
   return y <= 0 ? A(0) : y;

@@ -1,5 +1,5 @@
-// channel_affine on tiles: stretches of adjacent elements whose results fit a buffer. How a tile
-// falls into spans is left to the caller's `cut`, which calls span(first, n) for each.
+// channel_affine on tiles: stretches of adjacent elements whose results fit a buffer. The caller's
+// `cut` divides a tile into spans and calls span(first, n) for each.
 //
 // Internal linkage throughout: see half.h.
 #pragma once
@@ -66,8 +66,8 @@ struct TileWriter {
   }
 };
 
-// Asks memory for what the loops will want soon. Without it the gradient's loads, which the
-// compiler masks by what was computed of x, wait for x: half of the time of backward.
+// Prefetches what the loops need soon. Without it, the gradient's loads, which the compiler masks by
+// what was computed from x, wait for x: half of the time of backward.
 inline void fetch(const void* from, int64_t bytes) {
   const char* data = static_cast<const char*>(from);
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(data + b, 0, 3);
@@ -134,8 +134,8 @@ inline void backward_tile(const AffineBackward<A>& args, int64_t begin, int64_t 
   grad_x.store(n);
 }
 
-// One span: what is wanted of it is known from the pointers. The variants without sums need no x
-// unless the mask comes from it.
+// One span: null pointers say what is not wanted. The variants without sums need no x unless the
+// mask comes from it.
 template <class A, class P, class... Sums>
 inline void backward_span(bool relu, const A* grad_out, const A* x, P scale, P shift, P mean,
                           int64_t n, A* grad_x, bool needs_sums, Sums... sums) {

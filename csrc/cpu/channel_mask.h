@@ -27,7 +27,7 @@ struct PatternOf<double> {
   using type = uint64_t __attribute__((may_alias));
 };
 
-// Of what a relu stored: positive numbers, NaN, and +0, whose pattern alone is all zeros.
+// The mask of what a relu stored: positive numbers, NaN, and +0, the only one whose bits are all zero.
 template <class S>
 inline void pack_mask(const S* relu, int64_t n, uint8_t* bits) {
   const auto* patterns = reinterpret_cast<const typename PatternOf<S>::type*>(relu);

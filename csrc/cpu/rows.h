@@ -43,7 +43,7 @@ inline void for_each_tile(int64_t columns, F&& f) {
   }
 }
 
-// Memory to fetch while something else is computed, kPad elements at a time. The hardware's
+// Memory to prefetch while something else is computed, kPad elements at a time. The hardware's
 // prefetcher stops at page boundaries, and rows of logits cross many.
 struct Ahead {
   const char* data;
@@ -85,8 +85,8 @@ struct RowReader {
         row_stride(view.row_stride),
         buffer(buffer) {}
 
-  // In place where that is possible; else a copy in `buffer`, which serves all passes over a row
-  // of one tile. Padding is -inf: a column of probability 0.
+  // In place if possible; otherwise a copy in `buffer`, which serves all passes over a row of one
+  // tile. Padding is -inf: a column of probability 0.
   Columns<const A*> read(const Tile& tile) {
     if constexpr (std::is_same_v<A, S>) {
       const A* source = data + tile.begin;
@@ -114,24 +114,24 @@ struct RowReader {
     buffered = begin;
     constexpr A kInfinity = std::numeric_limits<A>::infinity();
     A* __restrict to = buffer;
-    // All of the last pad: a register that is read back from several short stores has to wait.
+    // Write all of the last pad: reading a register back from several short stores would stall.
     for (int64_t j = 0; j < kPad; ++j) to[padded(valid) - kPad + j] = -kInfinity;
 #pragma omp simd
     for (int64_t j = 0; j < valid; ++j) to[j] = to_float(data[begin + j]);
   }
 };
 
-// Of the scalars or registers a and b.
+// The larger of the scalars or registers a and b.
 template <class T>
 inline T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-// The largest value of a tile. NaN may be lost here and comes out of the exponentials instead.
+// The largest value of a tile. NaN may be lost here; the exponentials bring it back.
 template <class A>
 inline A max_tile(const Columns<const A*>& x) {
-  // Independent maxima: enough to hide their latency, half of the registers that the older
-  // instruction sets have.
+  // Independent maxima: enough to hide their latency, with half of the registers of the older
+  // instruction sets.
   constexpr int64_t kVectors = 4 * kPad / kLanes<A> < 8 ? 4 * kPad / kLanes<A> : 8;
   constexpr int64_t kChains = kVectors * kLanes<A>;
   Vector<A> max[kVectors];
@@ -186,7 +186,7 @@ struct RowWriter {
     return {buffer, nullptr, tile.padded};
   }
 
-  // Stores what is not in place already.
+  // Stores what is not already in place.
   void write(const Tile& tile, const Columns<A*>& computed) const {
     S* out = data + tile.begin;
     if constexpr (std::is_same_v<A, S>) {

@@ -1,5 +1,5 @@
 // 2^t on registers, and log as plain arithmetic, so that a loop around it is vectorised at every
-// instruction set. tests/test_cpu_loops.py holds their errors.
+// instruction set. tests/test_cpu_loops.py bounds their errors.
 //
 // Internal linkage throughout: see half.h.
 #pragma once
@@ -88,14 +88,14 @@ struct FloatTraits<double> {
   }
 };
 
-// x, but no more than `limit`: finite for infinity, NaN for NaN.
+// The smaller of x and `limit`: finite for infinity, NaN for NaN.
 template <class A>
 inline Vector<A> at_most(Vector<A> limit, Vector<A> x) {
   return limit < x ? limit : x;
 }
 
 // The exponent at which exp2_minus(x, 1) gives 0, as a value that the compiler does not know: GCC
-// makes one instruction of at_most only where it cannot rewrite the comparison with a constant.
+// compiles at_most to one instruction only if it cannot rewrite the comparison with a constant.
 template <class A>
 inline Vector<A> zero_exponent() {
   const volatile A value = FloatTraits<A>::kBias;
@@ -119,9 +119,9 @@ inline Vector<A> exp2_minus(Vector<A> x, A scale) {
   constexpr A kBiasedRound = T::kRound + T::kBias;
   const Vector<A> rounded = kBiasedRound - x * scale;
   const Vector<A> r = -(x * scale) - (rounded - kBiasedRound);
-  // The biased integer part stands in the low bits of `rounded`: shifted, it is 2^n. Multiplied,
-  // not added to the exponent field, so that every NaN stays one; by r, while the polynomial is
-  // still computed.
+  // The biased integer part is in the low bits of `rounded`: shifted, it is 2^n. It is multiplied,
+  // not added to the exponent field, so that every NaN stays NaN; with r, while the polynomial is
+  // still being computed.
   const Vector<A> power = (Vector<A>)((Bits)rounded << T::kMantissa);
   return T::exp2_slope(r) * (r * power) + power;
 }
@@ -136,7 +136,7 @@ inline VectorOf<float>::Bits eighths(VectorOf<float>::Bits index) {
   using Bits = VectorOf<float>::Bits;
 #if defined(__AVX512F__)
   const Bits table = {UEO_FAST_EIGHTHS, UEO_FAST_EIGHTHS};
-  // Masked: of the plain intrinsic, GCC 12 warns in its own header.
+  // Masked, because GCC 12 warns about the plain intrinsic in its own header.
   return (Bits)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)index, (__m512i)table);
 #else
   const Bits table = {UEO_FAST_EIGHTHS};
@@ -144,8 +144,8 @@ inline VectorOf<float>::Bits eighths(VectorOf<float>::Bits index) {
 #endif
 }
 
-// As above, with the eight values of 2^(j / 8) in a register: on |r| <= 1/16 two terms less are
-// needed, and of the processor's units those that multiply are the busiest.
+// As above, with the eight values of 2^(j / 8) in a register: on |r| <= 1/16 two fewer
+// terms are needed, and the processor's multipliers are its busiest units.
 inline Vector<float> exp2_minus(Vector<float> x, float scale) {
   using T = FloatTraits<float>;
   using Bits = VectorOf<float>::Bits;

@@ -41,7 +41,7 @@ inline void stream_copy(void* target, const void* source, int64_t bytes) {
 #endif
 }
 
-// Streamed lines must be visible before another thread is told that they are there.
+// Streamed lines must be visible before another thread learns that they are there.
 inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();

@@ -1,5 +1,5 @@
 // Every tuning number of the CPU kernels, each with its reason. Measured with
-// benchmarks/bench_ueo_loss.py; docs/performance.md tells what was tried.
+// benchmarks/bench_ueo_loss.py; docs/performance.md says what was tried.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ inline constexpr int64_t kTileColumns = 1024;
 // double, so no instruction set ever executes a scalar remainder.
 inline constexpr int64_t kPad = 16;
 
-// How far ahead of the row in hand logits are fetched, rounded up to whole rows: about the time
-// that memory takes to answer.
+// How far ahead of the current row logits are prefetched, rounded up to whole rows: about the
+// latency of memory.
 inline constexpr int64_t kPrefetchBytes = 4096;
 
 // Rows whose exponentials are added to the column sums together: one load and store of the sums
@@ -24,14 +24,14 @@ inline constexpr int64_t kPrefetchBytes = 4096;
 inline constexpr int64_t kRowGroup = 4;
 
 // Rows per block of column sums. Blocks depend on the shape alone, never on the number of threads:
-// the same input gives the same bits on any number of threads. At most 256 float additions meet
-// in one sum before it is added in double; at least 32 rows keep the partial sums below 1/32 of
+// the same input gives the same bits on any number of threads. At most 256 floats are
+// added in one sum before it goes on in double; at least 32 rows keep the partial sums below 1/32 of
 // the logits (and leave a batch of few rows to few threads); 64 blocks balance many threads.
 inline constexpr int64_t kMinRowsPerBlock = 32;
 inline constexpr int64_t kMaxRowsPerBlock = 256;
 inline constexpr int64_t kTargetBlocks = 64;
 
-// Elements below which a second thread costs more than it brings.
+// Elements below which a second thread costs more than it saves.
 inline constexpr int64_t kSerialElements = 16384;
 
 // Bytes of gradient from which stores go past the cache: at this size the lines would be evicted
@@ -43,7 +43,7 @@ inline constexpr int64_t kStreamBytes = int64_t{8} << 20;
 // Elements handled by one call of the inner loops: three buffers of double stay in a 48 KiB L1.
 inline constexpr int64_t kAffineTile = 2048;
 
-// How far ahead backward fetches its tiles, in elements.
+// How far ahead backward prefetches its tiles, in elements.
 inline constexpr int64_t kAffineFetch = 8192;
 
 // Channels whose adjacent elements (`inner`) are at least that many are computed with the channel's
@@ -56,8 +56,8 @@ inline constexpr int64_t kMinRun = 64;
 inline constexpr int64_t kAffineChunk = 16384;
 
 // Bytes of a result from which stores go past the cache (see kStreamBytes), below kMinRun and with
-// a residual: a quarter less time at 205 MB of float32; it gained nowhere else. Twice what fits the
-// last cache of most: a network's next layer reads what this one stored.
+// a residual: a quarter less time at 205 MB of float32, and no gain elsewhere. Twice the last-level
+// cache of most processors: a network's next layer reads what this one stored.
 inline constexpr int64_t kAffineStreamBytes = int64_t{32} << 20;
 
 // Rows per unit below kMinRun, where a row is scales spread over at least kMinSpread elements.

@@ -24,8 +24,8 @@ struct ForwardRows {
   const A* confidence;        // (rows,) or null
   const A* marginal_weights;  // (rows,) or null
   A* row_stats;               // (rows, kRowStats)
-  // Of the given weights, so that they can be scaled to at most 1 (the shares of step 3 do not
-  // notice) and no sum of them overflows or vanishes. 1 where nothing is given.
+  // The largest of the given weights, to scale them to at most 1 (which does not change the shares
+  // of step 3), so that no sum of them overflows or vanishes. 1 if none are given.
   double largest_confidence = 1;
   double smallest_confidence = 1;
   double largest_marginal_weight = 1;

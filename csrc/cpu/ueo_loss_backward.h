@@ -22,9 +22,9 @@ struct GradRow {
   A marginal;  // lambda b_i
 };
 
-// The gradient is e * (mean - slope): slope is -dL/dp, up to a constant that the difference takes
-// away, and mean its mean under p. One difference of what both terms add up to: on a confident row
-// it vanishes exactly, where products minus a constant would leave the rounding of the constant.
+// The gradient is e * (mean - slope): slope is -dL/dp, up to a constant that cancels in the
+// difference, and mean is its mean under p. One difference for both terms together: on a confident
+// row it vanishes exactly, while products minus a constant would leave the rounding of the constant.
 //
 // Computes e = exp(x - max) and the slopes; returns the sum of e * slope.
 template <class A>

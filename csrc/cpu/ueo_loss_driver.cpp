@@ -24,8 +24,8 @@ int64_t rows_per_block(int64_t rows) {
   return std::clamp(round_up(rows / kTargetBlocks, kRowGroup), kMinRowsPerBlock, kMaxRowsPerBlock);
 }
 
-// Uninitialised memory, aligned so that no register's load or store crosses a cache line: half the
-// time of the column sums, which do little else.
+// Uninitialised memory, aligned so that no register's load or store crosses a cache line. That halves
+// the time of the column sums, which do little else.
 template <class A>
 class Buffer {
  public:
@@ -47,7 +47,7 @@ struct Range {
   A high;
 };
 
-// The smallest and the largest value; NaN both where any is.
+// The smallest and the largest value; both are NaN if any value is.
 template <class A>
 Range<A> range_of(const A* values, int64_t count) {
   // Selects in arrays of lanes, which compilers vectorise: a third of std::minmax_element's time.
@@ -71,7 +71,7 @@ Range<A> range_of(const A* values, int64_t count) {
   return {*std::min_element(low, low + kLanes), *std::max_element(high, high + kLanes)};
 }
 
-// ueo_fast/arguments.py says the same in Python's words, and with a way out.
+// ueo_fast/arguments.py has the same checks with messages for users.
 template <class A>
 Range<A> checked_range(const char* name, const A* values, int64_t count, bool positive) {
   const Range<A> range = range_of(values, count);

@@ -82,7 +82,7 @@ inline void add_rows(const A* __restrict e, const A* weight, int64_t row_size,
   }
 }
 
-// What forward knows of a group of rows once their exponentials are added up.
+// What forward knows about a group of rows once their exponentials are added up.
 template <class A>
 struct RowGroup {
   A max[kRowGroup] = {};
@@ -165,7 +165,7 @@ void forward_rows(const ForwardRows<A>& args, int64_t begin, int64_t end, BlockS
     for (int64_t r = 0; r < rows; ++r) {
       softmax_row<A, S>(args, first + r, r, scratch + r * row_size, buffer, group);
     }
-    // The last, incomplete group: what an earlier one left must not be added, not even times 0.
+    // The last, incomplete group: values left by an earlier one must not be added, not even times 0.
     for (int64_t j = rows * row_size; j < kRowGroup * row_size; ++j) scratch[j] = 0;
 #pragma omp simd
     for (int64_t r = 0; r < kRowGroup; ++r) group.log_sum[r] = log_nonnegative(group.sum[r]);

@@ -1,6 +1,6 @@
 // Tuning numbers of the affine kernels (channel_affine, layer_norm), each with its reason, and the
 // arithmetic that turns a shape and a device into launches. Plain C++, as launch.h, whose budgets
-// hold here as well. The numbers follow from the calculations given with them; they were measured on a
+// apply here as well. The numbers follow from the calculations given with them; they were measured on a
 // GPU (docs/performance.md), but not tuned yet.
 #pragma once
 
@@ -15,15 +15,15 @@ namespace tuning {
 // Threads of a block of channel_affine: as in kLaneTeamThreads, and so that four blocks of 64
 // registers a thread fill a multiprocessor.
 inline constexpr int kAffineThreads = 256;
-// Slots of each tensor that a thread has under way at once: two tensors of two slots by 1,024
-// threads are 64 KiB per multiprocessor, twice what memory's latency hides behind on an H100 (3
-// TB/s times a microsecond over 132 multiprocessors); four would not fit into 64 registers
-// together with the sums.
+// Slots of each tensor that a thread has in flight at once: two tensors of two slots by 1,024
+// threads are 64 KiB per multiprocessor, twice what hides memory's latency on an H100 (3 TB/s times
+// a microsecond over 132 multiprocessors); four would not fit into 64 registers together with the
+// sums.
 inline constexpr int kAffineBatch = 2;
 // A period of few tiles is cut into as many blocks as the GPU holds at once: a thread finds its
 // place and its channels' numbers in some 300 to 700 instructions, where a slot takes some 100
-// (machine code for sm_90, half precision). Where one period is more than that, blocks come in at
-// least so many waves: late ones fill the gaps that early ones leave.
+// (machine code for sm_90, half precision). If one period needs more than that, blocks come in at
+// least this many waves: late ones fill the gaps that early ones leave.
 inline constexpr int kAffineWaves = 4;
 
 // The kernel that adds partial sums: threads of a block, columns of a block at most (a warp reads
@@ -46,8 +46,8 @@ struct Divisor {
 
 // How a dense tensor is shared out among threads. Its memory is cut into periods: as few samples as
 // end at a multiple of 8 elements, so at whole slots and at whole bytes of the mask. A thread owns
-// one slot of the period and meets it in one period after the other: the channels of its elements
-// never change, their values and sums stay in registers. A block takes `width` adjacent slots of
+// the same slot of every period: the channels of its elements never change, and their values and
+// sums stay in registers. A block takes `width` adjacent slots of
 // the period (a tile) in `lines` periods at a time, `steps` times.
 struct AffinePlan {
   Grid grid;              // block tile + tiles * chunk

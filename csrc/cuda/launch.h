@@ -75,7 +75,7 @@ inline constexpr int kBlockTeamSlotsPerThread = 8;
 // Threads that a multiprocessor should have at least where shared memory lets it: half of them.
 inline constexpr int kWantedThreads = 1024;
 
-// Additions that meet in one float before a column sum is stored and goes on in double.
+// Additions in one float before a column sum is stored and continues in double.
 inline constexpr int kRowsPerSum = 128;
 
 // Threads of a block whose rows are in registers (ueo_loss.cuh), and those of one that shares a row
@@ -91,8 +91,8 @@ inline constexpr int kPiecesAlone = 8;
 inline constexpr int kMarginalThreads = 1024;
 inline constexpr int kMarginalTileThreads = 256;
 
-// Up to here every block looks for the largest given weight itself (a few microseconds of reading
-// from the L2); above, the blocks of a launch of its own share the work.
+// Up to this many rows, every block finds the largest given weight by itself (a few microseconds of
+// reading from the L2); beyond, the blocks of a separate launch share the work.
 inline constexpr int64_t kScanRows = 4096;
 inline constexpr int kScanThreads = 1024;
 inline constexpr int kMostScanBlocks = 64;
@@ -106,7 +106,7 @@ inline constexpr int64_t kReservedShared = 1024;
 
 }  // namespace tuning
 
-// What a launch needs to know of a GPU.
+// What a launch needs to know about a GPU.
 struct Device {
   int multiprocessors;
   int threads_per_multiprocessor;
@@ -253,7 +253,7 @@ inline Grid scan_grid(int64_t rows) {
 }
 
 // ---- Rows in registers ---------------------------------------------------------------------------
-// A kernel of its own for each way to share a row: `lanes` threads hold `slots` slots each.
+// There is one kernel for each way to share a row: `lanes` threads hold `slots` slots each.
 struct RegisterShape {
   int lanes;
   int slots;
@@ -281,9 +281,9 @@ constexpr int slots_for_sure(int lanes, int slots) {
   return 0;
 }
 
-// The elements that a lane holds decide how many registers it needs, and so how many blocks a
-// multiprocessor has room for; options that are not plain take some more. 16 warps with 2 KiB on the
-// way in each cover the memory's latency.
+// The elements that a lane holds decide how many registers it needs, and so how many blocks fit on a
+// multiprocessor; options take some more registers. 16 warps with 2 KiB in flight each hide the
+// memory's latency.
 constexpr int register_blocks(int elements, bool plain) {
   const int needed = elements + (plain ? 0 : 8);
   return needed <= 4 ? 4 : needed <= 16 ? 3 : needed <= 32 ? 2 : 1;

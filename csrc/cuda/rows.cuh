@@ -7,7 +7,7 @@
 
 namespace ueo_fast::cuda {
 
-// Of all arithmetic: double for double, float for everything else.
+// The type of all arithmetic: double for double, float for everything else.
 template <class T>
 using ComputeType = decltype(to_compute(T{}));
 
@@ -47,7 +47,7 @@ __device__ __forceinline__ void store_whole(T* to, const Slot<T>& value, bool st
   }
 }
 
-// Into a slot of the caller's: returned by value, halves would be moved one by one.
+// Writes into the caller's slot: returned by value, halves would be moved one by one.
 template <class T>
 __device__ __forceinline__ void load_whole(Slot<T>& value, const void* from) {
   const uint4 bits = *static_cast<const uint4*>(from);
@@ -182,7 +182,7 @@ struct StreamedRow {
   }
 };
 
-// A row of which the first `cached` slots wait in shared memory; the others are read again.
+// A row whose first `cached` slots stay in shared memory; the others are read again.
 template <class T>
 struct CachedRow {
   Slot<T>* cache;

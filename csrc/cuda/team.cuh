@@ -10,7 +10,7 @@ namespace ueo_fast::cuda {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Of a number and NaN: the number.
+// The number, if one of the two is NaN.
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
@@ -32,7 +32,7 @@ struct Larger {
   }
 };
 
-// Every lane of the warp must take part, also those whose team has no row in hand.
+// Every lane of the warp must take part, also those whose team has no row.
 struct LaneTeam {
   int rank;
   int size;
@@ -47,7 +47,7 @@ struct LaneTeam {
   }
 };
 
-// Results of the warps meet in shared memory. Two consecutive reductions use different halves of
+// The warps exchange their results in shared memory. Two consecutive reductions use different halves of
 // the scratch, so one barrier each is enough: a thread rewrites a half only after the other half's
 // barrier, which every thread reaches after reading the first.
 struct BlockTeam {
