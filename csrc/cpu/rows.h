@@ -1,5 +1,5 @@
-// Rows of any storage type, read and written in padded tiles of the compute type, so
-// that the loops over them never meet a remainder or a conversion.
+// Rows of any storage type, read and written in padded tiles of the compute type, so that the loops
+// over them need no remainder and no conversion.
 //
 // Internal linkage throughout: see half.h.
 #pragma once

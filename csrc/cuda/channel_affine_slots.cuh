@@ -18,19 +18,19 @@ __device__ __forceinline__ double multiply_add(double a, double b, double c) {
   return fma(a, b, c);
 }
 
-// Up to two units in the last place off, as PyTorch's on a GPU: a correctly rounded one took 25
-// instructions more, for each of a thread's channels.
+// Off by up to two units in the last place, as PyTorch's on a GPU: correct rounding took 25 more
+// instructions for each of a thread's channels.
 __device__ __forceinline__ float reciprocal_root_near(float x) { return rsqrtf(x); }
 __device__ __forceinline__ double reciprocal_root_near(double x) { return rsqrt(x); }
 
-// Whether relu lets a stored result's gradient pass; that of NaN passes, as in PyTorch.
+// Whether relu passes the gradient of a stored result; that of NaN passes, as in PyTorch.
 template <class A>
 __device__ __forceinline__ bool is_passed(A stored) {
   return !(stored <= 0);
 }
 
-// A slot element by element, in a loop that is not unrolled: it runs for tensors that are not
-// aligned and for the last slot only, and must not cost the others registers.
+// A slot element by element, in a loop that is not unrolled: it runs only for unaligned tensors and
+// for the last slot, and must not cost the others registers.
 template <class T>
 struct SlotBits {
   using Bits = std::conditional_t<sizeof(T) == 8, uint64_t,
@@ -52,7 +52,7 @@ struct SlotBits {
   }
 };
 
-// What a kernel reads: slots before `whole` in one piece (none, where the tensor is not aligned).
+// What a kernel reads: slots before `whole` in one piece (none, if the tensor is not aligned).
 template <class T>
 struct Source {
   const T* data;
@@ -154,8 +154,8 @@ __device__ __forceinline__ ComputeType<T> reciprocal_deviation(
   return reciprocal_root_near(var + static_cast<A>(parameters.eps));
 }
 
-// What a channel's elements are multiplied by and moved by. No step is one that the compiler could
-// fuse with another, so that backward finds forward's bits.
+// A channel's scale and shift. The compiler cannot fuse any two of the steps, so that backward
+// computes forward's bits.
 template <class A>
 struct Modulation {
   A scale;
@@ -171,7 +171,7 @@ __device__ __forceinline__ Modulation<ComputeType<T>> modulation(
   numbers.scale =
       number_of<T>(parameters.weight, channel, 1) * reciprocal_deviation<T>(parameters, channel);
   numbers.shift = number_of<T>(parameters.bias, channel, 0);
-  // Without a mean an infinite scale must not meet 0.
+  // Without a mean, an infinite scale must not be multiplied by 0.
   if (parameters.mean.data != nullptr) {
     numbers.shift = multiply_add(-numbers.mean, numbers.scale, numbers.shift);
   }

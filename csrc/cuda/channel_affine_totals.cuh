@@ -1,4 +1,4 @@
-// Sums over channels in two levels: the threads of a block to partial sums in memory, and those to
+// Sums over channels in two levels: the threads of a block add partial sums, and these are added to
 // totals in double. Every order is fixed: the same input gives the same bits.
 #pragma once
 

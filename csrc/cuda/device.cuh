@@ -1,6 +1,6 @@
-// What kernels use of CUDA, by name. Compiled by nvcc these are CUDA's own; compiled by a host
-// compiler they come from tests/cpp/cuda_host, with a thread of control per CUDA thread. Kernels
-// include nothing of CUDA but this file.
+// Everything of CUDA that kernels use, by name. nvcc compiles CUDA's own; a host compiler takes them
+// from tests/cpp/cuda_host, with a thread of control per CUDA thread. Kernels include nothing else of
+// CUDA.
 #pragma once
 
 #include <cstdint>

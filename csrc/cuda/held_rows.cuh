@@ -1,5 +1,5 @@
 // Rows in registers: lanes of a warp hold a whole row, the same slots of every row in the same lane,
-// while the next row is on its way. What is at an edge is decided once per thread, not once per row.
+// while the next row is loaded. Edges are decided once per thread, not once per row.
 #pragma once
 
 #include "rows.cuh"
@@ -116,7 +116,7 @@ struct HeldRows {
     step = hop * matrix.row_stride;
   }
 
-  // Starts to bring the next row, number `row`, if there is one; what is held has been taken.
+  // Starts to load the next row, number `row`, if there is one; the row held has been used.
   __device__ __forceinline__ void fetch(unsigned row) {
     if (matrix.sticks_out) {
       fetch_readable(row);

@@ -39,7 +39,7 @@ inline cudaError_t opt_in_once(const void* kernel, int shared_per_block) {
   return error;
 }
 
-// Launches on a stream until something fails, and remembers what.
+// Launches on a stream until something fails, and keeps the first error.
 struct CudaLauncher {
   cudaStream_t stream;
   int64_t shared_per_block;  // that the GPU allows

@@ -55,7 +55,7 @@ struct NormCache {
   }
 };
 
-// A weight or bias by slots, staged in shared memory where there is room for it.
+// A weight or bias by slots, staged in shared memory if there is room for it.
 template <class T>
 struct NormValues {
   using A = ComputeType<T>;

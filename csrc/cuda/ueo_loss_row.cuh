@@ -43,8 +43,8 @@ __device__ __forceinline__ A exponent(A z, A max) {
   return t < kLowestExponent<A> ? kLowestExponent<A> : t;
 }
 
-// Step 1 and the sums of steps 2 and 4 in a single sweep: whenever a larger logit turns up, the sums
-// so far are scaled down to it.
+// Step 1 and the sums of steps 2 and 4 in a single sweep: whenever a larger logit appears, the sums
+// so far are rescaled to it.
 template <class A>
 struct OnlineSoftmax {
   A max = -INFINITY;
@@ -191,7 +191,7 @@ __device__ __forceinline__ A log_marginal(A q, A eps) {
   return log2_of(q < kSmallestNormal<A> ? kSmallestNormal<A> : q);
 }
 
-// Numbers of the batch that step 8 needs, with the upstream gradient in them.
+// Numbers of the batch that step 8 needs, multiplied by the upstream gradient.
 template <class A>
 struct GradientScale {
   A confidence;       // times w_i: upstream a_i, in the unit of the logarithms
