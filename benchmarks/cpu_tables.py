@@ -1,4 +1,4 @@
-"""The tables of what is measured on a CPU, for performance.md, math.md, patch.md and guide.md."""
+"""The tables of what is measured on a CPU, for the README and docs/*.md."""
 
 from __future__ import annotations
 
@@ -67,6 +67,14 @@ def _loss_times(csv: str, targets: Targets) -> t.Text:
     )
 
 
+def _sizes_with_targets(csv: str, folder: Path) -> list[Line]:
+    return [
+        line
+        for line in t.by_case(LOSS_KEYS, "median_us")(csv, folder)
+        if line["dtype"] == "float32" and (int(line["rows"]), int(line["columns"])) in TARGETS
+    ]
+
+
 def _with_total(csv: str, folder: Path) -> list[Line]:
     lines = t.by_row(csv, folder)
     names = [name for name in lines[0] if name != "loop"]
@@ -104,6 +112,14 @@ def _gpu_changes_provenance(folder: Path) -> list[str]:
 LOSS_TABLES = t.measured_by(
     "`python -m benchmarks loss`",
     {
+        "loss in short": t.table(
+            LOSS_TUNED,
+            _sizes_with_targets,
+            t.Column("batch x classes", t.SIZE.cell, words=True),
+            *t.numbers(t.time, "ueo_fast", "eager PyTorch=eager", "`torch.compile`=compile"),
+            t.ratio("vs eager", "eager", "ueo_fast"),
+            t.ratio("vs compile", "compile", "ueo_fast"),
+        ),
         "tuned": _loss_times(LOSS_TUNED, TARGETS),
         "tuned provenance": LOSS_TUNED,
         "default": _loss_times(LOSS_DEFAULT, {}),
@@ -388,15 +404,25 @@ def _missed(folder: Path) -> list[str]:
     return [f"{sentence} Not measured: {', '.join(absent)}." if absent else sentence]
 
 
+_step_times = t.numbers(_seconds, *(f"{NAMES[name]}={name} {WHOLE}" for name in CONTENDERS))
+
 STEP_TABLES = t.measured_by(
     "`python -m benchmarks step`",
     {
+        "step in short": t.table(
+            STEP,
+            _whole_steps,
+            *t.words("tower=model"),
+            *t.numbers(str, "batch"),
+            *_step_times,
+            t.ratio("times faster", f"authors {WHOLE}", f"ueo_fast {WHOLE}"),
+        ),
         "step speed": t.table(
             STEP,
             _whole_steps,
             *t.words("tower=model"),
             *t.numbers(str, "batch", "classes"),
-            *t.numbers(_seconds, *(f"{NAMES[name]}={name} {WHOLE}" for name in CONTENDERS)),
+            *_step_times,
             t.ratio("times faster", f"authors {WHOLE}", f"ueo_fast {WHOLE}", STEP_TARGET),
         ),
         "step missed": t.Text(STEP, _missed),

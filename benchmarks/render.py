@@ -14,11 +14,11 @@ from pathlib import Path
 from benchmarks import cpu_tables, gpu_tables, results_file
 from benchmarks.tables import LOSS_KEYS, by_case
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGES = tuple(
-    page
-    for name in ("performance", "math", "patch", "guide")
-    if (page := DOCS / f"{name}.md").exists()
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = (
+    ROOT / "README.md",
+    *(DOCS / f"{name}.md" for name in ("performance", "math", "patch", "guide")),
 )
 PICTURE = DOCS / "images" / "ueo_loss_cpu.png"
 
