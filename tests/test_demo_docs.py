@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-for module in ("open_clip", "sklearn", "matplotlib", "torchmetrics", "tqdm"):
+for module in ("open_clip", "sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(module)
 
 from benchmarks import demo_results  # noqa: E402

@@ -97,9 +97,33 @@ def test_fpr95_needs_at_least_95_percent_exactly(known: int, expected: float) ->
     assert detection_metrics(torch.cat([scores, unknown]), is_known)[2] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("seed", "levels", "expected"),
+    [
+        (1, 1, (0.5, 0.3140000104904175, 1.0)),
+        (2, 3, (0.4764256477355957, 0.30148983001708984, 1.0)),
+        (3, 20, (0.4810512661933899, 0.28695911169052124, 1.0)),
+        (5, 0, (0.6133314371109009, 0.476349413394928, 0.8599348664283752)),
+    ],
+)
+def test_detection_is_what_torchmetrics_computed(
+    seed: int, levels: int, expected: tuple[float, float, float]
+) -> None:
+    """In float32, with ties and infinite scores: runs of both versions can be compared."""
+    generator = torch.Generator().manual_seed(seed)
+    if levels:
+        scores = torch.randint(0, levels, (500,), generator=generator) / 7
+    else:
+        scores = torch.randn(500, generator=generator).double() * 100
+    is_known = torch.rand(500, generator=generator) < 0.3
+    if not levels:
+        scores = scores + 60 * is_known
+        scores[:5], scores[5:9] = math.inf, -math.inf
+    assert detection_metrics(scores, is_known) == pytest.approx(expected, abs=1e-7)
+
+
 @pytest.mark.parametrize("shift", [-1e4, 0.0, 50.0, 1e4])
 def test_only_the_order_of_the_scores_matters(shift: float) -> None:
-    """torchmetrics alone would take scores outside 0..1 for logits and saturate them."""
     cosines, labels = random_test_set(0)
     scores = cosines.double().amax(dim=1)
     expected = sklearn_detection(scores.numpy(), (labels >= 0).numpy())

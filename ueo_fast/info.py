@@ -11,7 +11,7 @@ import torch
 import ueo_fast
 from ueo_fast import _extension, backends
 
-_OPTIONAL = ("open_clip_torch", "torchvision", "triton", "torchmetrics", "scikit-learn", "numpy")
+_OPTIONAL = ("open_clip_torch", "torchvision", "triton", "scikit-learn", "numpy")
 _CAPABILITY_VARIABLE = "UEO_FAST_CPU_CAPABILITY"
 
 

@@ -4,7 +4,7 @@
 
 Everything else is imported from its module, e.g. ``from ueo_fast.finetune.clip.prompt import
 PromptLearner``; ``adapt`` itself is imported when it is asked for, so that a module needs no more
-packages than it uses, and ``import ueo_fast`` needs neither open_clip nor torchmetrics.
+packages than it uses, and ``import ueo_fast`` needs neither open_clip nor scikit-learn.
 """
 
 from __future__ import annotations

@@ -124,11 +124,7 @@ def detection_metrics(scores: Tensor, is_known: Tensor) -> tuple[float, float, f
     Raises:
         ValueError: shapes that do not match, NaN scores, or only known or only unknown images.
     """
-    from torchmetrics.functional.classification import (  # slow to import, and not needed by all
-        binary_auroc,
-        binary_average_precision,
-        binary_roc,
-    )
+    from sklearn.metrics import auc, average_precision_score, roc_curve  # slow to import
 
     if scores.ndim != 1 or scores.shape != is_known.shape:
         raise ValueError(
@@ -144,16 +140,14 @@ def detection_metrics(scores: Tensor, is_known: Tensor) -> tuple[float, float, f
             f"is_known marks {positives} of {len(is_known)} images; a detection metric needs known "
             "and unknown ones"
         )
-    # Only the order matters, so scores become ranks in 0..1. torchmetrics would take anything
-    # outside that range for logits, and its sigmoid makes ties of large scores.
-    ranks = torch.unique(scores, return_inverse=True)[1].double()
-    ranks = ranks / ranks.amax().clamp(min=1)
-    target = is_known.long()
-    fpr, tpr, _ = binary_roc(ranks, target)
+    # Ranks, as only the order matters and scikit-learn refuses infinite scores.
+    ranks = torch.unique(scores, return_inverse=True)[1].numpy()
+    target = is_known.numpy()
+    fpr, tpr, _ = roc_curve(target, ranks, drop_intermediate=False)
     return (
-        float(binary_auroc(ranks, target)),
-        float(binary_average_precision(ranks, target)),
-        float(fpr[tpr >= 0.95].amin()),
+        float(auc(fpr, tpr)),
+        float(average_precision_score(target, ranks)),
+        float(fpr[tpr >= 0.95].min()),
     )
 
 

@@ -40,7 +40,6 @@ _PACKAGES = (
     "open_clip_torch",
     "safetensors",
     "scikit-learn",
-    "torchmetrics",
 )
 
 
