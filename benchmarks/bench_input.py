@@ -55,8 +55,8 @@ def ours(view: str) -> Load:
     """Load through a copy on disk; in the first pass the file counts as changed each time."""
     from ueo_fast.finetune.data import transforms
     from ueo_fast.finetune.data.copies import Copies
-    from ueo_fast.finetune.data.dataset import ImageDataset
     from ueo_fast.finetune.data.image_list import ImageList
+    from ueo_fast.finetune.data.views import ImageDataset
 
     make = transforms.test_transform if view == "test" else transforms.training_transform
     transform = make(CONFIG)
@@ -108,7 +108,7 @@ MAKERS = {"ueo_fast": ours, "authors": authors, "tensors": tensors}
 
 def contender(name: str, case: tuple[str, str]) -> turns.Run:
     """Load both photographs, with the same random numbers in every call."""
-    from ueo_fast.finetune.data.seeded import seeded_torch
+    from ueo_fast.finetune.data.loader import seeded_torch
 
     megapixels, view = case[0], VIEWS[case[1]]
     paths, load = photographs(megapixels), MAKERS[name](view)

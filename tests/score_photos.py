@@ -11,8 +11,8 @@ from PIL import Image
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.data import transforms
-from ueo_fast.finetune.data.dataset import ImageDataset
 from ueo_fast.finetune.data.image_list import ImageList
+from ueo_fast.finetune.data.views import ImageDataset
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
 
 NAMES = ["red", "green", "dark_blue", "x, y"]

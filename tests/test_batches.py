@@ -19,13 +19,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from ueo_fast.finetune.data.batches import (
-    even_loader,
-    steps_per_epoch,
-    tolerant_loader,
-    training_batches,
-)
-from ueo_fast.finetune.data.dataset import ImageDataset
 from ueo_fast.finetune.data.decode import UnreadableImageError
 from ueo_fast.finetune.data.image_list import read_images
 from ueo_fast.finetune.data.loader import (
@@ -33,11 +26,17 @@ from ueo_fast.finetune.data.loader import (
     LoadingMeter,
     Tolerant,
     data_loader,
+    even_loader,
     loading_errors,
+    mixed_seed,
+    seeded,
     started_workers,
+    steps_per_epoch,
+    tolerant_loader,
+    training_batches,
 )
-from ueo_fast.finetune.data.seeded import mixed_seed, seeded
 from ueo_fast.finetune.data.transforms import training_transform
+from ueo_fast.finetune.data.views import ImageDataset
 
 
 def numbered(count: int) -> Tensor:
@@ -309,7 +308,7 @@ class Fatal(Broken):
 @pytest.mark.parametrize(
     ("broken", "num_workers", "said"),
     [
-        (4, 2, r"was ended, most likely for lack of memory: DataLoader worker \(pid"),
+        (4, 2, r"was killed, most likely for lack of memory: DataLoader worker \(pid"),
         (5, 2, "no memory is left"),
         (4, 0, "no memory is left"),
     ],
@@ -367,8 +366,8 @@ def test_a_config_from_elsewhere_does_not_start_more_workers_than_the_machine_ca
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # To see the DataLoader itself.
-    for name in ("loader.loaded", "loader._metered", "batches.loaded"):
-        monkeypatch.setattr(f"ueo_fast.finetune.data.{name}", lambda loader: loader)
+    for name in ("loaded", "_metered"):
+        monkeypatch.setattr(f"ueo_fast.finetune.data.loader.{name}", lambda loader: loader)
     affinity = getattr(os, "sched_getaffinity", None)
     most = 4 * (os.cpu_count() or 1 if affinity is None else len(affinity(0)))
     assert [started_workers(count) for count in (0, 1, 10**8)] == [0, 1, most]

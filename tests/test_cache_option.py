@@ -17,7 +17,7 @@ from tiny_model_folder import save_tiny_clip
 from ueo_fast.cli import main
 from ueo_fast.finetune import adapt
 from ueo_fast.finetune.clip.load import load_clip
-from ueo_fast.finetune.data import pictures
+from ueo_fast.finetune.data import copies as module
 from ueo_fast.finetune.data.copies import Copies
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.training_config import TrainerConfig
@@ -45,8 +45,8 @@ def place(tmp_path_factory):
 def opens(monkeypatch):
     """The names of the files that are decoded, in this process."""
     found = []
-    whole = pictures.opened
-    monkeypatch.setattr(pictures, "opened", lambda p: found.append(Path(p).name) or whole(p))
+    whole = module.opened
+    monkeypatch.setattr(module, "opened", lambda p: found.append(Path(p).name) or whole(p))
     return found
 
 

@@ -17,7 +17,7 @@ from report_page import parse_file
 
 from ueo_fast.cli import main
 from ueo_fast.finetune.clip.delta import read_delta
-from ueo_fast.finetune.data.benchmark_facts import class_names
+from ueo_fast.finetune.data.benchmarks import class_names
 from ueo_fast.finetune.demo.digits import load_digits
 from ueo_fast.finetune.scoring.thresholds import choose_threshold
 

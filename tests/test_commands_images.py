@@ -186,7 +186,7 @@ def test_a_lack_of_memory_says_how_to_go_on(place, monkeypatch, tmp_path, capsys
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("ueo_fast.finetune.data.pictures.opened", fails)
+        patch.setattr("ueo_fast.finetune.data.copies.opened", fails)
         run = ["--run", str(place / "run"), "--workers", "0", "--data", str(place / "photos")]
         for words in (["evaluate", *run], ["score", *run, "--out", str(tmp_path / "s.csv")]):
             assert main(words) == 1

@@ -8,7 +8,6 @@ import pickle
 import resource
 import signal
 import sqlite3
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -20,15 +19,18 @@ import torch
 from real_photos import real_photo, save_jpeg
 
 from ueo_fast.finetune.data import copies as module
-from ueo_fast.finetune.data import pictures
-from ueo_fast.finetune.data.batches import tolerant_loader, training_batches
-from ueo_fast.finetune.data.copies import Copies
-from ueo_fast.finetune.data.dataset import ImageDataset, PictureDataset
+from ueo_fast.finetune.data.copies import (
+    Copies,
+    Picture,
+    open_copies,
+    read_picture,
+    temporary_copies,
+)
 from ueo_fast.finetune.data.decode import UnreadableImageError
 from ueo_fast.finetune.data.image_list import ImageList, read_images
-from ueo_fast.finetune.data.pictures import Picture, read_picture
+from ueo_fast.finetune.data.loader import tolerant_loader, training_batches
 from ueo_fast.finetune.data.transforms import test_transform, training_transform
-from ueo_fast.finetune.data.views import open_copies, temporary_copies
+from ueo_fast.finetune.data.views import ImageDataset, PictureDataset
 
 VIEW = (32, 32)
 
@@ -62,13 +64,13 @@ def all_right(copies: Copies, photos: Path) -> bool:
 def opens(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are decoded."""
     found: list[str] = []
-    whole = pictures.opened
+    whole = module.opened
 
     def spy(path: str) -> object:
         found.append(path)
         return whole(path)
 
-    monkeypatch.setattr(pictures, "opened", spy)
+    monkeypatch.setattr(module, "opened", spy)
     return found
 
 
@@ -423,8 +425,7 @@ def test_without_a_place_to_write_images_are_decoded_each_time(
 def test_without_sqlite_images_are_decoded_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "ueo_fast.finetune.data.copies")
-    monkeypatch.setitem(sys.modules, "sqlite3", None)
+    monkeypatch.setattr(module, "sqlite3", None)
     with pytest.warns(UserWarning, match=r"this Python has no sqlite3 .*--cache off"):
         assert open_copies("auto", tmp_path, "auto") is None
 

@@ -17,9 +17,9 @@ import torch
 from PIL import Image, features
 
 from ueo_fast.finetune.data import decode
-from ueo_fast.finetune.data.dataset import ImageDataset
 from ueo_fast.finetune.data.decode import UnreadableImageError, formats, open_rgb
 from ueo_fast.finetune.data.image_list import read_images
+from ueo_fast.finetune.data.views import ImageDataset
 
 
 def decoded(path: Path) -> np.ndarray:

@@ -329,7 +329,7 @@ def test_sources_are_checked(tmp_path: Path) -> None:
         read_images(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"b.jpg does not exist"):
         read_images(tmp_path / "b.jpg")
-    with pytest.raises(ValueError, match=r"start, but .* and .*a.jpg is none; leave it out"):
+    with pytest.raises(ValueError, match=r"data_root=.* and .*a.jpg; leave it out"):
         check_root(tmp_path, tmp_path, None, tmp_path / "a.jpg")
     check_root(tmp_path, tmp_path, tmp_path / "l.csv")
     assert read_images(tmp_path, root="lists").names == ("a.jpg",)  # which needs none

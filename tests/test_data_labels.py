@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ueo_fast.finetune.commands.problem import Labelled
-from ueo_fast.finetune.data import text_files
-from ueo_fast.finetune.data.image_list import ImageList, read_class_names, read_images
-from ueo_fast.finetune.data.labels import match_labels
+from ueo_fast.finetune.data import names as module
+from ueo_fast.finetune.data.image_list import ImageList, read_images
+from ueo_fast.finetune.data.labels import match_labels, read_class_names
 
 
 def labelled(*labels: str | int | None) -> ImageList:
@@ -216,7 +216,7 @@ def test_class_names_are_checked(tmp_path: Path, content: bytes, message: str) -
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a file without end")
 def test_a_list_without_end_is_not_read_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(module, "MOST_BYTES", 2**20)
     for read in (read_class_names, read_images):
         with pytest.raises(ValueError, match="/dev/zero has more than 1,048,576 bytes"):
             read("/dev/zero")

@@ -14,10 +14,10 @@ from torch.utils.data import TensorDataset
 
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.clip.prompt import PromptLearner
-from ueo_fast.finetune.data.dataset import ImageDataset
 from ueo_fast.finetune.data.decode import UnreadableImageError
 from ueo_fast.finetune.data.image_list import read_images
 from ueo_fast.finetune.data.transforms import test_transform
+from ueo_fast.finetune.data.views import ImageDataset
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
 from ueo_fast.finetune.evaluation.predict import (
     PRECISIONS,

@@ -14,7 +14,7 @@ from torch import nn
 from torchvision import transforms as tv
 
 from ueo_fast.finetune.data import transforms
-from ueo_fast.finetune.data.seeded import seeded
+from ueo_fast.finetune.data.loader import seeded
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

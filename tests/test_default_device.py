@@ -13,9 +13,9 @@ import torch
 from photo_folder import KNOWN, photo_folder
 from tiny_problem import make_classifier, make_images
 
-from ueo_fast.finetune.data.batches import even_loader, tolerant_loader, training_batches
 from ueo_fast.finetune.data.image_list import read_images
 from ueo_fast.finetune.data.labels import match_labels
+from ueo_fast.finetune.data.loader import even_loader, tolerant_loader, training_batches
 from ueo_fast.finetune.data.views import views_of
 from ueo_fast.finetune.engine.trainer import TrainerConfig
 from ueo_fast.finetune.methods import METHODS, make_method

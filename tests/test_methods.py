@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_problem import make_classifier, make_images, random_features, random_step
 
-from ueo_fast.finetune.data.batches import even_loader
+from ueo_fast.finetune.data.loader import even_loader
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Step
 from ueo_fast.finetune.engine.trainer import NonFiniteLossError, TrainerConfig

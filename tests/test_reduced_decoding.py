@@ -13,18 +13,18 @@ from PIL import Image, ImageFilter
 from real_photos import real_photo, save_jpeg
 from torch import Tensor
 
-from ueo_fast.finetune.data import decode, pictures
-from ueo_fast.finetune.data.dataset import ImageDataset
+from ueo_fast.finetune.data import copies, decode
+from ueo_fast.finetune.data.copies import Picture, as_picture, read_picture
 from ueo_fast.finetune.data.decode import Decoded, EncodedImage, UnreadableImageError, open_rgb
 from ueo_fast.finetune.data.image_list import ImageList
-from ueo_fast.finetune.data.pictures import Picture, as_picture, read_picture
-from ueo_fast.finetune.data.seeded import seeded
+from ueo_fast.finetune.data.loader import seeded
 from ueo_fast.finetune.data.transforms import (
     Transform,
     normalize,
     test_transform,
     training_transform,
 )
+from ueo_fast.finetune.data.views import ImageDataset
 
 CLIP = {"size": 224}
 MODES = [
@@ -215,8 +215,8 @@ def test_huge_images_are_shrunk_without_a_second_copy_in_memory(
     by_torch = read_picture(path, (64, 64))
     sizes: list[int] = []
     whole = np.array
-    monkeypatch.setattr(pictures.np, "array", lambda i: sizes.append(i.width) or whole(i))
-    monkeypatch.setattr(pictures, "_MOST_PIXELS", 1000)
+    monkeypatch.setattr(copies.np, "array", lambda i: sizes.append(i.width) or whole(i))
+    monkeypatch.setattr(copies, "_MOST_PIXELS", 1000)
     by_pillow = read_picture(path, (64, 64))
     assert sizes == [192]
     assert gap(by_torch.pixels, by_pillow.pixels)[1] <= 1

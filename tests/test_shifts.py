@@ -6,14 +6,8 @@ import dataclasses
 
 import pytest
 
-from ueo_fast.finetune.data.shifts import (
-    BENCHMARKS,
-    SHIFTS,
-    UNKNOWN,
-    CategorySplit,
-    benchmark_split,
-    split_classes,
-)
+from ueo_fast.finetune.data.benchmarks import DATA_SETS, benchmark_split
+from ueo_fast.finetune.data.shifts import SHIFTS, UNKNOWN, CategorySplit, split_classes
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -57,16 +51,16 @@ def test_the_papers_table(
     assert len(split.unknown) == total - known
 
 
-@pytest.mark.parametrize("dataset", BENCHMARKS)
+@pytest.mark.parametrize("dataset", DATA_SETS)
 def test_csda_of_the_benchmarks_has_no_unknown_class(dataset: str) -> None:
-    classes = names(BENCHMARKS[dataset].total)
+    classes = names(DATA_SETS[dataset].classes.total)
     split = benchmark_split(dataset, "CSDA", classes)
     assert split.known == split.train == split.test == tuple(classes)
     assert split.unknown == split.train_unknown == ()
 
 
 def test_the_table_above_covers_every_benchmark_and_shift() -> None:
-    assert {row[0] for row in TABLE} == set(BENCHMARKS)
+    assert {row[0] for row in TABLE} == set(DATA_SETS)
     assert all({"CSDA", *row[3]} == set(SHIFTS) for row in TABLE)
 
 

@@ -19,7 +19,7 @@ from engine_problem import (
 )
 from torch.utils.data import TensorDataset
 
-from ueo_fast.finetune.data.batches import training_batches
+from ueo_fast.finetune.data.loader import training_batches
 from ueo_fast.finetune.demo.tiny_clip import tiny_tokenizer
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Objective

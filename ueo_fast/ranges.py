@@ -1,9 +1,10 @@
-"""Ranges of the numbers that users choose. Without PyTorch, so that a command line can be checked
-before anything is loaded."""
+"""Checks of the numbers and words that users choose. Without PyTorch, so that a command line can be
+checked before anything is loaded."""
 
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable
 from typing import Literal
 
 LARGEST = 1e30
@@ -66,3 +67,14 @@ def check_number(
     least = f"{-most:g}" if sign == "any" else f"{_SMALLEST:g}"
     zero = "0 or " if sign == "not negative" else ""
     raise ValueError(f"{name} must be {zero}from {least} to {most:g}, got {value}")
+
+
+def check_one_of(name: str, value: object, choices: Iterable[str]) -> None:
+    """One of a few words.
+
+    Raises:
+        ValueError: ``value`` is not one of ``choices``.
+    """
+    choices = tuple(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}")

@@ -18,14 +18,10 @@ from ueo_fast.finetune.clip.delta import save_delta
 from ueo_fast.finetune.clip.model import CONTEXT, ClipClassifier, adapted_state, load_adapted_state
 from ueo_fast.finetune.clip.prompt import PromptLearner
 from ueo_fast.finetune.clip.template import split_template
-from ueo_fast.finetune.data.choices import Decoding, check_decode
+from ueo_fast.finetune.data import Decoding, check_decode
+from ueo_fast.finetune.data.copies import temporary_copies
 from ueo_fast.finetune.data.names import plural, shown
-from ueo_fast.finetune.data.views import (
-    Images,
-    Views,
-    make_views,
-    temporary_copies,
-)
+from ueo_fast.finetune.data.views import Images, Views, make_views
 from ueo_fast.finetune.engine.hooks import Hooks, bar_hooks, combine, training_bar
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig
 from ueo_fast.finetune.evaluation.predict import (

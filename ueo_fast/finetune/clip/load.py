@@ -45,7 +45,7 @@ from ueo_fast.finetune.clip.weights import (
     text_config,
     weights_error,
 )
-from ueo_fast.finetune.data.seeded import seeded_torch
+from ueo_fast.finetune.data.loader import seeded_torch
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 

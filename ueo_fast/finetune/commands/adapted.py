@@ -13,7 +13,7 @@ from ueo_fast.finetune.clip.load import LoadedClip, load_base
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.device import chosen_device
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
-from ueo_fast.finetune.data.choices import Decoding
+from ueo_fast.finetune.data import Decoding
 from ueo_fast.finetune.files.run_files import DELTA
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.ranges import check_number

@@ -18,11 +18,12 @@ from ueo_fast.finetune.commands.results import (
     verdict_line,
     warning_lines,
 )
-from ueo_fast.finetune.data.choices import Decoding
+from ueo_fast.finetune.data import Decoding
+from ueo_fast.finetune.data.copies import temporary_copies
 from ueo_fast.finetune.data.image_list import check_root, read_images
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
-from ueo_fast.finetune.data.views import temporary_copies, views_of
+from ueo_fast.finetune.data.views import views_of
 from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches, watched
 from ueo_fast.finetune.files.run_files import PREDICTION_COLUMNS
 from ueo_fast.finetune.files.run_folder import RunFolder

@@ -33,9 +33,8 @@ from ueo_fast.finetune.commands.results import (
     warning_lines,
 )
 from ueo_fast.finetune.commands.stages import Start, begin, continued, is_begun
+from ueo_fast.finetune.data.copies import COPIES, open_copies, remove_copies
 from ueo_fast.finetune.data.loader import STOPPING, loading_errors
-from ueo_fast.finetune.data.pictures import COPIES, remove_copies
-from ueo_fast.finetune.data.views import open_copies
 from ueo_fast.finetune.engine.checkpoint import SafetensorsCheckpoints
 from ueo_fast.finetune.engine.trainer import History, NonFiniteLossError
 from ueo_fast.finetune.evaluation.results_table import KnownCounts

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ueo_fast.finetune.clip.template import split_template
 from ueo_fast.finetune.commands.finetune_options import EPS_USERS, FinetuneOptions
-from ueo_fast.finetune.data.choices import check_cache
+from ueo_fast.finetune.data import check_cache
 from ueo_fast.finetune.engine.training_config import TrainerConfig
 from ueo_fast.finetune.files.records import as_record
 from ueo_fast.finetune.files.run_files import CONFIG
@@ -180,7 +180,8 @@ class FinetuneConfig(FinetuneOptions):
                 name is unknown, or ``out`` is in use.
         """
         from ueo_fast.finetune.data.benchmarks import check_names
-        from ueo_fast.finetune.data.image_list import read_class_names, read_images
+        from ueo_fast.finetune.data.image_list import read_images
+        from ueo_fast.finetune.data.labels import read_class_names
         from ueo_fast.finetune.files.run_folder import RunFolder
 
         if self.resume:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ueo_fast.finetune.data.choices import Decoding
+from ueo_fast.finetune.data import Decoding
 
 MethodName = Literal[
     "zeroshot", "ueo", "infomax", "entmin", "adabn", "tent", "upl", "pouf", "dance", "oracle"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ueo_fast.finetune.data.choices import Decoding
+from ueo_fast.finetune.data import Decoding
 from ueo_fast.ranges import MOST_WORKERS, check_count, check_number
 
 if TYPE_CHECKING:

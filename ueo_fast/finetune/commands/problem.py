@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.data.benchmarks import load_benchmark
-from ueo_fast.finetune.data.image_list import ImageList, check_root, read_class_names, read_images
-from ueo_fast.finetune.data.labels import match_labels
+from ueo_fast.finetune.data.image_list import ImageList, check_root, read_images
+from ueo_fast.finetune.data.labels import match_labels, read_class_names
 from ueo_fast.finetune.data.names import counted
 from ueo_fast.finetune.files.records import as_record
 from ueo_fast.finetune.files.run_files import IMAGES, ImageLists, ListedImages

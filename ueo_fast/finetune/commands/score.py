@@ -8,7 +8,7 @@ from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.commands.adapted import open_adapted
 from ueo_fast.finetune.commands.options import ScoreConfig
 from ueo_fast.finetune.commands.problem import Labelled
-from ueo_fast.finetune.data.choices import Decoding
+from ueo_fast.finetune.data import Decoding
 from ueo_fast.finetune.data.image_list import ImageList, check_root, read_images
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural

@@ -5,18 +5,153 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ueo_fast.finetune.data.benchmark_facts import DATA_SETS, DataSet, class_names
 from ueo_fast.finetune.data.image_list import ImageList, read_images
 from ueo_fast.finetune.data.names import counted, plural, whole_number
-from ueo_fast.finetune.data.shifts import SHIFTS, CategorySplit, benchmark_split
+from ueo_fast.finetune.data.shifts import SHIFTS, CategorySplit, split_classes
+from ueo_fast.ranges import check_one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class ClassCounts(NamedTuple):
+    """Class counts of a data set in the paper: known, total, and those seen in training."""
+
+    known: int
+    total: int
+    pda: int  # known classes in training under PDA
+    opda: int  # known classes in training under OPDA
+    train_unknown: int  # unknown classes in training under ODA and OPDA
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set of several domains.
+
+    Attributes:
+        title: as it is written.
+        counts: images by domain, (all, all), or (train, test) where ``split``. The domains are
+            called, and ordered, as in the authors' code.
+        classes: how many the paper uses.
+        split: training and test images are different ones, told apart by two lists.
+        source: where to get it.
+        aliases: other names of domains and their folders, without spaces and capitals.
+    """
+
+    title: str
+    counts: Mapping[str, tuple[int, int]]
+    classes: ClassCounts
+    split: bool
+    source: str
+    aliases: Mapping[str, str]
+
+    def list_names(self, domain: str) -> tuple[tuple[str, str], ...]:
+        """List files of ``domain``, for training and test, as the authors call them; Office-31's
+        are ``amazon/images_list.txt`` in their code and ``amazon_list.txt`` elsewhere."""
+        if self.split:
+            return ((f"{domain}_train.txt", f"{domain}_test.txt"),)
+        names = (f"{domain}_list.txt", f"{domain}/images_list.txt")
+        return tuple((name, name) for name in names)
+
+
+DATA_SETS: dict[str, DataSet] = {
+    "office31": DataSet(
+        title="Office-31",
+        counts={"amazon": (2817, 2817), "dslr": (498, 498), "webcam": (795, 795)},
+        classes=ClassCounts(known=25, total=31, pda=20, opda=15, train_unknown=3),
+        split=False,
+        source="https://faculty.cc.gatech.edu/~judy/domainadapt/",
+        aliases={},
+    ),
+    "officehome": DataSet(
+        title="Office-Home",
+        counts={
+            "Art": (2427, 2427),
+            "Clipart": (4365, 4365),
+            "Product": (4439, 4439),
+            "RealWorld": (4357, 4357),
+        },
+        classes=ClassCounts(known=50, total=65, pda=35, opda=35, train_unknown=10),
+        split=False,
+        source="https://www.hemanthdv.org/officeHomeDataset.html",
+        aliases={"real": "RealWorld"},
+    ),
+    "visdac": DataSet(
+        title="VisDA-C",
+        counts={"train": (152397, 152397), "validation": (55388, 55388)},
+        classes=ClassCounts(known=8, total=12, pda=6, opda=6, train_unknown=2),
+        split=False,
+        source="https://github.com/VisionLearningGroup/taskcv-2017-public/tree/master/classification",
+        aliases={"val": "validation"},
+    ),
+    "domainnet": DataSet(
+        title="DomainNet (cleaned version)",
+        counts={
+            "clipart": (33525, 14604),
+            "infograph": (36023, 15582),
+            "painting": (50416, 21850),
+            "quickdraw": (120750, 51750),
+            "real": (120906, 52041),
+            "sketch": (48212, 20916),
+        },
+        classes=ClassCounts(known=300, total=345, pda=250, opda=250, train_unknown=30),
+        split=True,
+        source="http://ai.bu.edu/M3SDA/",
+        aliases={},
+    ),
+}
+"""The four data sets of the paper.
+
+Sources: numbers of classes from Liang et al., 2024, section 4.1, as in the authors' ``demo.py``;
+numbers of images from the publishers' pages, for DomainNet's lists as in the TensorFlow Datasets
+catalogue.
+"""
+
+
+@cache
+def class_names(dataset: str) -> tuple[str, ...]:
+    """All classes of a key of :data:`DATA_SETS`, in the authors' order (their ``demo.py``)."""
+    path = files("ueo_fast.finetune.data") / "classes" / f"{dataset}.txt"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return tuple(line for line in lines if not line.startswith("#"))
+
+
+def benchmark_split(dataset: str, shift: str, class_names: Sequence[str]) -> CategorySplit:
+    """The split that the paper uses on one of its data sets.
+
+    Args:
+        dataset: a key of :data:`DATA_SETS`.
+        shift: one of :data:`~ueo_fast.finetune.data.shifts.SHIFTS`; under CSDA all classes are
+            known, as in the authors' code.
+        class_names: all classes in the *authors'* order, which decides what is known. It is not
+            ImageFolder's order: ASCII sorting puts capitals first and would move most of
+            DomainNet's classes.
+
+    Raises:
+        ValueError: unknown ``dataset`` or ``shift``, or a number of names other than the data
+            set's.
+    """
+    check_one_of("dataset", dataset, DATA_SETS)
+    counts = DATA_SETS[dataset].classes
+    if len(class_names) != counts.total:
+        raise ValueError(
+            f"class_names has {len(class_names)} names, but {dataset} has {counts.total} classes; "
+            "pass all of them in the authors' order"
+        )
+    return split_classes(
+        shift,
+        class_names if shift == "CSDA" else class_names[: counts.known],
+        class_names,
+        train_known={"PDA": counts.pda, "OPDA": counts.opda}.get(shift),
+        train_unknown=counts.train_unknown if shift in ("ODA", "OPDA") else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -108,10 +243,8 @@ def check_names(
 
 
 def _choose(argument: str, value: str, choices: dict[str, str]) -> str:
-    chosen = choices.get(_simple(value))
-    if chosen is None:
-        listed = ", ".join(dict.fromkeys(choices.values()))
-        raise ValueError(f"{argument}={value!r} is unknown; choose one of {listed}")
+    chosen = choices.get(_simple(value), value)
+    check_one_of(argument, chosen, dict.fromkeys(choices.values()))
     return chosen
 
 

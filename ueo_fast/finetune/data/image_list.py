@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ueo_fast.finetune.data.decode import UNREADABLE, readable_extensions
-from ueo_fast.finetune.data.names import (
-    clean_name,
-    counted,
-    listed,
-    plural,
-    printable,
-    shown,
-)
-from ueo_fast.finetune.data.text_files import Label, Rows, csv_rows, lines, list_rows, read_text
+from ueo_fast.finetune.data.names import counted, lines, listed, plural, printable, read_text, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Label = str | int | None
+"""A class name or a place in a list of classes, as it is written, or nothing."""
 
 # Where network storage and file managers keep thumbnails, deleted files and copies, lower case.
 _SERVICE_FOLDERS = {
@@ -104,7 +101,7 @@ def image_extensions() -> frozenset[str]:
 def check_root(
     root: str | os.PathLike[str] | None, *sources: str | os.PathLike[str] | None
 ) -> None:
-    """Refuse a ``root`` that none of ``sources`` has a use for.
+    """Refuse a ``root`` that none of ``sources`` can use.
 
     Raises:
         ValueError: ``root`` is given, and all of ``sources`` are folders or images.
@@ -113,7 +110,8 @@ def check_root(
     if root is not None and not any(_is_list(path) for path in paths):
         raise ValueError(
             f"data_root={os.fspath(root)!r} says where the relative paths of a list or CSV start, "
-            f"but {' and '.join(shown(printable(path)) for path in paths)} is none; leave it out"
+            f"but neither is given, only {' and '.join(shown(printable(path)) for path in paths)}; "
+            "leave it out"
         )
 
 
@@ -132,25 +130,25 @@ def read_images(
     image's (:func:`image_extensions`) are left out and counted.
 
     A list file has one image per line, ``path`` or ``path label``. The path may contain spaces: the
-    label is the last word, or all behind a tab. Blank lines are skipped.
+    label is the last word, or everything after a tab. Blank lines are skipped.
 
     A CSV (``*.csv``; with commas, semicolons or tabs) has a header with a column ``path`` or
-    ``image`` and, if it likes, ``label`` or ``class``, where an empty cell is no label. With both
-    ``path`` and ``image`` the path says where the file is and the image how it is called. Other
-    columns are ignored.
+    ``image`` and, optionally, ``label`` or ``class``, where an empty cell means no label. With both
+    ``path`` and ``image``, the path locates the file and the image names it. Other columns are
+    ignored.
 
     Labels are kept as they are written; :func:`match_labels` says what they mean. Text is UTF-8,
     with or without a byte order mark.
 
     Args:
         source: what to read.
-        root: what relative paths of a list or CSV start from; ``None``: the folder it lies in. A
-            folder of images has no use for it.
+        root: what relative paths of a list or CSV start from; ``None``: its own folder. Ignored
+            for a folder of images.
         follow_links: follow the links of a folder that lead out of it.
 
     Raises:
         OSError: ``source``, or a file that it lists, does not exist; the folder has no image.
-        ValueError: a list or CSV that cannot be understood.
+        ValueError: the list or CSV cannot be parsed, or is not text.
     """
     path = Path(source)
     if path.is_dir():
@@ -165,46 +163,15 @@ def read_images(
     base = path.parent if root is None else Path(root)
     if not base.is_dir():
         raise FileNotFoundError(f"root={os.fspath(base)!r} is not a folder")
-    is_csv = path.suffix.lower() == ".csv"
-    return _existing(path, base, csv_rows(path) if is_csv else list_rows(path, image_extensions()))
-
-
-def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Class names from a UTF-8 file, one per line.
-
-    Blank lines and lines that begin with ``#`` are skipped.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it names no class, two that are the same to a prompt, or is not UTF-8.
-    """
-    if os.path.isdir(path):
-        raise IsADirectoryError(
-            f"classes={os.fspath(path)!r} is a folder; give a text file with one class name per "
-            "line"
-        )
-    names: list[str] = []
-    first: dict[str, int] = {}
-    for number, name in lines(read_text(Path(path))):
-        if name.startswith("#"):
-            continue
-        cleaned = clean_name(name)
-        if not cleaned:
-            raise ValueError(f"{path}, line {number}: {name!r} is blank; name the class")
-        if cleaned in first:
-            raise ValueError(
-                f"{path}, line {number}: {name!r} is there already, in line {first[cleaned]} "
-                "(case, underscores and spaces do not distinguish classes); list it once"
-            )
-        first[cleaned] = number
-        names.append(name)
-    if not names:
-        raise ValueError(f"{path} names no class; write one class name per line")
-    return tuple(names)
+    return _read_list(path, base)
 
 
 def _is_list(path: Path) -> bool:
-    return not path.is_dir() and _extension(path.name) not in image_extensions()
+    return not path.is_dir() and not _is_image(path.name)
+
+
+def _is_image(name: str) -> bool:
+    return _extension(name) in image_extensions()
 
 
 def _read_folder(folder: Path, follow_links: bool) -> ImageList:
@@ -351,18 +318,83 @@ def _extension(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _existing(source: Path, base: Path, rows: Rows) -> ImageList:
+class _Rows(NamedTuple):
+    """What a list says about each image; ``labels`` is ``None`` where there are none at all."""
+
+    paths: list[str]  # as written
+    names: list[str]
+    labels: list[str | None] | None
+
+
+def _read_list(source: Path, base: Path) -> ImageList:
+    is_csv = source.suffix.lower() == ".csv"
+    rows = (_csv_rows if is_csv else _lines)(source, read_text(source, errors="surrogateescape"))
     if not rows.paths:
         raise ValueError(f"{source} lists no image; write one path per line")
     paths = tuple(os.path.join(base, path) for path in rows.paths)
     missing = [printable(path) for path in paths if not os.path.isfile(path)]
     if missing:
         # In "my photo.jpg alarm clock" the label would be "clock".
-        several = rows.labels is not None and source.suffix.lower() != ".csv"
+        one_word = rows.labels is not None and not is_csv
         raise FileNotFoundError(
             f"{shown(printable(source))}: {counted(missing)} of {plural(len(paths), 'file')} "
             f"{'does' if len(missing) == 1 else 'do'} not exist; relative paths start at "
             f"{shown(printable(os.path.abspath(base)))}; --data-root (root=) names another folder"
-            f"{'; a label is one word, write alarm_clock or use a CSV' if several else ''}"
+            f"{'; a label is one word, write alarm_clock or use a CSV' if one_word else ''}"
         )
-    return ImageList(paths, rows.names, rows.labels)
+    return ImageList(paths, tuple(rows.names), None if rows.labels is None else tuple(rows.labels))
+
+
+def _lines(path: Path, text: str) -> _Rows:
+    """Lines ``path`` or ``path label``. The label is the last word, unless the line ends as an
+    image's name does, or what follows a tab after an image's name."""
+    paths: list[str] = []
+    labels: list[str | None] = []
+    for number, line in lines(text):
+        words = line.rsplit(None, 1)
+        before, _, after = line.rpartition("\t")
+        if _is_image(before.rstrip()):
+            words = [before.rstrip(), after.strip()]
+        elif len(words) == 1 or _is_image(line):
+            words = [line]
+        labelled = len(words) == 2
+        if paths and labelled != bool(labels):
+            raise ValueError(
+                f"{path}, line {number}: {printable(line)!r} has {'a' if labelled else 'no'} "
+                "label, unlike the lines before; give every image a label, or none"
+            )
+        paths.append(words[0])
+        labels += map(printable, words[1:])
+    return _Rows(paths, [printable(path) for path in paths], labels or None)
+
+
+def _csv_rows(path: Path, text: str) -> _Rows:
+    """Cells of the columns ``path`` or ``image``, and ``label`` or ``class``. The delimiter is the
+    most frequent of commas, semicolons and tabs in the first line."""
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text), strict=True, delimiter=delimiter)
+    labels: list[str | None] = []
+    rows = _Rows([], [], labels)
+    try:
+        header = list(reader.fieldnames or ())
+        columns = {name.strip().lower(): name for name in header}
+        where = [columns[name] for name in ("path", "image") if name in columns]
+        labelled = [columns[name] for name in ("label", "class") if name in columns]
+        if not where:
+            raise ValueError(
+                f"{path} has no column 'path' or 'image'; its first line, which must be the "
+                f"header, is {', '.join(map(repr, map(printable, header[:5]))) or 'empty'}"
+            )
+        for row in reader:
+            # Cells beyond the header are under the key None; missing cells have the value None.
+            if None in row or None in row.values() or not row[where[0]].strip():
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(header)} cells and a path are needed, "
+                    "as in the header; a path with the separator in it must be in quotes"
+                )
+            rows.paths.append(row[where[0]].strip())
+            rows.names.append(printable(row[where[-1]].strip()))
+            labels.append(printable(row[labelled[0]].strip()) or None if labelled else None)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.reader.line_num}: {error}") from error
+    return rows if any(labels) else rows._replace(labels=None)

@@ -1,19 +1,22 @@
-"""Labels of images as positions in a list of class names."""
+"""Lists of class names, and the labels of images as positions in them."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ueo_fast.finetune.data.image_list import ImageList
 from ueo_fast.finetune.data.names import (
     clean_name,
     counted,
+    lines,
     listed,
     loose_name,
     plural,
+    read_text,
     shown,
     whole_number,
 )
@@ -22,32 +25,66 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Read class names from a UTF-8 file, one per line.
+
+    Blank lines and lines that begin with ``#`` are skipped.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it names no class, two that are the same to a prompt, or is not UTF-8.
+    """
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            f"classes={os.fspath(path)!r} is a folder; give a text file with one class name per "
+            "line"
+        )
+    names: list[str] = []
+    first: dict[str, int] = {}
+    for number, name in lines(read_text(Path(path))):
+        if name.startswith("#"):
+            continue
+        cleaned = clean_name(name)
+        if not cleaned:
+            raise ValueError(f"{path}, line {number}: {name!r} is blank; name the class")
+        if cleaned in first:
+            raise ValueError(
+                f"{path}, line {number}: {name!r} is there already, in line {first[cleaned]} "
+                "(case, underscores and spaces do not distinguish classes); list it once"
+            )
+        first[cleaned] = number
+        names.append(name)
+    if not names:
+        raise ValueError(f"{path} names no class; write one class name per line")
+    return tuple(names)
+
+
 def match_labels(
     images: ImageList,
     class_names: Sequence[str],
     *,
     on_note: Callable[[str], object] | None = None,
 ) -> Tensor | None:
-    """The images' labels as positions in ``class_names``: the same rule wherever they come from.
+    """Labels of images as positions in ``class_names``: the same rule wherever they come from.
 
     1. A label that is a class name is that class; case, underscores and repeated spaces do not
        matter, as they do not to a prompt.
-    2. Else one that agrees with a class name but for hyphens and spaces (``T-shirt``, ``tshirt``)
-       or in the way that its number is written (``1.0``, ``01``) is that class.
-    3. Where no label is a class name, whole numbers (also ``1.0``) are places in ``class_names``,
-       counted from 0; other labels next to them (``unknown``) and other numbers are unknown.
+    2. Otherwise, a label that differs from a class name only in hyphens and spaces (``T-shirt``,
+       ``tshirt``) or in how a number is written (``1.0``, ``01``) is that class.
+    3. If no label is a class name, whole numbers (also ``1.0``) are places in ``class_names``,
+       counted from 0; other labels (``unknown``) and other numbers are unknown.
 
     Every other label is unknown.
 
     Args:
         images: with or without labels.
         class_names: C of them.
-        on_note: called with a sentence for what the user should check: numbers that were taken as
-            places, and labels that are unknown, with their counts.
+        on_note: called with a sentence on what the user should check: numbers taken as places, and
+            unknown labels with their counts.
 
     Returns:
-        (N,) int64 on the CPU, -1 where the label is not among the classes; ``None`` where no image
-        has a label that is: then the folders are not classes, and there is nothing to measure by.
+        (N,) int64 on the CPU, -1 for a label that is not among the classes; ``None`` if no label
+        is: then the folders are not classes, and there is nothing to measure by.
 
     Raises:
         ValueError: two ``class_names`` are the same, a label can be read in two ways, or some
@@ -58,7 +95,7 @@ def match_labels(
     names = _ClassNames(class_names)
     if images.labels is None:
         return None
-    # A number that was given as an int is read like one that was written.
+    # An int is read like a number in a text.
     labels = [None if label is None else str(label) for label in images.labels]
     counts = Counter(label for label in labels if label is not None)
     places = {label: place for label in counts if (place := names.find(label)) is not None}
@@ -168,7 +205,7 @@ def _note_on_folders(
     class_names: Sequence[str],
     places: dict[str, int],
 ) -> str:
-    """Numbers in another order than the list's classes tell nobody, but folders may."""
+    """Folders reveal numbers that count in another order than the list's classes."""
     folders = {clean_name(name): place for place, name in enumerate(class_names)}
     pairs = Counter(
         (os.path.basename(os.path.dirname(name)), label)

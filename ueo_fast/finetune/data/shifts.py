@@ -21,6 +21,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ueo_fast.ranges import check_one_of
+
 SHIFTS = ("CSDA", "CDA", "PDA", "ODA", "OPDA")
 
 UNKNOWN = -1
@@ -104,8 +106,7 @@ def split_classes(
             or given to a shift that does not use it, or a shift that needs unknown classes where
             there are none.
     """
-    if shift not in SHIFTS:
-        raise ValueError(f"shift={shift!r} is unknown; choose one of {', '.join(SHIFTS)}")
+    check_one_of("shift", shift, SHIFTS)
     _check_names("known", known)
     _check_names("target_classes", target_classes)
     _check_subset("known", known, "target_classes", target_classes)
@@ -133,57 +134,6 @@ def split_classes(
             *(unknown[:n_unknown] if opened else ()),
         ),
         test=tuple(target_classes),
-    )
-
-
-@dataclass(frozen=True)
-class BenchmarkCounts:
-    """Class counts of a data set in the paper: known, total, and those seen in training."""
-
-    known: int
-    total: int
-    pda: int  # known classes in training under PDA
-    opda: int  # known classes in training under OPDA
-    train_unknown: int  # unknown classes in training under ODA and OPDA
-
-
-BENCHMARKS = {
-    "office31": BenchmarkCounts(known=25, total=31, pda=20, opda=15, train_unknown=3),
-    "officehome": BenchmarkCounts(known=50, total=65, pda=35, opda=35, train_unknown=10),
-    "visdac": BenchmarkCounts(known=8, total=12, pda=6, opda=6, train_unknown=2),
-    "domainnet": BenchmarkCounts(known=300, total=345, pda=250, opda=250, train_unknown=30),
-}
-"""The four data sets of the paper (Liang et al., 2024, section 4.1), as in the authors' demo.py."""
-
-
-def benchmark_split(dataset: str, shift: str, class_names: Sequence[str]) -> CategorySplit:
-    """The split that the paper uses on one of its data sets.
-
-    Args:
-        dataset: a key of :data:`BENCHMARKS`.
-        shift: one of :data:`SHIFTS`; under CSDA all classes are known, as in the authors' code.
-        class_names: all classes in the *authors'* order, which decides what is known. It is not
-            ImageFolder's order: ASCII sorting puts capitals first and would move most of
-            DomainNet's classes.
-
-    Raises:
-        ValueError: unknown ``dataset`` or ``shift``, or a number of names other than the data
-            set's.
-    """
-    if dataset not in BENCHMARKS:
-        raise ValueError(f"dataset={dataset!r} is unknown; choose one of {', '.join(BENCHMARKS)}")
-    counts = BENCHMARKS[dataset]
-    if len(class_names) != counts.total:
-        raise ValueError(
-            f"class_names has {len(class_names)} names, but {dataset} has {counts.total} classes; "
-            "pass all of them in the authors' order"
-        )
-    return split_classes(
-        shift,
-        class_names if shift == "CSDA" else class_names[: counts.known],
-        class_names,
-        train_known={"PDA": counts.pda, "OPDA": counts.opda}.get(shift),
-        train_unknown=counts.train_unknown if shift in ("ODA", "OPDA") else None,
     )
 
 

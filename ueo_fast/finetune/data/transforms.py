@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
-from ueo_fast.finetune.data.pictures import Picture, Size
+from ueo_fast.finetune.data.copies import Picture, Size
 
 _DEFAULTS: dict[str, Any] = {
     "mean": OPENAI_DATASET_MEAN,

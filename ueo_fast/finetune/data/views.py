@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, NamedTuple, cast
 
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ueo_fast.finetune.data.choices import Decoding, check_cache
-from ueo_fast.finetune.data.dataset import ImageDataset, PictureDataset
+from ueo_fast.finetune.data import Decoding
+from ueo_fast.finetune.data.copies import Copies, Picture, as_picture, read_picture
+from ueo_fast.finetune.data.decode import UnreadableImageError, as_rgb, open_rgb
 from ueo_fast.finetune.data.image_list import ImageList, read_images
 from ueo_fast.finetune.data.labels import match_labels
 from ueo_fast.finetune.data.names import counted, printable
-from ueo_fast.finetune.data.transforms import preprocessing, test_transform, training_transform
-
-if TYPE_CHECKING:
-    from ueo_fast.finetune.data.copies import Copies
+from ueo_fast.finetune.data.transforms import (
+    Transform,
+    preprocessing,
+    test_transform,
+    training_transform,
+)
 
 Images = (
     str
@@ -37,6 +37,97 @@ Images = (
 images that are tensors already."""
 
 
+class ImageDataset(Dataset[Tensor]):
+    """Decodes and transforms one image per item, ``dataset[i] -> (3, H, W)``.
+
+    Item ``i`` is image ``i`` of the list; labels are not handed out.
+
+    Args:
+        images: what to read.
+        transform: from RGB to a tensor (3, H, W); see :mod:`ueo_fast.finetune.data.transforms`.
+        decode: ``auto`` makes the views of a ``Transform`` from a copy with twice the model's
+            pixels per side; ``full`` from all pixels, which any other callable gets anyway.
+        copies: keeps those copies; ``None``: each is made when needed.
+
+    Raises:
+        UnreadableImageError: by ``dataset[i]``, where the file cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        transform: Callable[[Image.Image], Tensor],
+        decode: Decoding = "auto",
+        copies: Copies | None = None,
+    ) -> None:
+        self.images = images
+        self.transform = transform
+        self.decode = decode
+        self.copies = copies
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        path = self.images.paths[index]
+        if self.decode == "full" or not isinstance(self.transform, Transform):
+            return self.transform(open_rgb(path))
+        read = read_picture if self.copies is None else self.copies.read
+        return self.transform.of(read(path, self.transform.size))
+
+
+class PictureDataset(Dataset[Tensor]):
+    """Transforms images that PIL has opened, ``dataset[i] -> (3, H, W)``.
+
+    They are decoded at once: an open file cannot be shared with the processes of a loader.
+
+    Args:
+        pictures: of any mode.
+        transform: as for :class:`ImageDataset`.
+        decode: as for :class:`ImageDataset`.
+
+    Raises:
+        UnreadableImageError: by ``dataset[i]``, where the image cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Image.Image],
+        transform: Transform,
+        decode: Decoding = "auto",
+    ) -> None:
+        self.transform = transform
+        self.pictures = [self._decoded(str(i), one, decode) for i, one in enumerate(pictures)]
+
+    def with_transform(self, transform: Transform) -> PictureDataset:
+        """The same pictures under another transform to the same size."""
+        other = PictureDataset((), transform)
+        other.pictures = self.pictures
+        return other
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Tensor:
+        picture = self.pictures[index]
+        if isinstance(picture, UnreadableImageError):
+            raise picture
+        if isinstance(picture, Picture):
+            return self.transform.of(picture)
+        return self.transform(picture)
+
+    def _decoded(
+        self, name: str, image: Image.Image, decode: Decoding
+    ) -> Picture | Image.Image | UnreadableImageError:
+        name = getattr(image, "filename", "") or name
+        try:
+            if decode == "full":
+                return as_rgb(image, name)
+            return as_picture(image, name, self.transform.size)
+        except UnreadableImageError as error:
+            return error
+
+
 class Views(NamedTuple):
     """The same N images, as evaluation and as training see them.
 
@@ -44,7 +135,7 @@ class Views(NamedTuple):
         plain: un-augmented.
         augmented: with a new random augmentation at each access; ``None`` without augmentation.
         labels: (N,) int64, or ``None``.
-        names: N of them: the files' where there are files, else positions.
+        names: N names: of the files if there are files, otherwise positions.
     """
 
     plain: Dataset[Any] | Tensor
@@ -88,7 +179,7 @@ def make_views(
         model: its preprocessing is used.
         class_names: positions in them are the labels.
         augmented: with a dataset: the same images, randomly augmented anew at each access.
-        labels: (N,) int64, of images that bring none.
+        labels: (N,) int64, for images without labels of their own.
         needs_labels: fail if the images' own labels cannot be used.
         decode: how images are decoded.
         copies: keeps small copies of image files.
@@ -122,72 +213,6 @@ def make_views(
     return views_of(images, model, labels, decode, copies)
 
 
-def open_copies(
-    cache: str | os.PathLike[str], folder: Path, decode: Decoding, most_bytes: int | None = None
-) -> Copies | None:
-    """Where copies of image files are kept; ``None``: nowhere.
-
-    Args:
-        cache: ``auto``, ``off``, or a folder.
-        folder: what ``auto`` stands for.
-        decode: ``full`` has no use for copies.
-        most_bytes: as for :class:`~ueo_fast.finetune.data.copies.Copies`.
-
-    Raises:
-        TypeError, ValueError: as :func:`~ueo_fast.finetune.data.choices.check_cache` says.
-        OSError: the folder cannot be made.
-    """
-    check_cache(cache, decode)
-    if decode == "full" or cache == "off":
-        return None
-    try:
-        from ueo_fast.finetune.data.copies import Copies
-    except ImportError as error:
-        warnings.warn(
-            f"images are decoded in every epoch, as this Python has no sqlite3 ({error}); "
-            "cache='off' (--cache off) says that it may be so",
-            stacklevel=2,
-        )
-        return None
-    return Copies(folder if cache == "auto" else cache, most_bytes)
-
-
-@contextlib.contextmanager
-def temporary_copies(cache: str | os.PathLike[str], decode: Decoding) -> Iterator[Copies | None]:
-    """As :func:`open_copies`; ``auto`` stands for a folder that is there while the block runs.
-    Where none can be made (a container without a place to write) nothing is kept. Warns at the end
-    where some copies could not be kept."""
-    if cache != "auto" or decode == "full":
-        copies = open_copies(cache, Path(), decode)
-        try:
-            yield copies
-        finally:
-            if copies is not None:
-                _warn_if_stopped(copies)
-                copies.close()
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            own = tempfile.TemporaryDirectory(prefix="ueo_fast-", ignore_cleanup_errors=True)
-            copies = open_copies(cache, Path(stack.enter_context(own)), decode)
-        except OSError as error:
-            warnings.warn(
-                f"images are decoded in every pass, as their copies have no place: {error}. Set "
-                "TMPDIR to a folder that can be written (in Python cache=DIR does as well)",
-                stacklevel=2,
-            )
-            copies = None
-        if copies is not None:
-            stack.callback(copies.remove)
-            stack.callback(_warn_if_stopped, copies)
-        yield copies
-
-
-def _warn_if_stopped(copies: Copies) -> None:
-    if copies.stopped is not None:
-        warnings.warn(copies.text(), stacklevel=2)
-
-
 def _check_given_labels(labels: object, classes: int) -> None:
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
         raise TypeError(
@@ -203,8 +228,8 @@ def _check_given_labels(labels: object, classes: int) -> None:
 
 
 def _labels(images: ImageList, known: Sequence[str], *, needs_labels: bool) -> Tensor | None:
-    """Of a folder or list. Nothing but metrics and the oracle needs them, so that images can do
-    without where they cannot be used: a photograph outside the class folders."""
+    """Labels of a folder or list. Only metrics and the oracle need them, so labels that cannot be
+    used are ignored, for example because of a photo outside the class folders."""
     try:
         return match_labels(images, known, on_note=warnings.warn if needs_labels else None)
     except ValueError:
@@ -214,7 +239,7 @@ def _labels(images: ImageList, known: Sequence[str], *, needs_labels: bool) -> T
 
 
 def _one_of_each(images: Any) -> ImageList | tuple[Image.Image, ...] | Dataset[Any] | Tensor:
-    """Whatever a user gives, as one of four: files, pictures in memory, a dataset, a tensor."""
+    """Reduce what a user gives to one of four: files, pictures in memory, a dataset, a tensor."""
     if isinstance(images, str | os.PathLike):
         found = read_images(images)
         for text in found.remarks():

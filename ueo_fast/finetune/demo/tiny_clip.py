@@ -11,7 +11,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
-from ueo_fast.finetune.data.seeded import seeded_torch
+from ueo_fast.finetune.data.loader import seeded_torch
 
 OnStep = Callable[[int, int, float], None]
 """Called after each step with (steps done, steps in all, loss)."""

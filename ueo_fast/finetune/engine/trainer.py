@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.data.batches import (
+from ueo_fast.finetune.data.loader import (
     IndexedImages,
     TrainingBatch,
     steps_per_epoch,

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.data.batches import tolerant_loader
-from ueo_fast.finetune.data.loader import LoadingMeter, TolerantBatch
+from ueo_fast.finetune.data.loader import LoadingMeter, TolerantBatch, tolerant_loader
 from ueo_fast.ranges import MOST_WORKERS, check_count
 
 PRECISIONS: dict[str, torch.dtype | None] = {

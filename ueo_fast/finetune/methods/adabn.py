@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.data.batches import even_loader
+from ueo_fast.finetune.data.loader import even_loader
 from ueo_fast.finetune.engine.forward import RunningStatistics
 from ueo_fast.finetune.engine.hooks import History, Hooks, NonFiniteLossError
 from ueo_fast.finetune.engine.training_config import TrainerConfig
