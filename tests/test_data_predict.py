@@ -24,7 +24,6 @@ from ueo_fast.finetune.evaluation.predict import (
     collect,
     predict_batches,
     predict_cosines,
-    predict_readable,
 )
 
 
@@ -88,7 +87,7 @@ def test_unreadable_files_are_skipped_and_told(folder: ImageDataset, num_workers
     )
     assert readable.positions.tolist() == [0, 2, 3, 4, 5]
     assert [failure.position for failure in readable.failures] == [1, 6]
-    again = predict_readable(classifier, folder, batch_size=2)
+    again = collect(predict_batches(classifier, folder, batch_size=2))
     assert torch.equal(again.cosines, readable.cosines)
     kept = folder.images.subset(again.positions)
     assert kept.names == ("0.png", "2.png", "3.png", "4.png", "5.png")

@@ -14,15 +14,14 @@ from torch.utils.data import TensorDataset
 
 from ueo_fast.cli import main
 from ueo_fast.finetune import adapt
-from ueo_fast.finetune.adaptation import make_classifier, zero_shot
-from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.data.views import Views
+from ueo_fast.finetune.clip.model import ClipClassifier, make_classifier
 from ueo_fast.finetune.demo.tiny_clip import tiny_clip, tiny_tokenizer
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.training_config import TrainerConfig
 from ueo_fast.finetune.methods.adabn import AdaBN
 from ueo_fast.finetune.methods.base import ZeroShot
 from ueo_fast.finetune.methods.ueo import UEO
+from ueo_fast.finetune.target import zero_shot_target
 
 NAMES = ["one", "two", "three"]
 PROMPT = TrainerConfig(epochs=3, batch_size=4, affine_lr=0.0, prompt_lr=0.01)
@@ -61,7 +60,7 @@ def test_a_prompt_is_trained_on_features(seen):
     assert sum(seen) == 10
     # The same from the images.
     assert torch.allclose(result.predict(images).cosines, found.cosines, atol=1e-6)
-    target = zero_shot(fresh(), Views(images, None, None, ()), PROMPT).target
+    target = zero_shot_target(fresh(), images)
     assert target.features is None
     again = fresh()
     history = UEO().adapt(again, target, config=PROMPT)

@@ -4,39 +4,36 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from ueo_fast.finetune.clip.base_model import BaseModel, describe_base
 from ueo_fast.finetune.clip.delta import save_delta
-from ueo_fast.finetune.clip.model import CONTEXT, ClipClassifier, adapted_state, load_adapted_state
-from ueo_fast.finetune.clip.prompt import PromptLearner
-from ueo_fast.finetune.clip.template import split_template
+from ueo_fast.finetune.clip.model import (
+    CONTEXT,
+    ClipClassifier,
+    adapted_state,
+    load_adapted_state,
+    make_classifier,
+)
 from ueo_fast.finetune.data import Decoding, check_decode
 from ueo_fast.finetune.data.copies import temporary_copies
-from ueo_fast.finetune.data.names import plural, shown
+from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.data.views import Images, Views, make_views
 from ueo_fast.finetune.engine.hooks import Hooks, bar_hooks, combine, training_bar
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig
-from ueo_fast.finetune.evaluation.predict import (
-    Failure,
-    Predicted,
-    collect,
-    cosine_error,
-    predict_batches,
-    watched,
-)
+from ueo_fast.finetune.evaluation.predict import cosine_error, unreadable_images, watched
 from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.methods import make_method
 from ueo_fast.finetune.methods.base import Method, ZeroShot
 from ueo_fast.finetune.methods.ueo import check_labels
-from ueo_fast.finetune.scoring.score_images import ScoredBatch, score_batches
+from ueo_fast.finetune.scoring.score_images import score_batches
 from ueo_fast.finetune.scoring.thresholds import (
     Threshold,
     check_threshold,
@@ -44,8 +41,16 @@ from ueo_fast.finetune.scoring.thresholds import (
     lowest_known,
     parse_threshold,
 )
-from ueo_fast.finetune.target import Target
+from ueo_fast.finetune.target import Target, zero_shot_target
 from ueo_fast.ranges import check_number
+
+_ADAPTED_BEFORE = (
+    "the model was adapted before (by adapt(), load_delta() or other training): its norms are not "
+    "those it had when it first became a classifier. So what counts as zero-shot from here on is "
+    "the adapted model, and an earlier result that shares the model changes with it. To start from "
+    "zero-shot CLIP, call restore() on the earlier result, load the model anew, or adapt a "
+    "copy.deepcopy(model) each time"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +58,14 @@ class Prediction:
     """What an adapted classifier says about N images. One index means the same image everywhere.
 
     Attributes:
-        names: N names: the files' as in a table of ``ueo-fast score``; else the position among the
-            images that were given.
+        names: N names: of the files, as in a table of ``ueo-fast score``, or the positions among
+            the images that were given.
         classes: N names, the most probable class of each.
         probabilities: (N,) float32, of that class: softmax at the model's own temperature.
         mcm: (N,) float64 MCM score; low for images that belong to no class.
-        known: (N,) bool, whether ``mcm`` reaches ``threshold``, to within rounding; ``None`` where
-            there is no threshold.
-        threshold: from this score on an image counts as known.
+        known: (N,) bool, whether ``mcm`` reaches ``threshold``, to within rounding; ``None``
+            without a threshold.
+        threshold: the score from which an image counts as known.
         cosines: (N, C) float32, of image and text features.
         unreadable: (name, reason) of each image that was left out.
     """
@@ -137,12 +142,12 @@ class Adaptation:
 
         Args:
             images: as for :func:`adapt`, un-augmented; ``None``: those that it adapted to.
-            threshold: from which MCM score on an image is known: a number, ``"otsu"``, ``"gmm"``
+            threshold: the MCM score from which an image is known: a number, ``"otsu"``, ``"gmm"``
                 or ``"tpr95"`` (needs images with labels), as for ``ueo-fast score``; ``None``:
-                ``"otsu"``, and no verdict where the scores cannot be split (a single image).
+                ``"otsu"``, and no verdict if the scores cannot be split (a single image).
             mcm_scale: multiplies the cosines in the MCM score; 1 is the authors'.
             strict: fail at an image that cannot be read.
-            progress: show a progress bar; ``None``: where the standard error stream is a terminal.
+            progress: show a progress bar; ``None``: if the standard error stream is a terminal.
             precision: of the image tower: ``fp32``, ``bf16`` or ``fp16``.
             decode: how images are decoded, as for :func:`adapt`; ``None``: as there.
             options: ``batch_size``, ``num_workers``, ``channels_last`` of
@@ -180,13 +185,16 @@ class Adaptation:
             **options,
         )
         seen = list(watched("predict", count, progress)(batches))
+
+        def joined(field: str) -> Tensor:
+            return torch.cat([getattr(batch, field) for batch in seen])
+
         failures = [failure for batch in seen for failure in batch.failures]
-        unreadable = _named(failures, views.names, strict=strict)
-        positions, scores = _joined(seen, "positions"), _joined(seen, "scores")
-        if not len(positions):
-            raise ValueError(_none_readable(unreadable))
-        best = _joined(seen, "classes").flatten()
-        _warn_of(classes=names, predicted=best.unique().tolist(), images=len(best))
+        positions, scores, best = joined("positions"), joined("scores"), joined("classes").flatten()
+        unreadable = unreadable_images(
+            failures, views.names, readable=len(positions), strict=strict
+        )
+        _warn_of(classes=names, predicted=best)
         is_known = None if views.labels is None else (views.labels.cpu()[positions] >= 0).numpy()
         value, known = None, None
         try:
@@ -200,16 +208,16 @@ class Adaptation:
         return Prediction(
             names=tuple(views.names[position] for position in positions.tolist()),
             classes=tuple(names[index] for index in best.tolist()),
-            probabilities=_joined(seen, "probabilities").flatten(),
+            probabilities=joined("probabilities").flatten(),
             mcm=scores,
             known=known,
             threshold=value,
-            cosines=_joined(seen, "cosines"),
+            cosines=joined("cosines"),
             unreadable=unreadable,
         )
 
     def _features_fit(self, precision: str) -> bool:
-        """Whether features that were kept are of this precision, and of the tower as it is now."""
+        """Whether kept features have this precision and belong to the tower as it is now."""
         now = adapted_state(self.classifier)
         tower = (name for name in now if name != CONTEXT)
         return precision == self.precision and all(now[n].equal(self.start[n]) for n in tower)
@@ -217,18 +225,18 @@ class Adaptation:
     def restore(self) -> None:
         """Put the model back as it was before :func:`adapt`: zero-shot CLIP, to adapt anew.
 
-        ``classifier`` is the zero-shot classifier from then on. What was learnt is lost, unless
-        :meth:`save` was called before.
+        From then on, ``classifier`` is the zero-shot classifier. What was learned is lost unless it
+        was saved with :meth:`save`.
         """
         load_adapted_state(self.classifier, self.start)
 
     def save(self, path: str | os.PathLike[str], base: BaseModel | None = None) -> Path:
-        """Write what was learnt as a delta (safetensors, some hundred kB).
+        """Write what was learned as a delta (safetensors, a few hundred kB).
 
         Args:
-            path: of the file; its folder is made.
+            path: of the file; its folder is created.
             base: name and weights of the model, from ``load_clip`` or ``describe_base(model,
-                "RN50", "openai")``; ``None`` records its fingerprint only, which is enough to
+                "RN50", "openai")``; ``None`` records only its fingerprint, which is enough to
                 refuse another model.
         """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -268,29 +276,29 @@ def adapt(
 
     Args:
         model: any open_clip model with an image and a text tower, on the device where the work is
-            to be done. Changed in place: pass a deep copy to keep the original. For zero-shot CLIP
-            is taken what it is now; a warning says so where it was adapted before.
+            to be done. Changed in place: pass a deep copy to keep the original. Its current state
+            counts as zero-shot CLIP; a warning says so if it was adapted before.
         tokenizer: open_clip's tokenizer of that model.
         images: a folder, list file, CSV or image file, an ``ImageList``, paths of image files, or
-            images that PIL has opened: preprocessed and augmented as the model and the authors want
-            it; images that cannot be read are left out and listed. Or a dataset or tensor
+            images that PIL has opened, which get the model's preprocessing and the authors'
+            augmentation; images that cannot be read are left out and listed. Or a dataset or tensor
             (N, 3, H, W) of un-augmented preprocessed images.
         class_names: the known classes, C of them.
         method: a name (``ueo``, ``infomax``, ``entmin``, ``adabn``, ``tent``, ``upl``, ``pouf``,
             ``dance``, ``oracle``, ``zeroshot``) or a method with choices, e.g. ``UEO(eps=1e-5)``.
         config: budget and optimiser; ``None`` takes the authors'.
-        hooks: callbacks of each step, and where checkpoints go. Without ``on_warning`` there is a
-            Python warning of what looks wrong (a collapse).
+        hooks: callbacks of each step, and where checkpoints go. Without ``on_warning``, what looks
+            wrong (a collapse) becomes a Python warning.
         augmented: with a dataset: the same images, randomly augmented anew at each access.
-        labels: (N,) int64 position in ``class_names``, -1 for unknown, of images that bring none.
-            Only the oracle looks at them; labels of a folder, list file or CSV are found by
-            themselves, and left alone where they cannot be used.
+        labels: (N,) int64 position in ``class_names``, -1 for unknown, for images without labels of
+            their own. Only the oracle looks at them. The labels of a folder, list file or CSV are
+            read from it, and ignored if they cannot be used.
         template: ``{}`` is the class name; the words before it are where the context starts.
         scope: which affine parameters are trained, see :func:`ueo_fast.affine_parameters`.
         patch: run the image tower with :func:`ueo_fast.patch_visual`.
         strict: fail at an image that cannot be read.
         eval_batch_size: images per step of the zero-shot pass.
-        progress: show progress bars; ``None``: where the standard error stream is a terminal.
+        progress: show progress bars; ``None``: if the standard error stream is a terminal.
         decode: ``auto`` makes views from a copy with twice the model's pixels per side, for which
             a JPEG is decoded at 1/2, 1/4 or 1/8 of its size; ``full`` makes them from all pixels,
             as the authors do.
@@ -301,8 +309,8 @@ def adapt(
         The adapted classifier, and what it was made from.
 
     Raises:
-        TypeError, ValueError, OSError: an argument is unusable; the message says which, and the
-            way out.
+        TypeError, ValueError, OSError: an argument is unusable; the message names it and the way
+            out.
         NonFiniteLossError: the loss became NaN or infinite.
 
     Source: Liang et al., 2024, arXiv 2308.12919; authors' ``demo.py``.
@@ -337,154 +345,52 @@ def adapt(
         )
         if chosen.reads_labels:
             check_labels(views.labels)
-        start = zero_shot(
+        target = zero_shot_target(
             classifier,
-            views,
-            config,
+            views.plain,
+            augmented=views.augmented,
+            labels=views.labels,
+            names=views.names,
             strict=strict,
-            batch_size=eval_batch_size,
             keep_features=not chosen.trains_tower(config),
             watch=watched("zero-shot", len(views.names), progress),
+            batch_size=eval_batch_size,
+            num_workers=config.num_workers,
+            precision=config.precision,
+            channels_last=config.channels_last,
         )
-        said = start.target.zero_shot_cosines().argmax(dim=1)
-        names = classifier.prompt.class_names
-        _warn_of(classes=names, predicted=said.unique().tolist(), images=len(said))
+        said = target.zero_shot_cosines().argmax(dim=1)
+        _warn_of(classes=classifier.prompt.class_names, predicted=said)
         before = adapted_state(classifier)
         with training_bar(chosen.name, progress) as bar:
             told = hooks or Hooks()
             if told.on_warning is Hooks.on_warning:  # the default, which ignores them
                 told = replace(told, on_warning=_warn)
             history = chosen.adapt(
-                classifier, start.target, config=config, hooks=combine(bar_hooks(bar), told)
+                classifier, target, config=config, hooks=combine(bar_hooks(bar), told)
             )
-    kept = tuple(views.names[position] for position in start.positions.tolist())
-    unreadable, precision = start.unreadable, config.precision
+    names = views.names
+    if target.positions is not None:
+        names = tuple(names[position] for position in target.positions.tolist())
     return Adaptation(
-        classifier, start.target, history, chosen, kept, unreadable, before, decode, precision
-    )
-
-
-_ADAPTED_BEFORE = (
-    "the model was adapted before (by adapt(), load_delta() or other training): its norms are not "
-    "those that it had when it was first made a classifier, so what counts as zero-shot from here "
-    "on is the adapted model, and an earlier result that shares the model changes with it. To "
-    "start from zero-shot CLIP call restore() on the earlier result, load the model anew, or adapt "
-    "a copy.deepcopy(model) each time"
-)
-
-
-def make_classifier(
-    model: nn.Module,
-    tokenizer: Callable[..., Tensor],
-    class_names: Sequence[str],
-    *,
-    template: str = "a photo of a {}.",
-    scope: str = "all",
-    patch: bool = True,
-    logit_scale: float | None = None,
-) -> ClipClassifier:
-    """The zero-shot classifier that every method starts from. ``model`` is changed in place."""
-    context, suffix = split_template(template)
-    prompt = PromptLearner(model, tokenizer, class_names, context=context, suffix=suffix)
-    return ClipClassifier(model, prompt, scope=scope, patch=patch, logit_scale=logit_scale)
-
-
-class ZeroShotPass(NamedTuple):
-    """What the zero-shot model says about images, and which of them it could see.
-
-    Attributes:
-        target: the images that could be read.
-        positions: (M,) int64, their places among all images.
-        unreadable: (name, reason) of each of the others.
-    """
-
-    target: Target
-    positions: Tensor
-    unreadable: tuple[tuple[str, str], ...]
-
-
-def zero_shot(
-    classifier: ClipClassifier,
-    views: Views,
-    config: TrainerConfig,
-    *,
-    strict: bool = False,
-    batch_size: int = 192,
-    keep_features: bool = False,
-    watch: Callable[[Iterator[Predicted]], Iterable[Predicted]] = iter,
-) -> ZeroShotPass:
-    """What the zero-shot model says about the images, and those that cannot be read.
-
-    Args:
-        classifier: before anything is trained.
-        views: the images.
-        config: its workers, precision and memory format are used.
-        strict: fail at an image that cannot be read.
-        batch_size: images per forward pass.
-        keep_features: keep the images' features in the target, if all can be read.
-        watch: passes the batches on, and may show how far it got.
-
-    Raises:
-        ValueError: no image can be read, or with ``strict`` one cannot.
-    """
-    batches = predict_batches(
-        classifier,
-        views.plain,
-        batch_size=batch_size,
-        num_workers=config.num_workers,
+        classifier=classifier,
+        target=target,
+        history=history,
+        method=chosen,
+        names=names,
+        unreadable=target.unreadable,
+        start=before,
+        decode=decode,
         precision=config.precision,
-        channels_last=config.channels_last,
-        keep_features=keep_features,
     )
-    found = collect(watch(batches))
-    unreadable = _named(found.failures, views.names, strict=strict)
-    if not len(found.positions):
-        raise ValueError(_none_readable(unreadable))
-    if not unreadable:
-        target = Target(views.plain, views.augmented, found.cosines, views.labels, found.features)
-        return ZeroShotPass(target, found.positions, ())
-    labels = None if views.labels is None else views.labels[found.positions]
-    rows = found.positions.tolist()
-    augmented = None if views.augmented is None else Subset(views.augmented, rows)
-    plain = Subset(_dataset(views.plain), rows)
-    # No features: their last bits depend on the batches, which a resumed run has without the gaps.
-    target = Target(plain, augmented, found.cosines, labels)
-    return ZeroShotPass(target, found.positions, unreadable)
-
-
-def _named(
-    failures: Sequence[Failure], names: Sequence[str], *, strict: bool
-) -> tuple[tuple[str, str], ...]:
-    """Names in place of positions; with ``strict`` an error."""
-    unreadable = tuple((names[position], reason) for position, reason in failures)
-    if strict and unreadable:
-        name, reason = unreadable[0]
-        raise ValueError(
-            f"{plural(len(unreadable), 'image')} cannot be read, the first is {shown(name)}: "
-            f"{reason}; fix or remove them, or leave out strict to skip them"
-        )
-    return unreadable
-
-
-def _none_readable(unreadable: Sequence[tuple[str, str]]) -> str:
-    name, reason = unreadable[0]
-    count = plural(len(unreadable), "image")
-    return f"none of {count} can be read, the first is {shown(name)}: {reason}"
-
-
-def _joined(batches: Sequence[ScoredBatch], field: str) -> Tensor:
-    return torch.cat([getattr(batch, field) for batch in batches])
-
-
-def _dataset(images: Dataset[Any] | Tensor) -> Dataset[Any]:
-    assert not isinstance(images, Tensor), "every image of a tensor can be read"
-    return images
 
 
 def _warn(text: str) -> None:
     warnings.warn(text, UserWarning, stacklevel=2)
 
 
-def _warn_of(*, classes: Sequence[str], predicted: Sequence[int], images: int) -> None:
-    for text in doubts(classes=classes, predicted=predicted, images=images):
+def _warn_of(*, classes: Sequence[str], predicted: Tensor) -> None:
+    for text in doubts(
+        classes=classes, predicted=predicted.unique().tolist(), images=len(predicted)
+    ):
         warnings.warn(text, UserWarning, stacklevel=3)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from ueo_fast import mcm_score
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.names import plural
-from ueo_fast.finetune.evaluation.predict import predict_cosines
+from ueo_fast.finetune.evaluation.predict import (
+    Predicted,
+    collect,
+    predict_batches,
+    unreadable_images,
+)
 from ueo_fast.ranges import check_number
+
+_FIELDS = ("augmented", "cosines", "labels", "features")
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,9 @@ class Target:
             oracle looks at them.
         features: (N, E) L2-normalised, what the image tower makes of ``images``, where it stays as
             it is; ``None``: where it is trained, or they were not kept.
+        positions: (N,) int64, of the images among those that were given, where some could not be
+            read; ``None``: all were read.
+        unreadable: (name, reason) of each image that was left out.
 
     Raises:
         ValueError: fields of different lengths.
@@ -40,9 +50,11 @@ class Target:
     cosines: Tensor | None = None
     labels: Tensor | None = None
     features: Tensor | None = None
+    positions: Tensor | None = None
+    unreadable: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("augmented", "cosines", "labels", "features"):
+        for name in (*_FIELDS, "positions"):
             value = getattr(self, name)
             if value is not None and len(value) != len(self):
                 raise ValueError(
@@ -54,8 +66,7 @@ class Target:
         return len(cast(Sized, self.images))
 
     def __repr__(self) -> str:
-        names = ("augmented", "cosines", "labels", "features")
-        has = [name for name in names if getattr(self, name) is not None]
+        has = [name for name in _FIELDS if getattr(self, name) is not None]
         return f"Target({', '.join((plural(len(self), 'image'), *has))})"
 
     @property
@@ -103,18 +114,47 @@ def zero_shot_target(
     *,
     augmented: Dataset[Any] | Tensor | None = None,
     labels: Tensor | None = None,
-    batch_size: int = 256,
-    num_workers: int = 0,
+    names: Sequence[str] | None = None,
+    strict: bool = False,
+    keep_features: bool = False,
+    watch: Callable[[Iterator[Predicted]], Iterable[Predicted]] = iter,
+    **options: Any,
 ) -> Target:
-    """A target with its zero-shot cosines.
+    """Make a target: let the zero-shot model see all images once, and leave out unreadable ones.
 
     Args:
         classifier: the zero-shot model: call this before anything is trained.
         images: N un-augmented images.
         augmented: as in :class:`Target`.
         labels: as in :class:`Target`.
-        batch_size: images per forward pass.
-        num_workers: worker processes of the loader.
+        names: of the images, for messages and ``unreadable``; ``None``: their positions.
+        strict: fail at an image that cannot be read.
+        keep_features: keep the images' features in the target, if all images can be read.
+        watch: passes the batches on, and may show progress.
+        options: ``batch_size``, ``num_workers``, ``precision``, ``channels_last`` of
+            :func:`~ueo_fast.finetune.evaluation.predict.predict_batches`.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable, no image can be read, or with ``strict`` one
+            cannot.
     """
-    cosines = predict_cosines(classifier, images, batch_size=batch_size, num_workers=num_workers)
-    return Target(images, augmented, cosines, labels)
+    found = collect(
+        watch(predict_batches(classifier, images, keep_features=keep_features, **options))
+    )
+    rows = found.positions
+    unreadable = unreadable_images(found.failures, names, readable=len(rows), strict=strict)
+    if not unreadable:
+        return Target(images, augmented, found.cosines, labels, found.features)
+    # No features: their last bits depend on the batches, which a resumed run has without the gaps.
+    return Target(
+        _subset(images, rows),
+        None if augmented is None else _subset(augmented, rows),
+        found.cosines,
+        None if labels is None else labels[rows],
+        positions=rows,
+        unreadable=unreadable,
+    )
+
+
+def _subset(images: Dataset[Any] | Tensor, rows: Tensor) -> Dataset[Any] | Tensor:
+    return images[rows] if isinstance(images, Tensor) else Subset(images, rows.tolist())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ueo_fast.finetune.clip.prompt import PromptLearner
+from ueo_fast.finetune.clip.template import split_template
 from ueo_fast.finetune.data.transforms import normalize, pixel_statistics
 from ueo_fast.patch import PatchHandle, affine_parameters, freeze_all_but_affine, patch_visual
 from ueo_fast.patch.sites import is_norm
@@ -225,3 +226,19 @@ def load_adapted_state(classifier: ClipClassifier, state: Mapping[str, Tensor]) 
     check_adapted_state(tensors, state)
     for name, tensor in tensors.items():
         tensor.copy_(state[name])
+
+
+def make_classifier(
+    model: nn.Module,
+    tokenizer: Callable[..., Tensor],
+    class_names: Sequence[str],
+    *,
+    template: str = "a photo of a {}.",
+    scope: str = "all",
+    patch: bool = True,
+    logit_scale: float | None = None,
+) -> ClipClassifier:
+    """The zero-shot classifier that every method starts from. ``model`` is changed in place."""
+    context, suffix = split_template(template)
+    prompt = PromptLearner(model, tokenizer, class_names, context=context, suffix=suffix)
+    return ClipClassifier(model, prompt, scope=scope, patch=patch, logit_scale=logit_scale)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ueo_fast.finetune.adaptation import make_classifier
-from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.model import ClipClassifier, make_classifier
 from ueo_fast.finetune.commands.adapted import open_run
 from ueo_fast.finetune.commands.options import EvaluateConfig
 from ueo_fast.finetune.commands.problem import Labelled, reread_problem

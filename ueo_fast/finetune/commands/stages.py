@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ueo_fast.finetune.adaptation import make_classifier, zero_shot
 from ueo_fast.finetune.clip.load import LoadedClip
-from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.clip.model import ClipClassifier, make_classifier
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.commands.problem import Labelled, Problem, reread_problem, write_problem
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.data.views import Views, views_of
-from ueo_fast.finetune.evaluation.predict import predict_readable, watched
+from ueo_fast.finetune.evaluation.predict import collect, predict_batches, watched
 from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.files.records import BrokenFileError
 from ueo_fast.finetune.files.run_files import IMAGES, PROBLEM, ZERO_SHOT, ProblemSummary, Skipped
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.files.tensor_file import read_tensors, write_tensors
-from ueo_fast.finetune.target import Target
+from ueo_fast.finetune.target import Target, zero_shot_target
 
 if TYPE_CHECKING:
     from ueo_fast.finetune.data.copies import Copies
@@ -79,16 +78,15 @@ def begin(
         print(f"warning: {text}")
     for remark in dict.fromkeys(problem.train.remarks() + problem.tested.remarks()):
         print(f"note: {remark}")
-    train, target, skipped = _zero_shot(config, classifier, problem.train, "zero-shot", copies)
+    train, target = _zero_shot(config, classifier, problem.train, "zero-shot", copies)
+    skipped = target.unreadable
     tested, test_cosines = train, target.zero_shot_cosines()
     plain = {"train": target.evaluation_images, "test": target.evaluation_images}
     if problem.test is not None:
-        tested, tests, more = _zero_shot(
-            config, classifier, problem.test, "zero-shot, test", copies
-        )
+        tested, tests = _zero_shot(config, classifier, problem.test, "zero-shot, test", copies)
         test_cosines = tests.zero_shot_cosines()
         plain["test"] = tests.evaluation_images
-        skipped = (*skipped, *more)
+        skipped += tests.unreadable
     kept = Problem(problem.known, train, None if problem.test is None else tested)
     lists = {"train": train, **({} if problem.test is None else {"test": tested})}
     summary = ProblemSummary(
@@ -144,12 +142,14 @@ def _check_model(
     The fingerprint does not tell: it covers neither what an adaptation changes (normalisation of
     the image tower) nor preprocessing and tokenizer.
     """
-    found = predict_readable(
-        classifier,
-        Subset(views.plain, [0]) if isinstance(views.plain, Dataset) else views.plain[:1],
-        batch_size=1,
-        precision=config.precision,
-        channels_last=config.channels_last,
+    found = collect(
+        predict_batches(
+            classifier,
+            Subset(views.plain, [0]) if isinstance(views.plain, Dataset) else views.plain[:1],
+            batch_size=1,
+            precision=config.precision,
+            channels_last=config.channels_last,
+        )
     )
     if found.failures:  # it was readable before: the training will say what is wrong
         return
@@ -198,15 +198,20 @@ def _zero_shot(
     part: Labelled,
     title: str,
     copies: Copies | None,
-) -> tuple[Labelled, Target, tuple[tuple[str, str], ...]]:
+) -> tuple[Labelled, Target]:
     views = views_of(part.images, classifier.model, part.labels, config.decode, copies)
-    seen = zero_shot(
+    target = zero_shot_target(
         classifier,
-        views,
-        config.trainer(),
+        views.plain,
+        augmented=views.augmented,
+        labels=views.labels,
+        names=views.names,
         strict=config.strict,
-        batch_size=config.eval_batch_size,
         keep_features=not config.make_method().trains_tower(config.trainer()),
         watch=watched(title, len(part.images)),
+        batch_size=config.eval_batch_size,
+        num_workers=config.workers,
+        precision=config.precision,
+        channels_last=config.channels_last,
     )
-    return part.subset(seen.positions), seen.target, seen.unreadable
+    return part if target.positions is None else part.subset(target.positions), target

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.loader import LoadingMeter, TolerantBatch, tolerant_loader
-from ueo_fast.ranges import MOST_WORKERS, check_count
+from ueo_fast.finetune.data.names import plural, shown
+from ueo_fast.ranges import MOST_WORKERS, check_count, check_one_of
 
 PRECISIONS: dict[str, torch.dtype | None] = {
     "fp32": None,
@@ -79,8 +80,8 @@ class Predicted(NamedTuple):
         positions: (B,) int64, of the images that could be read.
         cosines: (B, C) float32 on the CPU, of those images; B may be 0.
         failures: the others of the batch.
-        features: (B, E) float32 on the CPU, L2-normalised, of the images; ``None`` where nobody
-            asked for them.
+        features: (B, E) float32 on the CPU, L2-normalised, of the images; ``None`` unless
+            requested.
     """
 
     positions: Tensor
@@ -129,13 +130,13 @@ def predict_batches(
     precision: str = "fp32",
     channels_last: bool = False,
     keep_features: bool = False,
+    strict: bool = False,
 ) -> Iterator[Predicted]:
     """Cosines of every readable image with every class, batch by batch, in the order of ``images``.
 
-    Nothing is kept: memory does not grow with the number of images. The text features are computed
-    once, before the first batch, in float32. Features are compared in float32 whatever the
-    precision.
-    The classifier's mode is left as it is (evaluation mode, unless somebody changed it).
+    Memory does not grow with the number of images. The text features are computed once, before the
+    first batch, in float32. Features are compared in float32 whatever the precision. The
+    classifier's mode is left as it is (evaluation mode, unless somebody changed it).
 
     Args:
         classifier: the model, on the device where the work is to be done.
@@ -146,14 +147,23 @@ def predict_batches(
             (:func:`cosine_error`).
         num_workers: worker processes of the loader.
         precision: of the image tower, one of :data:`PRECISIONS`.
-        channels_last: hand the images over in that memory format, which convolutions like.
+        channels_last: pass images in that memory format, which speeds up convolutions.
         keep_features: return the images' features as well.
+        strict: fail at the first image that cannot be read.
 
     Raises:
         TypeError, ValueError: no image, an unknown ``precision``, or a number out of range.
+        UnreadableImageError: while iterating, with ``strict``.
     """
-    loader, precision_type = _start(classifier, images, batch_size, num_workers, precision)
-    return _predict(classifier, loader, precision_type, channels_last, keep_features)
+    check_count("batch_size", batch_size)
+    check_count("num_workers", num_workers, least=0, most=MOST_WORKERS)
+    check_one_of("precision", precision, PRECISIONS)
+    device, dtype = classifier.logit_scale.device, PRECISIONS[precision]
+    warn_of_slow(device, dtype)
+    loader = tolerant_loader(
+        images, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda"
+    )
+    return _predict(classifier, loader, dtype, channels_last, keep_features, strict)
 
 
 def on_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
@@ -188,10 +198,10 @@ def watched(
 def image_bar(
     title: str, images: int, show: bool | None = True
 ) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar of images, with what is waited for; arguments as for :func:`watched`.
+    """A progress bar of images that says what takes the time; arguments as for :func:`watched`.
 
     Yields:
-        What moves the bar, called once per batch with images done and images in all.
+        A function that moves the bar, called once per batch with images done and images in all.
     """
     from tqdm import tqdm
 
@@ -218,83 +228,51 @@ def collect(predicted: Iterable[Predicted]) -> Readable:
     )
 
 
-def predict_readable(
-    classifier: ClipClassifier,
-    images: Dataset[Any] | Tensor,
-    *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    precision: str = "fp32",
-    channels_last: bool = False,
-) -> Readable:
-    """As :func:`predict_batches`, collected. Before a training it tells which images to leave out:
-    ``images.subset(readable.positions)``."""
-    return collect(
-        predict_batches(
-            classifier,
-            images,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            precision=precision,
-            channels_last=channels_last,
-        )
-    )
-
-
 def predict_cosines(
-    classifier: ClipClassifier,
-    images: Dataset[Any] | Tensor,
-    *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    precision: str = "fp32",
-    channels_last: bool = False,
+    classifier: ClipClassifier, images: Dataset[Any] | Tensor, **options: Any
 ) -> Tensor:
-    """Cosines of every image with every class, in the order of ``images``.
+    """(N, C) float32 cosines on the CPU: every image with every class, in the order given.
 
     Args:
         classifier: this and all others as for :func:`predict_batches`.
         images: N images, all of which can be read.
-        batch_size: images per forward pass.
-        num_workers: worker processes of the loader.
-        precision: of the image tower.
-        channels_last: memory format of the images.
-
-    Returns:
-        (N, C) float32 on the CPU.
+        options: ``batch_size``, ``num_workers``, ``precision``, ``channels_last``.
 
     Raises:
         UnreadableImageError: an image cannot be read.
     """
-    loader, precision_type = _start(classifier, images, batch_size, num_workers, precision)
-    return collect(_predict(classifier, _strict(loader), precision_type, channels_last)).cosines
+    return collect(predict_batches(classifier, images, strict=True, **options)).cosines
 
 
-def _start(
-    classifier: ClipClassifier,
-    images: Dataset[Any] | Tensor,
-    batch_size: int,
-    num_workers: int,
-    precision: str,
-) -> tuple[Iterable[TolerantBatch], torch.dtype | None]:
-    check_count("batch_size", batch_size, least=1)
-    check_count("num_workers", num_workers, least=0, most=MOST_WORKERS)
-    if precision not in PRECISIONS:
+def unreadable_images(
+    failures: Iterable[Failure], names: Sequence[str] | None, *, readable: int, strict: bool
+) -> tuple[tuple[str, str], ...]:
+    """(name, reason) of each image that could not be read.
+
+    Args:
+        failures: those images.
+        names: of all images; ``None``: their positions.
+        readable: how many of the images could be read.
+        strict: refuse any failure.
+
+    Raises:
+        ValueError: no image could be read, or with ``strict`` one could not.
+    """
+    unreadable = tuple(
+        (str(position) if names is None else names[position], reason)
+        for position, reason in failures
+    )
+    if unreadable and (strict or not readable):
+        name, reason = unreadable[0]
+        count = plural(len(unreadable), "image")
+        first = f"can be read, the first is {shown(name)}: {reason}"
+        if not readable:
+            raise ValueError(f"none of {count} {first}")
         raise ValueError(
-            f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
+            f"{count} cannot be read, the first is {shown(name)}: {reason}; fix or remove them, or "
+            "leave out strict to skip them"
         )
-    device = classifier.logit_scale.device
-    warn_of_slow(device, PRECISIONS[precision])
-    on_gpu = device.type == "cuda"
-    loader = tolerant_loader(images, batch_size, num_workers=num_workers, pin_memory=on_gpu)
-    return loader, PRECISIONS[precision]
-
-
-def _strict(loader: Iterable[TolerantBatch]) -> Iterator[TolerantBatch]:
-    for batch in loader:
-        for _, error in batch.failures:
-            raise error
-        yield batch
+    return unreadable
 
 
 # Around the generator: its body runs without gradients, what its caller does in between does not.
@@ -304,11 +282,14 @@ def _predict(
     loader: Iterable[TolerantBatch],
     precision: torch.dtype | None,
     channels_last: bool,
-    keep_features: bool = False,
+    keep_features: bool,
+    strict: bool,
 ) -> Iterator[Predicted]:
     device = classifier.logit_scale.device
     text = classifier.text_features()
     for images, positions, errors in loader:
+        if strict and errors:
+            raise errors[0][1]
         failures = tuple(Failure(position, error.reason) for position, error in errors)
         if images is None:
             none, kept = (text.new_zeros(0, size, device="cpu") for size in text.shape)
