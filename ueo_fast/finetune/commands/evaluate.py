@@ -23,7 +23,7 @@ from ueo_fast.finetune.data.image_list import check_root, read_images
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.data.views import views_of
-from ueo_fast.finetune.evaluation.predict import Readable, collect, predict_batches, watched
+from ueo_fast.finetune.evaluation.predict import Predicted, collect, predict_batches, watched
 from ueo_fast.finetune.files.run_files import PREDICTION_COLUMNS
 from ueo_fast.finetune.files.run_folder import RunFolder
 
@@ -100,7 +100,7 @@ def _predict(
     decode: Decoding,
     copies: Copies | None,
     title: str,
-) -> Readable:
+) -> Predicted:
     batches = predict_batches(
         classifier,
         views_of(images.images, classifier.model, None, decode, copies).plain,
@@ -111,7 +111,7 @@ def _predict(
     return collect(watched(title, len(images.images))(batches))
 
 
-def _readable(config: EvaluateConfig, images: Labelled, seen: Readable) -> Labelled:
+def _readable(config: EvaluateConfig, images: Labelled, seen: Predicted) -> Labelled:
     if not seen.failures:
         return images
     names = images.images.names

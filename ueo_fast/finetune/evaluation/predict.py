@@ -74,12 +74,12 @@ class Failure(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What the classifier says about one batch.
+    """What the classifier says about one batch, or about all images (:func:`collect`).
 
     Attributes:
-        positions: (B,) int64, of the images that could be read.
+        positions: (B,) int64, ascending, of the images that could be read.
         cosines: (B, C) float32 on the CPU, of those images; B may be 0.
-        failures: the others of the batch.
+        failures: the other images.
         features: (B, E) float32 on the CPU, L2-normalised, of the images; ``None`` unless
             requested.
     """
@@ -103,22 +103,6 @@ class HasImages(Protocol):
 
 
 Batch = TypeVar("Batch", bound=HasImages)
-
-
-class Readable(NamedTuple):
-    """What the classifier says about the images that could be read.
-
-    Attributes:
-        positions: (M,) int64, ascending.
-        cosines: (M, C) float32 on the CPU.
-        failures: the other images.
-        features: (M, E) float32 on the CPU, or ``None``, as in :class:`Predicted`.
-    """
-
-    positions: Tensor
-    cosines: Tensor
-    failures: tuple[Failure, ...]
-    features: Tensor | None = None
 
 
 def predict_batches(
@@ -216,11 +200,11 @@ def image_bar(
         yield advance
 
 
-def collect(predicted: Iterable[Predicted]) -> Readable:
+def collect(predicted: Iterable[Predicted]) -> Predicted:
     """All batches of :func:`predict_batches` as one."""
     batches = list(predicted)
     features = [batch.features for batch in batches if batch.features is not None]
-    return Readable(
+    return Predicted(
         torch.cat([batch.positions for batch in batches]),
         torch.cat([batch.cosines for batch in batches]),
         tuple(failure for batch in batches for failure in batch.failures),
