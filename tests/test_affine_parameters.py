@@ -170,7 +170,7 @@ def test_freezing_leaves_exactly_the_affines_trainable(scope: str) -> None:
 
 def test_unknown_scope_is_refused_and_changes_nothing() -> None:
     model = with_visual(nn.Sequential(nn.LayerNorm(4)))
-    with pytest.raises(ValueError, match=r"scope='bn' is unknown; choose one of 'all', 'authors'"):
+    with pytest.raises(ValueError, match=r"scope='bn' is unknown: choose one of all, authors"):
         freeze_all_but_affine(model, "bn")
     assert all(parameter.requires_grad for parameter in model.parameters())
 

@@ -274,11 +274,11 @@ def test_a_short_list_names_the_classes_that_it_lacks(officehome: Path) -> None:
     [
         (
             ("office", "art", "CDA"),
-            "dataset='office' is unknown; .*office31, officehome, visdac, d",
+            "dataset='office' is unknown: .*office31, officehome, visdac, d",
         ),
-        (("officehome", "photo", "CDA"), "'photo' is unknown; .*Art, Clipart, Product, RealWorld$"),
-        (("visdac", "test", "CDA"), "domain='test' is unknown; choose one of train, validation$"),
-        (("officehome", "art", "UDA"), "scenario='UDA' is unknown; .*CSDA, CDA, PDA, ODA, OPDA$"),
+        (("officehome", "photo", "CDA"), "'photo' is unknown: .*Art, Clipart, Product, RealWorld$"),
+        (("visdac", "test", "CDA"), "domain='test' is unknown: choose one of train, validation$"),
+        (("officehome", "art", "UDA"), "scenario='UDA' is unknown: .*CSDA, CDA, PDA, ODA, OPDA$"),
     ],
 )
 def test_names_are_checked(tmp_path: Path, arguments: tuple, message: str) -> None:

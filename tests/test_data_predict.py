@@ -159,7 +159,7 @@ def test_channels_last_changes_the_layout_only(monkeypatch: pytest.MonkeyPatch) 
 def test_arguments_are_checked_at_once() -> None:
     classifier = make_classifier()
     assert list(PRECISIONS) == ["fp32", "bf16", "fp16"]
-    with pytest.raises(ValueError, match="precision='half' is unknown; choose one of fp32, bf16"):
+    with pytest.raises(ValueError, match="precision='half' is unknown: choose one of fp32, bf16"):
         predict_batches(classifier, make_images(2), precision="half")
     with pytest.raises(ValueError, match="images is empty"):
         predict_batches(classifier, make_images(0))

@@ -125,7 +125,7 @@ def test_a_name_needs_weights_and_lists_its_tags():
         load_clip("RN50", "weights/RN50.pt")
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_clip("RN50", "openai=elsewhere.pt")
-    with pytest.raises(ValueError, match="precision='fp8' is unknown; choose one of fp32"):
+    with pytest.raises(ValueError, match="precision='fp8' is unknown: choose one of fp32"):
         load_clip("RN50", "openai", precision="fp8")
     with pytest.raises(ValueError, match="activation='relu' is unknown"):
         load_clip("RN50", "openai", activation="relu")

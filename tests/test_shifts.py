@@ -114,7 +114,7 @@ def test_splits_are_frozen_and_hashable() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("UDA", ["a"], ["a", "b"]), r"shift='UDA' is unknown; choose one of CSDA, CDA, PDA, ODA"),
+        (("UDA", ["a"], ["a", "b"]), r"shift='UDA' is unknown: choose one of CSDA, CDA, PDA, ODA"),
         (("CDA", [], ["a"]), "known is empty; give at least one class name"),
         (("CDA", ["a"], []), "target_classes is empty"),
         (("CDA", "ab", ["a", "b"]), "known is the string 'ab'; give a list"),
@@ -161,7 +161,7 @@ def test_long_lists_are_shortened_in_messages() -> None:
 
 
 def test_benchmark_arguments_are_checked() -> None:
-    with pytest.raises(ValueError, match="dataset='mnist' is unknown; choose one of office31, off"):
+    with pytest.raises(ValueError, match="dataset='mnist' is unknown: choose one of office31, off"):
         benchmark_split("mnist", "CDA", names(10))
     with pytest.raises(ValueError, match="class_names has 30 names, but office31 has 31 classes"):
         benchmark_split("office31", "CDA", names(30))

@@ -260,8 +260,8 @@ def test_a_seed_decides_everything(images):
         ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
         ({"early_stop": 0}, "early_stop must be at least 1, got 0"),
         ({"checkpoint_every": -1}, "checkpoint_every must be at least 0, got -1"),
-        ({"schedule": "linear"}, "schedule='linear' is unknown; choose one of cosine, constant"),
-        ({"precision": "int8"}, "precision='int8' is unknown; choose one of fp32, bf16, fp16"),
+        ({"schedule": "linear"}, "schedule='linear' is unknown: choose one of cosine, constant"),
+        ({"precision": "int8"}, "precision='int8' is unknown: choose one of fp32, bf16, fp16"),
     ],
 )
 def test_choices_are_checked(options, message):

@@ -83,12 +83,6 @@ def check_values(name: str, value: Tensor, x: Tensor, dim: int, *, constant: boo
     backends.check_memory(name, value)
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """One of a few words."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}")
-
-
 def check_weights(name: str, value: Tensor, logits: Tensor) -> Tensor:
     """Constant weights of the rows, converted to the compute dtype."""
     check_dense(name, value, padded="(1.0)")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ueo_fast import _extension
+from ueo_fast.ranges import check_one_of
 
 CAPABILITIES = ("base", "avx2", "avx512")
 
@@ -211,8 +212,7 @@ def choose(backend: str, tensor: Tensor, *others: Tensor | None, name: str = "lo
         return _automatic(tensor, others)
     if known and backend == "reference":
         return backend
-    if not known or backend not in COMPILED:
-        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(names())}")
+    check_one_of("backend", backend, names())
     error = _library_error(backend)
     if error is not None:
         raise RuntimeError(f"backend={backend!r} cannot run: {error}; or use backend='auto'")

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ueo_fast import backends, reference
-from ueo_fast.arguments import check_choice, check_dense, check_values
+from ueo_fast.arguments import check_dense, check_values
 from ueo_fast.ops import channel_affine as affine_op
 from ueo_fast.ops import layer_norm as layer_norm_op
-from ueo_fast.ranges import check_number
+from ueo_fast.ranges import check_number, check_one_of
 
 ACTIVATIONS = ("none", "relu")
 
@@ -110,7 +110,7 @@ def channel_affine(
     check_dense("x", x)
     backends.check_memory("x", x)
     dim = _dimension(dim, x)
-    check_choice("activation", activation, ACTIVATIONS)
+    check_one_of("activation", activation, ACTIVATIONS)
     _check_residual(residual, x)
     check_values("scale", scale, x, dim)
     check_values("shift", shift, x, dim)
@@ -169,7 +169,7 @@ def frozen_batch_norm(
             f"x must have shape (N, C) or (N, C, ...), got {tuple(x.shape)}: "
             "add the batch with x.unsqueeze(0)"
         )
-    check_choice("activation", activation, ACTIVATIONS)
+    check_one_of("activation", activation, ACTIVATIONS)
     _check_residual(residual, x)
     eps = check_number("eps", eps, sign="not negative")
     check_values("running_mean", running_mean, x, 1, constant=True)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ueo_fast.patch.patched import original_class
 from ueo_fast.patch.sites import is_norm, visual_tower, visual_towers
+from ueo_fast.ranges import check_one_of
 
 SCOPES = ("all", "authors")
 _TEXT = frozenset(
@@ -78,10 +79,7 @@ def affine_parameters(model: nn.Module, scope: str = "all") -> AffineParameters:
 
     Source: Liang et al., 2024, arXiv 2308.12919, section 3.4; the rule is in the authors' demo.py.
     """
-    if scope not in SCOPES:
-        raise ValueError(
-            f"scope={scope!r} is unknown; choose one of {', '.join(map(repr, SCOPES))}"
-        )
+    check_one_of("scope", scope, SCOPES)
     tower, prefix = visual_tower(model)
     if tower is model:
         _check_no_text(model)

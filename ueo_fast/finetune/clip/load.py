@@ -46,6 +46,7 @@ from ueo_fast.finetune.clip.weights import (
     weights_error,
 )
 from ueo_fast.finetune.data.loader import seeded_torch
+from ueo_fast.ranges import check_one_of
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -102,10 +103,7 @@ def load_clip(
 
     Source: open_clip issues 771 and 915 (QuickGELU).
     """
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
-        )
+    check_one_of("precision", precision, PRECISIONS)
     source = find_source(model, pretrained, activation)
     loaded = _load(source, device=device, precision=precision, network=True)
     if precision != "bf16":  # whose rounded weights are another base

@@ -19,6 +19,7 @@ from huggingface_hub import constants, get_session, try_to_load_from_cache
 from open_clip.pretrained import download_pretrained_from_hf
 
 from ueo_fast.finetune.clip.base_model import CONFIG, option, read_model_config
+from ueo_fast.ranges import check_one_of
 
 NONE = "none"
 """The ``pretrained`` that stands for random weights."""
@@ -71,8 +72,8 @@ def find_source(
 
     Without ``network`` what is not on this machine is an error.
     """
-    if activation not in (None, *ACTIVATIONS):
-        raise ValueError(f"activation={activation!r} is unknown; choose one of gelu, quickgelu")
+    if activation is not None:
+        check_one_of("activation", activation, ACTIVATIONS)
     name = identify(model)
     quick = None if activation is None else activation == "quickgelu"
     if name.startswith((LOCAL, HUB)):

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from ueo_fast.ranges import LARGEST_FACTOR, MOST, MOST_WORKERS, check_count, check_number
+from ueo_fast.ranges import (
+    LARGEST_FACTOR,
+    MOST,
+    MOST_WORKERS,
+    check_count,
+    check_number,
+    check_one_of,
+)
 
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -86,14 +93,8 @@ class TrainerConfig:
             check_number(name, getattr(self, name), sign="not negative", most=LARGEST_FACTOR)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"schedule={self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}"
-            )
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision={self.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
-            )
+        check_one_of("schedule", self.schedule, SCHEDULES)
+        check_one_of("precision", self.precision, PRECISIONS)
 
     def decisive(self) -> dict[str, Any]:
         """The choices that a resumed run must share with the run that it goes on with."""

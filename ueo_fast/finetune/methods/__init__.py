@@ -14,6 +14,7 @@ from ueo_fast.finetune.methods.pouf import POUF
 from ueo_fast.finetune.methods.tent import Tent
 from ueo_fast.finetune.methods.ueo import UEO, EntMin, InfoMax, Oracle
 from ueo_fast.finetune.methods.upl import UPL
+from ueo_fast.ranges import check_one_of
 
 __all__ = [
     "DANCE",
@@ -58,8 +59,7 @@ def make_method(name: str, **options: object) -> Method:
         TypeError: an option that no method has.
         ValueError: unknown name; an option that the method does not use; a value that it refuses.
     """
-    if name not in METHODS:
-        raise ValueError(f"method={name!r} is unknown: choose one of {', '.join(METHODS)}")
+    check_one_of("method", name, METHODS)
     users: dict[str, list[str]] = {}
     for method in METHODS.values():
         for option in options_of(method):

@@ -12,7 +12,7 @@ from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.engine.objective import Objective, Step
 from ueo_fast.finetune.methods.base import LossMethod, check_entropies
 from ueo_fast.finetune.target import Target
-from ueo_fast.ranges import check_number
+from ueo_fast.ranges import check_number, check_one_of
 
 Confidence = Literal["zeroshot", "online"]
 
@@ -88,11 +88,7 @@ class UEO(_EntropyMethod):
     title: ClassVar[str] = "UEO"
 
     def __post_init__(self) -> None:
-        if self.confidence not in get_args(Confidence):
-            raise ValueError(
-                f"confidence={self.confidence!r} is unknown: choose one of "
-                f"{', '.join(get_args(Confidence))}"
-            )
+        check_one_of("confidence", self.confidence, get_args(Confidence))
         super().__post_init__()
         check_number("mcm_scale", self.mcm_scale, sign="positive")
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ueo_fast.finetune.data.names import plural
+from ueo_fast.ranges import check_one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,8 +55,7 @@ class Threshold:
     value: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind={self.kind!r} is unknown; choose one of {_kinds()}")
+        check_one_of("kind", self.kind, get_args(Kind))
         if self.value is None:
             if self.kind == "value":
                 raise ValueError("kind='value' needs a value, e.g. Threshold('value', 0.5)")
