@@ -13,16 +13,16 @@ LARGEST = 1e30
 _SMALLEST = 1 / LARGEST
 
 LARGEST_FACTOR = 1e6
-"""Of learning rates and weights of loss terms: with more, the first step already overflows."""
+"""Limit of learning rates and weights of loss terms: beyond it, the first step overflows."""
 
 MOST = 1_000_000_000
-"""Of what is counted: images in a batch, steps, epochs."""
+"""Limit of counts: images in a batch, steps, epochs."""
 
 MOST_THREADS = 1024
-"""Far more than that end in a crash of the thread library, without a message."""
+"""Far more threads crash the thread library without a message."""
 
 MOST_WORKERS = 1024
-"""Processes that a run may ask for; how many are started depends on the machine."""
+"""Worker processes that a run may ask for; how many start depends on the machine."""
 
 
 def check_count(name: str, value: int, least: int = 1, most: int = MOST) -> int:

@@ -33,12 +33,12 @@ class Target:
             as ``images``.
         cosines: (N, C) what the zero-shot model says, computed once before anything is trained;
             :func:`zero_shot_target` fills it in.
-        labels: (N,) int64 position in the list of known classes, -1 for unknown. No method but the
-            oracle looks at them.
-        features: (N, E) L2-normalised, what the image tower makes of ``images``, where it stays as
-            it is; ``None``: where it is trained, or they were not kept.
-        positions: (N,) int64, of the images among those that were given, where some could not be
-            read; ``None``: all were read.
+        labels: (N,) int64 position in the list of known classes, -1 for unknown. Only the oracle
+            looks at them.
+        features: (N, E) L2-normalised, of ``images``; ``None`` if the image tower is trained,
+            or if they were not kept.
+        positions: (N,) int64, among the images that were given, if some of those could not be read;
+            ``None`` if all could.
         unreadable: (name, reason) of each image that was left out.
 
     Raises:
@@ -76,7 +76,7 @@ class Target:
 
     @property
     def evaluation_images(self) -> Dataset[Any] | Tensor:
-        """What evaluation sees: the images, or their features."""
+        """What evaluation sees: the images, or their features if kept."""
         return self.images if self.features is None else self.features
 
     def zero_shot_cosines(self) -> Tensor:

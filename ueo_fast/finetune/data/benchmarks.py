@@ -189,9 +189,9 @@ def load_benchmark(
     Where ``root`` has the authors' list files, these are read: ``<domain>_list.txt`` (for Office-31
     also ``<domain>/images_list.txt``), or ``<domain>_train.txt`` and ``<domain>_test.txt`` for
     DomainNet, whose lists are part of it; each line is ``path label``, with the path relative to
-    ``root`` and the label an index into the authors' class list. Else the folders as they were
-    published: ``<domain>/<class>/...`` or ``<domain>/images/<class>/...``. Capitals, underscores,
-    hyphens and spaces in names of folders do not matter.
+    ``root`` and the label an index into the authors' class list. Otherwise, the folders as they
+    were published: ``<domain>/<class>/...`` or ``<domain>/images/<class>/...``. Capitals,
+    underscores, hyphens and spaces in folder names do not matter.
 
     Args:
         dataset: ``office31``, ``officehome``, ``visdac`` or ``domainnet``.
@@ -313,7 +313,7 @@ def _read_list(facts: DataSet, path: Path, root: Path, classes: Sequence[str]) -
                 f"{path}: {name!r} has the label {written!r}; a number from 0 to "
                 f"{len(classes) - 1} is needed, the class's place in the authors' order"
             )
-        # Lists in another order of the classes (ImageFolder's) are about, and no number would tell.
+        # Lists in another order of classes (ImageFolder's) exist, and numbers alone do not show it.
         own = by_folder.get(_simple(os.path.basename(os.path.dirname(name))), label)
         if own != label:
             raise ValueError(

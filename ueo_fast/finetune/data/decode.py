@@ -184,7 +184,7 @@ class EncodedImage:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[EncodedImage]:
-    """Open an image file, to decode as much of it as is needed; for the rest see :func:`open_rgb`.
+    """Open an image file, to decode as much of it as is needed; see also :func:`open_rgb`.
 
     Raises:
         UnreadableImageError: see :func:`open_rgb`.
@@ -192,7 +192,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[EncodedImage]:
     with contextlib.ExitStack() as stack:
         with _errors_of(path):
             mode = os.stat(path).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading one may wait for ever
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading one may block forever
                 raise ValueError("not a regular file (a pipe, socket or device)")
             if _extension(path) in _RAW:
                 raise ValueError(UNREADABLE[_extension(path)])
@@ -208,11 +208,11 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
 
     The format is detected from the content; only camera raw files are recognised by their
     extension, and refused. The camera's orientation (EXIF) is applied. Grey, palette and CMYK are
-    converted as Pillow does (Adobe's inverted CMYK included). What is transparent lies on white.
-    Of an animation the first frame is taken. Grey levels of more than 8 bits are scaled, not
-    clipped: those of 16 bits by 257; integers of 32 bits as 16 bits where they fit, else from
-    their own minimum and maximum to 0 and 255; floating point from [0, 1] or [0, 255] where it
-    fits, else from its own minimum and maximum.
+    converted as Pillow does (including Adobe's inverted CMYK). Transparent areas become white. Of
+    an animation, only the first frame is used. Grey levels of more than 8 bits are scaled, not
+    clipped: 16 bits by 257; integers of 32 bits as 16 bits if they fit, otherwise from their own
+    minimum and maximum to 0 and 255; floating point from [0, 1] or [0, 255] if it fits, otherwise
+    from its own minimum and maximum.
 
     Raises:
         UnreadableImageError: the file is missing, empty, truncated, corrupt or not an image of
@@ -224,10 +224,10 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
-    """As :func:`open_rgb`, of an image that is open already; it is not changed.
+    """As :func:`open_rgb`, from an image that is already open; it is not changed.
 
     Raises:
-        UnreadableImageError: of ``name``; the image cannot be decoded.
+        UnreadableImageError: the image, called ``name``, cannot be decoded.
     """
     with _errors_of(name):
         _check_sides(image)
@@ -264,7 +264,7 @@ def _check_sides(image: Image.Image) -> None:
 
 
 def _check_memory(image: Image.Image) -> None:
-    """Refuse what a small file may become: pixels times depth, with all that holds them."""
+    """Refuse small files that decode to huge images: pixels times depth, with all buffers."""
     kept = _KEPT.get(image.mode, 4)
     held = _HELD.get(image.format or "", 0)
     if image.info.get("progressive"):  # JPEG: the coefficients of three channels
@@ -308,7 +308,7 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """What makes RGB of each band."""
+    """A function that converts each band to RGB."""
     import numpy as np
 
     if image.mode.startswith("I;16"):
@@ -328,8 +328,8 @@ def _on_white(band: Image.Image) -> Image.Image:
 
 
 def _scaling(image: Image.Image, ranges: tuple[int, ...]) -> Callable[[Levels], Levels]:
-    """Brings levels to [0, 255]: from 0 to the first of ``ranges`` that holds them all, else from
-    their own minimum to their maximum."""
+    """A function that scales levels to [0, 255]: from 0 to the first of ``ranges`` that holds them
+    all, otherwise from their own minimum to their maximum."""
     import numpy as np
 
     low, high = np.inf, -np.inf
@@ -368,7 +368,7 @@ def _reason(path: str | os.PathLike[str], error: Exception) -> str:
 
 
 def _kind_of_content(path: str | os.PathLike[str]) -> str | None:
-    """Why a file cannot be read that is HEIC or AVIF by another name, as phones hand them out."""
+    """Why a HEIC or AVIF file with another extension, as some phones name them, cannot be read."""
     with open(path, "rb") as file:
         head = file.read(12)
     if head[4:8] != b"ftyp":

@@ -37,12 +37,12 @@ class Transform(ABC):
 
     @abstractmethod
     def __call__(self, image: Image.Image) -> Tensor:
-        """Of a whole RGB image, to the letter of the transform's source."""
+        """Transform a whole RGB image, exactly as the transform's source does."""
 
     @abstractmethod
     def of(self, picture: Picture) -> Tensor:
-        """Of a copy: the same view but for a few grey levels, resized by PyTorch, which is faster
-        than Pillow."""
+        """Transform a copy: the same view to within a few grey levels, resized by PyTorch, which is
+        faster than Pillow."""
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def pixel_statistics(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, each (3,), by which ``model`` wants pixels normalised. As to
+    """Mean and standard deviation, each (3,), with which ``model`` expects pixels normalised. As in
     open_clip, one number stands for all channels, and nothing for OpenAI's."""
     config = _config(model)
     values = [config[name] or _DEFAULTS[name] for name in ("mean", "std")]
@@ -68,10 +68,10 @@ def pixel_statistics(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """How ``model`` wants its images: size, mean, std, interpolation, resize_mode, fill_color.
+    """How ``model`` expects its images: size, mean, std, interpolation, resize_mode, fill_color.
 
-    What open_clip's factory noted at the visual tower (``preprocess_cfg``); the rest, or all of it
-    for a model made by hand, as OpenAI's CLIP at the tower's ``image_size``.
+    Read from the visual tower's ``preprocess_cfg``, which open_clip's factory sets. The rest, or
+    everything for a model made by hand, is as for OpenAI's CLIP at the tower's ``image_size``.
 
     Raises:
         ValueError: the model says nothing about the size of its images.
