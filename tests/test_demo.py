@@ -16,7 +16,7 @@ from ueo_fast.finetune.demo.digits import draw
 from ueo_fast.finetune.demo.report import RULE
 from ueo_fast.finetune.demo.run import demo_methods, pretrained, run_demo, run_method
 from ueo_fast.finetune.demo.tiny_clip import one_thread
-from ueo_fast.finetune.engine.history import History
+from ueo_fast.finetune.engine.hooks import History
 from ueo_fast.finetune.methods import UEO, AdaBN, EntMin, InfoMax, LossMethod, ZeroShot
 
 SMALL = {"pretrain_steps": 3, "epochs": 1, "batch_size": 320}

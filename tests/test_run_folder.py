@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 from typing import Annotated, Literal
 
 import pytest

@@ -14,15 +14,13 @@ from matplotlib import colormaps
 
 # Not pyplot, whose import and backend are the calling program's business.
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.demo.digits import DIGIT_NAMES, Draw
 from ueo_fast.finetune.evaluation.results_table import ResultsTable
 from ueo_fast.finetune.files.run_folder import RunFolder, environment
-from ueo_fast.finetune.report.charts import histogram_edges
-from ueo_fast.finetune.report.svg import KNOWN, UNKNOWN
+from ueo_fast.finetune.report.charts import KNOWN, UNKNOWN, Floats, histogram_edges
 
 RULE = (
     "Better or worse needs at least 3 seeds, a mean difference of half a point, and all seeds "
@@ -56,7 +54,7 @@ class Result(NamedTuple):
 
     record: dict[str, Any]
     history: dict[str, Any]
-    scores: NDArray[np.float64]
+    scores: Floats
 
 
 def write_report(
