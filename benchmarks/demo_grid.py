@@ -16,13 +16,11 @@ from pathlib import Path
 import torch
 
 from ueo_fast.finetune.demo.config import DemoConfig
-from ueo_fast.finetune.demo.digits import load_digits
-from ueo_fast.finetune.demo.problem import make_problem
+from ueo_fast.finetune.demo.digits import draw
 from ueo_fast.finetune.demo.report import machine_line
-from ueo_fast.finetune.demo.run import pretrained_classifier, run_method
+from ueo_fast.finetune.demo.run import pretrained, run_method
 from ueo_fast.finetune.evaluation.results_table import Spread
 from ueo_fast.finetune.methods import UEO, InfoMax, Method, ZeroShot
-from ueo_fast.finetune.target import zero_shot_target
 
 THREADS = 2
 SEEDS = (100, 101, 102, 103, 104)
@@ -36,18 +34,13 @@ OUT = Path(__file__).parents[1] / "docs" / "results" / "demo_grid.md"
 
 def grid(base: DemoConfig) -> list[str]:
     """Markdown rows of one recipe."""
-    digits = load_digits()
-    problems = [make_problem(base, digits, seed) for seed in base.seeds]
-    starts = [pretrained_classifier(base, problem) for problem in problems]
-    targets = [
-        zero_shot_target(start, problem.train.images)
-        for problem, start in zip(problems, starts, strict=True)
-    ]
+    draws = [draw(base, seed) for seed in base.seeds]
+    models = [pretrained(base, drawn) for drawn in draws]
 
     def hm(config: DemoConfig, method: Method) -> str:
         results = [
-            run_method(config, problem, start, target, method).metrics.hm
-            for problem, start, target in zip(problems, starts, targets, strict=True)
+            run_method(config, drawn, model, method).record["hm"]
+            for drawn, model in zip(draws, models, strict=True)
         ]
         return Spread.of([value for value in results if value is not None]).percent()
 

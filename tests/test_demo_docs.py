@@ -12,7 +12,7 @@ for module in ("open_clip", "sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(module)
 
 from benchmarks import demo_results  # noqa: E402
-from ueo_fast.finetune.demo.verdict import RULE  # noqa: E402
+from ueo_fast.finetune.demo.report import RULE  # noqa: E402
 
 
 def read(path: Path) -> str:

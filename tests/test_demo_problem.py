@@ -1,4 +1,4 @@
-"""What the demonstration is made of: digits, shifts, the tiny CLIP, the problem, its options."""
+"""What the demonstration is made of: digits, shifts, the tiny CLIP, a seed's draw, its options."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ueo_fast.finetune.demo.digits import (
     DIGIT_NAMES,
     SHIFTS,
     apply_shift,
+    draw,
     load_digits,
     split_domains,
 )
-from ueo_fast.finetune.demo.problem import make_problem
 from ueo_fast.finetune.demo.tiny_clip import pretrain, tiny_clip, tiny_tokenizer
 
 ALL_SCENARIOS = ("CSDA", "CDA", "PDA", "ODA", "OPDA")
@@ -142,11 +142,11 @@ def test_pretraining_lowers_the_loss(digits, tower):
 
 
 @pytest.mark.parametrize("scenario", ALL_SCENARIOS)
-def test_problem_hides_classes_as_the_scenario_says(digits, scenario):
-    problem = make_problem(DemoConfig(scenario=scenario), digits, seed=7)
-    known = set(problem.split.known)
-    trained = {DIGIT_NAMES[label] for label in problem.train.labels.tolist()}
-    tested = {DIGIT_NAMES[label] for label in problem.target.labels.tolist()}
+def test_a_draw_hides_classes_as_the_scenario_says(scenario):
+    drawn = draw(DemoConfig(scenario=scenario), 7)
+    known = set(drawn.split.known)
+    trained = {DIGIT_NAMES[label] for label in drawn.train.labels.tolist()}
+    tested = {DIGIT_NAMES[label] for label in drawn.target.labels.tolist()}
     counts = {
         "CSDA": (10, 10, 0),
         "CDA": (6, 6, 0),
@@ -156,32 +156,35 @@ def test_problem_hides_classes_as_the_scenario_says(digits, scenario):
     }
     assert (len(known), len(trained & known), len(trained - known)) == counts[scenario]
     assert tested == set(DIGIT_NAMES)
-    for digit, label in zip(problem.target.labels.tolist(), problem.labels.tolist(), strict=True):
+    for digit, label in zip(drawn.target.labels.tolist(), drawn.labels.tolist(), strict=True):
         name = DIGIT_NAMES[digit]
-        assert label == (problem.split.known.index(name) if name in known else -1)
-    assert not set(problem.source.index.tolist()) & set(problem.train.index.tolist())
+        assert label == (drawn.split.known.index(name) if name in known else -1)
+    assert not set(drawn.source.index.tolist()) & set(drawn.train.index.tolist())
 
 
-def test_the_known_digits_differ_between_seeds(digits):
-    problems = [make_problem(DemoConfig(), digits, seed) for seed in range(4)]
-    assert len({problem.split.known for problem in problems}) == 4
+def test_the_known_digits_differ_between_seeds():
+    draws = [draw(DemoConfig(), seed) for seed in range(4)]
+    assert len({drawn.split.known for drawn in draws}) == 4
 
 
 @pytest.mark.parametrize("scenario", ["PDA", "OPDA"])
-def test_a_seed_has_the_same_known_digits_under_every_shift(digits, scenario):
+def test_a_seed_has_the_same_known_digits_under_every_shift(scenario):
     for seed in (0, 1):
-        problems = [
-            make_problem(DemoConfig(tower=tower, shift=shift, scenario=scenario), digits, seed)
+        draws = [
+            draw(DemoConfig(tower=tower, shift=shift, scenario=scenario), seed)
             for tower in ("bn", "vit")
             for shift in SHIFTS
         ]
-        assert len({problem.split for problem in problems}) == 1
-        assert len({tuple(problem.train.index.tolist()) for problem in problems}) == 1
+        assert len({drawn.split for drawn in draws}) == 1
+        assert len({tuple(drawn.train.index.tolist()) for drawn in draws}) == 1
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        ({"tower": "mlp"}, "tower='mlp' is unknown; choose one of bn, vit"),
+        ({"shift": "blur"}, "shift='blur' is unknown; choose one of contrast, noise, rotation, t"),
+        ({"scenario": "opda"}, "scenario='opda' is unknown; choose one of CSDA, CDA, PDA, ODA, OP"),
         ({"seeds": ()}, "seeds is empty"),
         ({"seeds": (0, -1)}, "seeds must be at least 0, got -1"),
         (
@@ -201,6 +204,8 @@ def test_a_seed_has_the_same_known_digits_under_every_shift(digits, scenario):
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"mcm_scale": 0.0}, r"mcm_scale must be from 1e-30 to 1e\+30, got 0"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"affine_lr": -1.0}, r"affine_lr must be 0 or from 1e-30 to 1e\+06, got -1"),
         ({"prompt_lr": 0.0, "affine_lr": 0.0}, "nothing to train"),
     ],
 )

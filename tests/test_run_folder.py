@@ -10,17 +10,11 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 from typing import Annotated, Literal
 
 import pytest
 import torch
 
-from ueo_fast.finetune.demo.plots import (
-    plot_mcm_histograms,
-    plot_per_class_accuracy,
-    plot_samples,
-)
 from ueo_fast.finetune.evaluation.results_table import ResultsTable, Spread
 from ueo_fast.finetune.files.records import BrokenFileError, Range, as_record
 from ueo_fast.finetune.files.run_folder import RunFolder
@@ -330,46 +324,3 @@ def test_table_of_one_seed_has_no_spread_and_undefined_metrics_a_dash():
     table = ResultsTable.from_records([record])
     assert table.markdown().splitlines()[-1] == "| UEO | 25.0 | - | - |"
     assert Spread.of([0.25]).std is None
-
-
-def png_size(path) -> int:
-    data = path.read_bytes()
-    assert data.startswith(b"\x89PNG")
-    return len(data)
-
-
-def test_plots_are_small_png_files(tmp_path):
-    scores = torch.rand(50)
-    known = torch.arange(50) % 3 > 0
-    plot_mcm_histograms(tmp_path / "h.png", {"before": (scores, known), "after": (scores, known)})
-    plot_mcm_histograms(tmp_path / "closed.png", {"all": (scores, torch.ones(50).bool())})
-    plot_per_class_accuracy(
-        tmp_path / "a.png",
-        {"x": {"cat": 0.5}, "y": {"cat": 1.0, "dog": 0.2}},
-        classes=["cat", "dog"],
-    )
-    row = (torch.rand(4, 3, 8, 8), ["a", "b", "c", "d"])
-    plot_samples(tmp_path / "s.png", {"source": row, "target": row})
-    for name in ("h", "closed", "a", "s"):
-        assert png_size(tmp_path / f"{name}.png") < 150_000
-
-
-@pytest.mark.parametrize("value", [0.25, 0.0])
-def test_equal_scores_are_drawn_without_a_warning(tmp_path, value):
-    scores = torch.full((20,), value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plot_mcm_histograms(tmp_path / "h.png", {"all": (scores, torch.arange(20) < 12)})
-    assert png_size(tmp_path / "h.png") > 0
-
-
-def test_plots_leave_the_program_its_own_backend():
-    code = "import sys, ueo_fast.finetune.demo.plots\nprint('matplotlib.pyplot' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout.strip() == "False"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ueo_fast.finetune.engine.training_config import TrainerConfig
 from ueo_fast.ranges import LARGEST_FACTOR, MOST_THREADS, check_count, check_number
@@ -136,6 +136,12 @@ class DemoConfig:
     )
 
     def __post_init__(self) -> None:
+        for name, choices in (("tower", Tower), ("shift", Shift), ("scenario", Scenario)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose one of "
+                    f"{', '.join(get_args(choices))}"
+                )
         object.__setattr__(self, "seeds", tuple(self.seeds))
         if not self.seeds:
             raise ValueError("seeds is empty: give at least one, e.g. --seeds 0 1 2")
@@ -143,8 +149,6 @@ class DemoConfig:
             raise ValueError(
                 f"seeds has repetitions, which would fake a small spread: {self.seeds}"
             )
-        for seed in self.seeds:
-            check_count("seeds", seed, 0, 2**63 - 1)
         if self.out == "":
             raise ValueError(
                 "out is empty: name a folder, or leave it out for a new one under runs/"
@@ -158,18 +162,16 @@ class DemoConfig:
             )
         if self.pretrain_steps is not None:
             check_count("pretrain_steps", self.pretrain_steps)
-        for name in ("epochs", "batch_size"):
-            check_count(name, getattr(self, name))
         if self.threads is not None:
             check_count("threads", self.threads, 1, MOST_THREADS)
         check_number("mcm_scale", self.mcm_scale, sign="positive")
         check_number("eps", self.eps, sign="not negative")
         check_number("trade_off", self.trade_off, sign="any", most=LARGEST_FACTOR)
-        for name in ("prompt_lr", "affine_lr"):
-            check_number(name, getattr(self, name), sign="not negative", most=LARGEST_FACTOR)
+        for seed in self.seeds:
+            check_count("seeds", seed, 0, 2**63 - 1)
+        self.trainer(seed=0)  # checks epochs, batch_size and the learning rates
         if self.prompt_lr == 0 and self.affine_lr == 0:
             raise ValueError("nothing to train: prompt_lr and affine_lr are both 0")
-        self.trainer(seed=0)
 
     @property
     def effective_severity(self) -> float:

@@ -1,15 +1,19 @@
-"""Two domains of handwritten digits: scikit-learn's images, as they are and shifted."""
+"""The demonstration's data: scikit-learn's digits, shifted, and what each seed draws of them."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits as sklearn_digits
 from torch import Tensor
+
+from ueo_fast.finetune.data.shifts import CategorySplit, split_classes
+from ueo_fast.finetune.demo.config import DemoConfig
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGE_SIZE = 32
@@ -17,7 +21,7 @@ IMAGE_SIZE = 32
 
 @dataclass(frozen=True)
 class Domain:
-    """Images of one domain.
+    """A list of images with labels.
 
     Attributes:
         images: (N, 3, 32, 32) float32 in [-1, 1].
@@ -29,17 +33,21 @@ class Domain:
     labels: Tensor
     index: Tensor
 
+    def subset(self, rows: Tensor) -> Domain:
+        """The images at ``rows``: positions, or a mask (N,)."""
+        return Domain(self.images[rows], self.labels[rows], self.index[rows])
+
     def of_classes(self, classes: tuple[int, ...]) -> Domain:
         """The images of ``classes``, in the same order."""
-        keep = torch.isin(self.labels, torch.tensor(classes))
-        return Domain(self.images[keep], self.labels[keep], self.index[keep])
+        return self.subset(torch.isin(self.labels, torch.tensor(classes)))
 
 
+@functools.cache
 def load_digits() -> Domain:
     """All 1,797 digits (8 x 8, 17 grey levels), enlarged bilinearly to 32 x 32 RGB.
 
-    Source: ``sklearn.datasets.load_digits``, a copy of UCI's "Optical Recognition of Handwritten
-    Digits" test set, part of the scikit-learn package.
+    Source: ``sklearn.datasets.load_digits``, a copy of the test set of UCI's "Optical Recognition
+    of Handwritten Digits"; it comes with the scikit-learn package.
     """
     data = sklearn_digits()
     grey = torch.from_numpy(data.images).float()[:, None] / 16.0
@@ -49,7 +57,7 @@ def load_digits() -> Domain:
 
 
 def split_domains(digits: Domain, generator: torch.Generator) -> tuple[Domain, Domain]:
-    """A random half as source, the rest as target: no image is in both.
+    """Split at random into source and target, which share no image.
 
     Each class is halved on its own, so that both domains have the same class frequencies.
     """
@@ -61,11 +69,7 @@ def split_domains(digits: Domain, generator: torch.Generator) -> tuple[Domain, D
         half = len(members) // 2
         source.append(members[:half])
         target.append(members[half:])
-    first, second = (
-        Domain(digits.images[rows], digits.labels[rows], digits.index[rows])
-        for rows in (torch.cat(source), torch.cat(target))
-    )
-    return first, second
+    return digits.subset(torch.cat(source)), digits.subset(torch.cat(target))
 
 
 def _contrast(images: Tensor, severity: float, generator: torch.Generator) -> Tensor:
@@ -90,7 +94,7 @@ def _rotation(images: Tensor, severity: float, generator: torch.Generator) -> Te
 
 
 def _texture(images: Tensor, severity: float, generator: torch.Generator) -> Tensor:
-    """A coloured smooth pattern, different for every image, in place of the black background."""
+    """A smooth coloured pattern in place of the black background, different for every image."""
     count = len(images)
     coarse = torch.rand((count, 3, 5, 5), generator=generator) * 2.0 - 1.0
     pattern = F.interpolate(coarse, size=IMAGE_SIZE, mode="bicubic", align_corners=False)
@@ -99,9 +103,7 @@ def _texture(images: Tensor, severity: float, generator: torch.Generator) -> Ten
     return ink + (1.0 - ink) * background
 
 
-Shift = Callable[[Tensor, float, torch.Generator], Tensor]
-
-SHIFTS: dict[str, Shift] = {
+SHIFTS: dict[str, Callable[[Tensor, float, torch.Generator], Tensor]] = {
     "contrast": _contrast,
     "noise": _noise,
     "rotation": _rotation,
@@ -126,4 +128,47 @@ def apply_shift(domain: Domain, shift: str, severity: float, generator: torch.Ge
         raise ValueError(f"unknown shift {shift!r}: choose one of {', '.join(SHIFTS)}")
     if not 0.0 <= severity <= 1.0:
         raise ValueError(f"severity must lie in [0, 1], got {severity}")
-    return Domain(SHIFTS[shift](domain.images, severity, generator), domain.labels, domain.index)
+    return replace(domain, images=SHIFTS[shift](domain.images, severity, generator))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one seed draws: the images and classes of one run.
+
+    Attributes:
+        seed: the seed.
+        source: labelled images of all ten digits, for pre-training.
+        clean: the target before the shift; it shows what the shift costs.
+        target: the same images after the shift; the test set.
+        train: the part of the target that the methods adapt to, without labels.
+        split: known, training and test classes, by name.
+        labels: (len(target),) int64, position in ``split.known``, or -1 for unknown.
+    """
+
+    seed: int
+    source: Domain
+    clean: Domain
+    target: Domain
+    train: Domain
+    split: CategorySplit
+    labels: Tensor
+
+
+def draw(config: DemoConfig, seed: int) -> Draw:
+    """Draw the halves, the known digits and the shift of ``seed``.
+
+    A seed has the same halves and known digits under every shift and tower. The known digits differ
+    between seeds, so that a result does not rest on one lucky choice. As in the authors' code for
+    Office and VisDA, the training images are also test images (transductive).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    source, clean = split_domains(load_digits(), generator)
+    # Before the shift: noise and texture draw from the generator, the other shifts do not.
+    order = torch.randperm(len(DIGIT_NAMES), generator=generator).tolist()
+    target = apply_shift(clean, config.shift, config.effective_severity, generator)
+    names = [DIGIT_NAMES[position] for position in order]
+    known = names if config.scenario == "CSDA" else names[: config.known_classes]
+    split = split_classes(config.scenario, known, names)
+    train = target.of_classes(tuple(DIGIT_NAMES.index(name) for name in split.train))
+    labels = torch.tensor([split.label(DIGIT_NAMES[digit]) for digit in target.labels.tolist()])
+    return Draw(seed, source, clean, target, train, split, labels)

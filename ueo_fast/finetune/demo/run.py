@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import multiprocessing
-import pickle
-import queue
 import signal
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip.model import CLIP
 from tqdm import tqdm
 
 from ueo_fast import mcm_score
-from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.clip.prompt import PromptLearner
+from ueo_fast.finetune.adaptation import adapt, make_classifier
 from ueo_fast.finetune.data.loader import processors
 from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.demo.config import DemoConfig
-from ueo_fast.finetune.demo.digits import DIGIT_NAMES, load_digits
-from ueo_fast.finetune.demo.problem import Problem, make_problem
-from ueo_fast.finetune.demo.report import write_report
-from ueo_fast.finetune.demo.result import MethodResult
-from ueo_fast.finetune.demo.tiny_clip import OnStep, pretrain, tiny_clip, tiny_tokenizer
+from ueo_fast.finetune.demo.digits import DIGIT_NAMES, Draw, draw, load_digits
+from ueo_fast.finetune.demo.report import Result, write_report
+from ueo_fast.finetune.demo.tiny_clip import OnStep, one_thread, pretrain, tiny_clip, tiny_tokenizer
 from ueo_fast.finetune.engine.hooks import Hooks
-from ueo_fast.finetune.evaluation.metrics import Metrics, compute_metrics
+from ueo_fast.finetune.evaluation.metrics import compute_metrics
 from ueo_fast.finetune.evaluation.predict import predict_cosines
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.finetune.methods import UEO, AdaBN, EntMin, InfoMax, LossMethod, Method, ZeroShot
-from ueo_fast.finetune.target import Target, zero_shot_target
+
+Tell = Callable[[str, Any], None]
+"""Called with ("step", title), ("line", text) or ("result", :class:`Result`)."""
+
+BATCH = 256
+"""Images per forward pass of an evaluation. The last digits of a number depend on it."""
 
 
 def demo_methods(config: DemoConfig) -> list[Method]:
-    """The rows of the table, in order; AdaBN where the tower has BatchNorm."""
+    """The rows of the table, in order; AdaBN only where the tower has BatchNorm."""
     methods: list[Method] = [ZeroShot()]
     if config.tower == "bn":
         methods.append(AdaBN())
@@ -61,9 +62,9 @@ def run_demo(config: DemoConfig) -> Path:
 
     Raises:
         FileExistsError: ``config.out`` exists and is not empty.
-        NonFiniteLossError: a method diverged; the results before it are in the folder.
+        NonFiniteLossError: a method diverged; the folder has the results before it.
     """
-    with RunFolder.create(config.out, prefix="demo") as folder:
+    with RunFolder.create(config.out, prefix="demo") as folder, one_thread():
         _run(config, folder)
     return folder.path
 
@@ -73,60 +74,73 @@ def _run(config: DemoConfig, folder: RunFolder) -> None:
     threads = min(config.threads or processors(), len(config.seeds))
     folder.write_json("config.json", config.as_dict())
     folder.write_environment(command=config.command(), seeds=config.seeds, threads=threads)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(1)  # training amplifies rounding, which another number would change
-    try:
-        digits = load_digits()
-        problems = [make_problem(config, digits, seed) for seed in config.seeds]
-        results: list[MethodResult] = []
-        with _progress(config, problems) as bar:
+    draws = [draw(config, seed) for seed in config.seeds]
+    results: list[Result] = []
+    # disable=None: no bar where the output is a file, so that logs stay readable.
+    with tqdm(total=_steps(config, draws), unit="step", disable=None, dynamic_ncols=True) as bar:
+
+        def tell(kind: str, value: Any) -> None:
+            if kind == "line":
+                bar.write(value)
+            elif kind == "step":
+                if threads == 1:  # otherwise several seeds run at the same time
+                    bar.set_description(value, refresh=False)
+                bar.update()
+            else:
+                folder.append_json_line("metrics.jsonl", value.record)
+                folder.append_json_line("history.jsonl", value.history)
+                results.append(value)
+
+        bar.write(
+            f"tiny CLIP ({config.tower}) on {len(load_digits().images)} handwritten digits, shift "
+            f"{config.shift} ({config.effective_severity:g}), scenario {config.scenario}, "
+            f"{plural(len(draws), 'seed')}; results in {folder.path}"
+        )
+        if (config.epochs, config.pretrain_steps) == (DemoConfig.epochs, None):
             bar.write(
-                f"tiny CLIP ({config.tower}) on {len(digits.images)} handwritten digits, shift "
-                f"{config.shift} ({config.effective_severity:g}), scenario {config.scenario}, "
-                f"{plural(len(problems), 'seed')}; results in {folder.path}"
+                "each seed is pre-trained, then adapted by one method after the other: usually "
+                f"half a minute a seed, {plural(threads, 'seed')} at a time"
             )
-            if (config.epochs, config.pretrain_steps) == (DemoConfig.epochs, None):
-                bar.write(
-                    "each seed is pre-trained, then adapted by one method after the other: usually "
-                    f"half a minute a seed, {plural(threads, 'seed')} at a time"
-                )
-            for result in _results(config, problems, threads, bar):
-                folder.append_json_line("metrics.jsonl", result.record())
-                folder.append_json_line("history.jsonl", result.history_record())
-                results.append(result)
-        results.sort(key=lambda result: config.seeds.index(result.seed))
-        seconds = time.perf_counter() - started
-        print(write_report(folder, config, problems, results, threads=threads, seconds=seconds))
-    finally:
-        torch.set_num_threads(threads_before)
+        if threads == 1:
+            for seed in config.seeds:
+                run_seed(config, seed, tell)
+        else:
+            _run_in_processes(config, threads, tell)
+    results.sort(key=lambda result: config.seeds.index(result.record["seed"]))
+    seconds = time.perf_counter() - started
+    print(write_report(folder, config, draws[0], results, threads=threads, seconds=seconds))
 
 
-def _results(
-    config: DemoConfig, problems: Sequence[Problem], threads: int, bar: tqdm[Any]
-) -> Iterator[MethodResult]:
-    """The results of all seeds, each as soon as it is there."""
-    if threads == 1:
-        for problem in problems:
-            yield from run_seed(config, problem, bar)
-        return
+def _steps(config: DemoConfig, draws: Sequence[Draw]) -> int:
+    """Gradient steps of all seeds, pre-training included."""
+    trained = sum(isinstance(method, LossMethod) for method in demo_methods(config))
+    epochs = trained * config.epochs
+    return sum(
+        config.effective_pretrain_steps
+        + epochs * math.ceil(len(one.train.images) / config.batch_size)
+        for one in draws
+    )
+
+
+def _run_in_processes(config: DemoConfig, threads: int, tell: Tell) -> None:
+    """Run each seed in another process, ``threads`` at a time, and pass on what they tell."""
     context = multiprocessing.get_context("spawn")  # PyTorch's threads do not survive a fork
-    events = context.Queue()
+    # A simple queue has no thread: what a seed told is in it as soon as the seed is done.
+    events = context.SimpleQueue()
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(threads, context, _start, (events,)) as pool:
         try:
-            seeds = [pool.submit(_run_elsewhere, config, problem.seed) for problem in problems]
+            seeds = [pool.submit(_run_elsewhere, config, seed) for seed in config.seeds]
             while not (all(seed.done() for seed in seeds) and events.empty()):
-                with contextlib.suppress(queue.Empty):
-                    name, value = pickle.loads(events.get(timeout=0.1))
-                    if name == "result":
-                        yield value
-                    else:
-                        getattr(bar, name)(value)
+                if events.empty():
+                    time.sleep(0.02)
+                else:
+                    tell(*events.get())
             for seed in seeds:
-                seed.result()  # raises what it has raised
+                seed.result()  # raises what the seed raised
         except BaseException as error:
             for process in set(multiprocessing.active_children()) - others:
-                process.terminate()  # after Ctrl-C they would finish their seeds first
+                process.terminate()  # otherwise they would finish their seeds after Ctrl-C
             if isinstance(error, BrokenProcessPool):
                 raise OSError(
                     "a process that computed a seed was ended, or could not start; use --threads "
@@ -135,142 +149,119 @@ def _results(
             raise
 
 
+_events: list[Any] = []  # the queue of this process, where it is one of a pool
+
+
 def _start(events: Any) -> None:
-    """Prepare a process of the pool: one thread, and Ctrl-C is the main process's affair."""
+    """Prepare a process of the pool. Ctrl-C is left to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    _DistantBar.events = events
+    _events.append(events)
 
 
 def _run_elsewhere(config: DemoConfig, seed: int) -> None:
-    bar: Any = _DistantBar()
-    for result in run_seed(config, make_problem(config, load_digits(), seed), bar):
-        bar.send("result", result)
+    run_seed(config, seed, lambda *event: _events[0].put(event))
 
 
-class _DistantBar:
-    """Stands for the progress bar, which is in the main process."""
-
-    events: Any
-
-    def send(self, name: str, value: object) -> None:
-        # As bytes: the queue would share tensors by files, which go when this process ends.
-        self.events.put(pickle.dumps((name, value)))
-
-    def update(self) -> None:
-        self.send("update", 1)
-
-    def write(self, text: str) -> None:
-        self.send("write", text)
-
-    def set_description(self, text: str) -> None:
-        """Not shown: several seeds are under way."""
-
-
-def run_seed(config: DemoConfig, problem: Problem, bar: tqdm[Any]) -> Iterator[MethodResult]:
+def run_seed(config: DemoConfig, seed: int, tell: Tell) -> None:
     """Pre-train once, then let every method start from the same model.
 
-    Yields each result as soon as it is there, before its line is printed: what the reader has seen
-    the caller has stored.
+    A result is told before its line, so that whatever the reader sees has been stored.
     """
 
     def say(text: str) -> None:
-        bar.write(f"seed {problem.seed}: {text}")
+        tell("line", f"seed {seed}: {text}")
 
-    def on_step(done: int, total: int, loss: float) -> None:
-        bar.update()
-
-    bar.set_description(f"seed {problem.seed}: pre-training")
+    drawn = draw(config, seed)
     started = time.perf_counter()
-    zero_shot = pretrained_classifier(config, problem, on_step)
+    model = pretrained(config, drawn, lambda *_: tell("step", f"seed {seed}: pre-training"))
     seconds = time.perf_counter() - started
-    clean = compute_metrics(predict_cosines(zero_shot, problem.clean.images), problem.labels)
-    say(f"pre-trained on all ten digits ({seconds:.1f} s); without the shift: {_brief(clean)}")
+    known = drawn.split.known
+    zero_shot = make_classifier(copy.deepcopy(model), tiny_tokenizer(), known, patch=config.patch)
+    cosines = predict_cosines(zero_shot, drawn.clean.images, batch_size=BATCH)
+    clean = _brief(compute_metrics(cosines, drawn.labels).as_dict())
+    say(f"pre-trained on all ten digits ({seconds:.1f} s); without the shift: {clean}")
     say(
-        f"known: {', '.join(problem.split.known)}; unlabelled: {len(problem.train.images)} images "
-        f"of {', '.join(problem.split.train)}"
+        f"known: {', '.join(known)}; unlabelled: {len(drawn.train.images)} images of "
+        f"{', '.join(drawn.split.train)}"
     )
-    target = zero_shot_target(zero_shot, problem.train.images)
-    hooks = Hooks(on_step=lambda record: on_step(record.step, record.total, record.loss))
-    for method in demo_methods(config):
-        bar.set_description(f"seed {problem.seed}: {method.title}")
-        result = run_method(config, problem, zero_shot, target, method, hooks)
-        yield result
-        say(f"{method.title:9} {_brief(result.metrics)}  ({result.seconds:.1f} s)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)  # each text once
+        warnings.showwarning = lambda message, *_, **__: say(str(message))
+        for method in demo_methods(config):
+            result = run_method(config, drawn, model, method, tell)
+            tell("result", result)
+            record = result.record
+            say(f"{method.title:9} {_brief(record)}  ({record['seconds']:.1f} s)")
 
 
-def pretrained_classifier(
-    config: DemoConfig, problem: Problem, on_step: OnStep | None = None
-) -> ClipClassifier:
-    """A tiny CLIP trained on the source domain, with prompts for the known classes only."""
-    tokenizer = tiny_tokenizer()
-    model = tiny_clip(config.tower, problem.seed)
+def pretrained(config: DemoConfig, drawn: Draw, on_step: OnStep | None = None) -> CLIP:
+    """A tiny CLIP trained on the source domain, all ten digits of it."""
+    model = tiny_clip(config.tower, drawn.seed)
     pretrain(
         model,
-        tokenizer,
-        problem.source.images,
-        problem.source.labels,
+        tiny_tokenizer(),
+        drawn.source.images,
+        drawn.source.labels,
         DIGIT_NAMES,
         steps=config.effective_pretrain_steps,
-        seed=problem.seed,
+        seed=drawn.seed,
         on_step=on_step,
     )
-    prompt = PromptLearner(model, tokenizer, problem.split.known)
-    return ClipClassifier(model, prompt, patch=config.patch)
+    return model
 
 
 def run_method(
     config: DemoConfig,
-    problem: Problem,
-    zero_shot: ClipClassifier,
-    target: Target,
+    drawn: Draw,
+    model: CLIP,
     method: Method,
-    hooks: Hooks | None = None,
-) -> MethodResult:
-    """Adapt a copy of ``zero_shot`` with ``method`` and test it on the whole shifted target.
+    tell: Tell = lambda kind, value: None,
+) -> Result:
+    """Adapt a copy of ``model`` as a user would, and test it on the whole shifted target.
 
     Args:
-        config: of the run.
-        problem: of the seed.
-        zero_shot: where every method starts; left as it is.
-        target: ``problem.train`` with what ``zero_shot`` says about it.
+        config: choices of the run.
+        drawn: images and classes of the seed.
+        model: where every method starts, from :func:`pretrained`; left as it is.
         method: a row of the table.
-        hooks: who is told of each gradient step.
+        tell: told of each gradient step, and of a collapse.
     """
-    classifier = copy.deepcopy(zero_shot)
+    name = f"seed {drawn.seed}: {method.title}"
+    model = copy.deepcopy(model)
     started = time.perf_counter()
-    history = method.adapt(
-        classifier,
-        target,
-        config=config.trainer(problem.seed),
-        hooks=hooks,
+    adaptation = adapt(
+        model,
+        tiny_tokenizer(),
+        drawn.train.images,
+        drawn.split.known,
+        method=method,
+        config=config.trainer(drawn.seed),
+        hooks=Hooks(
+            on_step=lambda _: tell("step", name),
+            on_warning=lambda text: tell("line", f"{name}: {text}"),
+        ),
+        patch=config.patch,
+        eval_batch_size=BATCH,
+        progress=False,
     )
     seconds = time.perf_counter() - started
-    cosines = predict_cosines(classifier, problem.target.images)
-    return MethodResult(
-        seed=problem.seed,
-        method=method.title,
-        known=problem.split.known,
-        metrics=compute_metrics(cosines, problem.labels),
-        scores=mcm_score(cosines),
-        history=history,
-        seconds=seconds,
+    cosines = predict_cosines(adaptation.classifier, drawn.target.images, batch_size=BATCH)
+    head = {"seed": drawn.seed, "method": method.title}
+    return Result(
+        record={
+            **head,
+            "known_classes": list(drawn.split.known),
+            "seconds": round(seconds, 3),
+            **compute_metrics(cosines, drawn.labels).as_dict(),
+        },
+        history={**head, **adaptation.history.as_dict()},
+        scores=mcm_score(cosines.double()).numpy(),
     )
 
 
-def _progress(config: DemoConfig, problems: Sequence[Problem]) -> tqdm[Any]:
-    trained = sum(isinstance(method, LossMethod) for method in demo_methods(config))
-    steps = sum(
-        config.effective_pretrain_steps
-        + trained * config.epochs * math.ceil(len(problem.train.images) / config.batch_size)
-        for problem in problems
-    )
-    # disable=None: no bar where the output is a file, so that logs stay readable.
-    return tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
-
-
-def _brief(metrics: Metrics) -> str:
-    text = f"per-class accuracy {100 * metrics.per_class_accuracy:.1f}"
-    if metrics.auroc is not None and metrics.hm is not None:
-        text += f", AUROC {100 * metrics.auroc:.1f}, HM {100 * metrics.hm:.1f}"
+def _brief(metrics: Mapping[str, Any]) -> str:
+    text = f"per-class accuracy {100 * metrics['per_class_accuracy']:.1f}"
+    if metrics["hm"] is not None:
+        text += f", AUROC {100 * metrics['auroc']:.1f}, HM {100 * metrics['hm']:.1f}"
     return text

@@ -1,9 +1,10 @@
-"""A CLIP small enough to be pre-trained on a laptop in seconds, made of open_clip's own classes."""
+"""A CLIP small enough to pre-train on a laptop in seconds, made of open_clip's own classes."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ TOWERS = {
     "vit": CLIPVisionCfg(layers=3, width=64, head_width=16, patch_size=8, image_size=32),
 }
 
-# Several wordings, one of them the prompt that the adaptation starts from, so that the text tower
-# sees more than one context.
+# Several wordings, so that the text tower sees more than one context. The adaptation starts from
+# the first one.
 CAPTIONS = (
     "a photo of a {}.",
     "a picture of the digit {}.",
@@ -42,12 +43,27 @@ def tiny_tokenizer() -> SimpleTokenizer:
     return SimpleTokenizer(context_length=CONTEXT_LENGTH)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one CPU thread, then restore the number of threads.
+
+    Training amplifies rounding: another number of threads gives another model, whose zero-shot
+    accuracy under a shift was up to 25 points away.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def tiny_clip(tower: str, seed: int) -> CLIP:
     """An untrained CLIP with a two-layer text tower and the image tower ``bn`` or ``vit``.
 
     Args:
         tower: ``"bn"`` (ModifiedResNet) or ``"vit"``.
-        seed: of the initial weights; the global random state is left as it was.
+        seed: seed of the initial weights; the global random state stays as it was.
 
     Raises:
         ValueError: unknown tower.
@@ -75,10 +91,7 @@ def pretrain(
     """Train ``model`` in place on images and their captions, with CLIP's image-to-text loss.
 
     A batch has far more images than there are classes, so most of its captions are the same
-    sentence; each distinct caption is encoded once and is a candidate once.
-
-    It runs on one CPU thread: training amplifies rounding, and another number of threads would give
-    another model, with a zero-shot accuracy up to 25 points away under a shift.
+    sentence: each distinct caption is encoded once and is one candidate. Runs on one thread.
 
     Args:
         model: from :func:`tiny_clip`.
@@ -89,7 +102,7 @@ def pretrain(
         steps: optimiser steps.
         batch_size: images per step, drawn with replacement.
         learning_rate: peak of AdamW's one-cycle schedule.
-        seed: of the batches and their augmentation.
+        seed: seed of the batches and their augmentation.
         on_step: called after each step with (steps done, steps in all, loss).
 
     Returns:
@@ -97,17 +110,15 @@ def pretrain(
     """
     generator = torch.Generator().manual_seed(seed)
     captions = [tokenizer([caption.format(name) for name in class_names]) for caption in CAPTIONS]
-    # Random token vectors serve as well as trained ones here, and AdamW over 49,408 of them would
-    # cost more than the rest of the step.
+    # Random token vectors do as well as trained ones here, and AdamW over 49,408 of them would cost
+    # more than the rest of the step.
     model.token_embedding.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     losses: list[float] = []
     model.train()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for step in range(steps):
             rows = torch.randint(len(images), (batch_size,), generator=generator)
             image = model.encode_image(_augment(images[rows], generator), normalize=True)
@@ -121,8 +132,6 @@ def pretrain(
             losses.append(float(loss.detach()))
             if on_step is not None:
                 on_step(step + 1, steps, losses[-1])
-    finally:
-        torch.set_num_threads(threads)
     model.eval()
     return sum(losses[-10:]) / len(losses[-10:])
 
