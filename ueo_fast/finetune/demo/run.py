@@ -19,7 +19,8 @@ from open_clip.model import CLIP
 from tqdm import tqdm
 
 from ueo_fast import mcm_score
-from ueo_fast.finetune.adaptation import adapt, make_classifier
+from ueo_fast.finetune.adaptation import adapt
+from ueo_fast.finetune.clip.model import make_classifier
 from ueo_fast.finetune.data.loader import processors
 from ueo_fast.finetune.data.names import plural
 from ueo_fast.finetune.demo.config import DemoConfig
