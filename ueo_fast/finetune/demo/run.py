@@ -8,9 +8,10 @@ import multiprocessing
 import signal
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,16 @@ def _steps(config: DemoConfig, draws: Sequence[Draw]) -> int:
     )
 
 
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Hold Ctrl-C back while processes start: one that is left half started prints a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _run_in_processes(config: DemoConfig, threads: int, tell: Tell) -> None:
     """Run each seed in another process, ``threads`` at a time, and pass on what they tell."""
     context = multiprocessing.get_context("spawn")  # PyTorch's threads do not survive a fork
@@ -131,7 +142,8 @@ def _run_in_processes(config: DemoConfig, threads: int, tell: Tell) -> None:
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(threads, context, _start, (events,)) as pool:
         try:
-            seeds = [pool.submit(_run_elsewhere, config, seed) for seed in config.seeds]
+            with _ctrl_c_waits():
+                seeds = [pool.submit(_run_elsewhere, config, seed) for seed in config.seeds]
             while not (all(seed.done() for seed in seeds) and events.empty()):
                 if events.empty():
                     time.sleep(0.02)
