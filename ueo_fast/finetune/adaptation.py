@@ -28,6 +28,7 @@ from ueo_fast.finetune.data.views import (
 )
 from ueo_fast.finetune.engine.hooks import Hooks, bar_hooks, combine, training_bar
 from ueo_fast.finetune.engine.trainer import History, TrainerConfig
+from ueo_fast.finetune.engine.training_config import ImagePass
 from ueo_fast.finetune.evaluation.predict import (
     Failure,
     Predicted,
@@ -344,9 +345,8 @@ def adapt(
         start = zero_shot(
             classifier,
             views,
-            config,
+            config.image_pass(eval_batch_size),
             strict=strict,
-            batch_size=eval_batch_size,
             keep_features=not chosen.trains_tower(config),
             watch=watched("zero-shot", len(views.names), progress),
         )
@@ -410,10 +410,9 @@ class ZeroShotPass(NamedTuple):
 def zero_shot(
     classifier: ClipClassifier,
     views: Views,
-    config: TrainerConfig,
+    how: ImagePass,
     *,
     strict: bool = False,
-    batch_size: int = 192,
     keep_features: bool = False,
     watch: Callable[[Iterator[Predicted]], Iterable[Predicted]] = iter,
 ) -> ZeroShotPass:
@@ -422,24 +421,15 @@ def zero_shot(
     Args:
         classifier: before anything is trained.
         views: the images.
-        config: its workers, precision and memory format are used.
+        how: they go through the image tower.
         strict: fail at an image that cannot be read.
-        batch_size: images per forward pass.
         keep_features: keep the images' features in the target, if all can be read.
         watch: passes the batches on, and may show how far it got.
 
     Raises:
         ValueError: no image can be read, or with ``strict`` one cannot.
     """
-    batches = predict_batches(
-        classifier,
-        views.plain,
-        batch_size=batch_size,
-        num_workers=config.num_workers,
-        precision=config.precision,
-        channels_last=config.channels_last,
-        keep_features=keep_features,
-    )
+    batches = predict_batches(classifier, views.plain, how, keep_features=keep_features)
     found = collect(watch(batches))
     unreadable = _named(found.failures, views.names, strict=strict)
     if not len(found.positions):

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ueo_fast import mcm_score
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.names import plural
+from ueo_fast.finetune.engine.training_config import ImagePass
 from ueo_fast.finetune.evaluation.predict import predict_cosines
 from ueo_fast.ranges import check_number
 
@@ -116,5 +117,7 @@ def zero_shot_target(
         batch_size: images per forward pass.
         num_workers: worker processes of the loader.
     """
-    cosines = predict_cosines(classifier, images, batch_size=batch_size, num_workers=num_workers)
+    cosines = predict_cosines(
+        classifier, images, ImagePass(batch_size=batch_size, num_workers=num_workers)
+    )
     return Target(images, augmented, cosines, labels)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.batches import tolerant_loader
 from ueo_fast.finetune.data.loader import LoadingMeter, TolerantBatch
-from ueo_fast.ranges import MOST_WORKERS, check_count
+from ueo_fast.finetune.engine.training_config import ImagePass
 
 PRECISIONS: dict[str, torch.dtype | None] = {
     "fp32": None,
@@ -124,11 +124,8 @@ class Readable(NamedTuple):
 def predict_batches(
     classifier: ClipClassifier,
     images: Dataset[Any] | Tensor,
+    how: ImagePass | None = None,
     *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    precision: str = "fp32",
-    channels_last: bool = False,
     keep_features: bool = False,
 ) -> Iterator[Predicted]:
     """Cosines of every readable image with every class, batch by batch, in the order of ``images``.
@@ -143,18 +140,15 @@ def predict_batches(
         images: a dataset or tensor of N un-augmented images; an item that cannot be read raises
             ``UnreadableImageError``. Or their features (N, E) from an earlier pass, as long as the
             image tower is the same.
-        batch_size: images per forward pass; it changes speed and memory, and cosines by rounding
-            (:func:`cosine_error`).
-        num_workers: worker processes of the loader.
-        precision: of the image tower, one of :data:`PRECISIONS`.
-        channels_last: hand the images over in that memory format, which convolutions like.
+        how: they go through the image tower. The batch size changes speed and memory, and cosines
+            by rounding (:func:`cosine_error`).
         keep_features: return the images' features as well.
 
     Raises:
-        TypeError, ValueError: no image, an unknown ``precision``, or a number out of range.
+        ValueError: no image.
     """
-    loader, precision_type = _start(classifier, images, batch_size, num_workers, precision)
-    return _predict(classifier, loader, precision_type, channels_last, keep_features)
+    how = how or ImagePass()
+    return _predict(classifier, _loader(classifier, images, how), how, keep_features)
 
 
 def on_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
@@ -208,7 +202,8 @@ def image_bar(
 
 
 def collect(predicted: Iterable[Predicted]) -> Readable:
-    """All batches of :func:`predict_batches` as one."""
+    """All batches of :func:`predict_batches` as one. Before a training it tells which images to
+    leave out: ``images.subset(readable.positions)``."""
     batches = list(predicted)
     features = [batch.features for batch in batches if batch.features is not None]
     return Readable(
@@ -219,47 +214,15 @@ def collect(predicted: Iterable[Predicted]) -> Readable:
     )
 
 
-def predict_readable(
-    classifier: ClipClassifier,
-    images: Dataset[Any] | Tensor,
-    *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    precision: str = "fp32",
-    channels_last: bool = False,
-) -> Readable:
-    """As :func:`predict_batches`, collected. Before a training it tells which images to leave out:
-    ``images.subset(readable.positions)``."""
-    return collect(
-        predict_batches(
-            classifier,
-            images,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            precision=precision,
-            channels_last=channels_last,
-        )
-    )
-
-
 def predict_cosines(
-    classifier: ClipClassifier,
-    images: Dataset[Any] | Tensor,
-    *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    precision: str = "fp32",
-    channels_last: bool = False,
+    classifier: ClipClassifier, images: Dataset[Any] | Tensor, how: ImagePass | None = None
 ) -> Tensor:
     """Cosines of every image with every class, in the order of ``images``.
 
     Args:
-        classifier: this and all others as for :func:`predict_batches`.
+        classifier: this and the others as for :func:`predict_batches`.
         images: N images, all of which can be read.
-        batch_size: images per forward pass.
-        num_workers: worker processes of the loader.
-        precision: of the image tower.
-        channels_last: memory format of the images.
+        how: they go through the image tower.
 
     Returns:
         (N, C) float32 on the CPU.
@@ -267,28 +230,22 @@ def predict_cosines(
     Raises:
         UnreadableImageError: an image cannot be read.
     """
-    loader, precision_type = _start(classifier, images, batch_size, num_workers, precision)
-    return collect(_predict(classifier, _strict(loader), precision_type, channels_last)).cosines
+    how = how or ImagePass()
+    loader = _strict(_loader(classifier, images, how))
+    return collect(_predict(classifier, loader, how)).cosines
 
 
-def _start(
-    classifier: ClipClassifier,
-    images: Dataset[Any] | Tensor,
-    batch_size: int,
-    num_workers: int,
-    precision: str,
-) -> tuple[Iterable[TolerantBatch], torch.dtype | None]:
-    check_count("batch_size", batch_size, least=1)
-    check_count("num_workers", num_workers, least=0, most=MOST_WORKERS)
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
-        )
+def _loader(
+    classifier: ClipClassifier, images: Dataset[Any] | Tensor, how: ImagePass
+) -> Iterable[TolerantBatch]:
     device = classifier.logit_scale.device
-    warn_of_slow(device, PRECISIONS[precision])
-    on_gpu = device.type == "cuda"
-    loader = tolerant_loader(images, batch_size, num_workers=num_workers, pin_memory=on_gpu)
-    return loader, PRECISIONS[precision]
+    warn_of_slow(device, PRECISIONS[how.precision])
+    return tolerant_loader(
+        images,
+        how.batch_size,
+        num_workers=how.num_workers,
+        pin_memory=device.type == "cuda",
+    )
 
 
 def _strict(loader: Iterable[TolerantBatch]) -> Iterator[TolerantBatch]:
@@ -303,11 +260,10 @@ def _strict(loader: Iterable[TolerantBatch]) -> Iterator[TolerantBatch]:
 def _predict(
     classifier: ClipClassifier,
     loader: Iterable[TolerantBatch],
-    precision: torch.dtype | None,
-    channels_last: bool,
+    how: ImagePass,
     keep_features: bool = False,
 ) -> Iterator[Predicted]:
-    device = classifier.logit_scale.device
+    device, precision = classifier.logit_scale.device, PRECISIONS[how.precision]
     text = classifier.text_features()
     for images, positions, errors in loader:
         failures = tuple(Failure(position, error.reason) for position, error in errors)
@@ -315,7 +271,7 @@ def _predict(
             none, kept = (text.new_zeros(0, size, device="cpu") for size in text.shape)
             yield Predicted(positions, none, failures, kept if keep_features else None)
             continue
-        batch = on_device(images, device, channels_last)
+        batch = on_device(images, device, how.channels_last)
         if precision is None:
             features = classifier.image_features(batch)
         else:
