@@ -506,7 +506,7 @@ def test_ctrl_c_ends_the_process_while_a_command_is_imported(monkeypatch):
     monkeypatch.setattr(commands, "_load", lambda path: config if "Config" in path else load(path))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert command.run([]) == 0
+        command.prepared([])()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
