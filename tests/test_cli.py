@@ -10,13 +10,20 @@ import signal
 import subprocess
 import sys
 import types
-from dataclasses import fields
 
 import pytest
 import torch
 
 import ueo_fast
 from ueo_fast.cli import INTERRUPTED, commands, main
+from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
+from ueo_fast.finetune.commands.options import (
+    CompareConfig,
+    EvaluateConfig,
+    ReportConfig,
+    ScoreConfig,
+)
+from ueo_fast.finetune.declared_options import GROUPS, options_of
 from ueo_fast.finetune.demo import run as demo_run
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.engine.trainer import NonFiniteLossError
@@ -56,13 +63,42 @@ def test_unknown_command_names_the_choices(capsys):
     )
 
 
-def test_demo_help_explains_every_option(capsys):
+@pytest.mark.parametrize(
+    "config", [DemoConfig, FinetuneConfig, EvaluateConfig, ScoreConfig, ReportConfig, CompareConfig]
+)
+def test_help_explains_every_option(config, capsys):
+    """With what its dataclass, or the part of it, says in its docstring."""
+    command = config.__name__.removesuffix("Config").lower()
+    assert main([command, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # broken at a hyphen
+    for name, option in options_of(config).items():
+        assert "--" + name.replace("_", "-") in text
+        assert len(option.help) > 5
+        assert option.help.split(";")[0][:40].replace("- ", "-") in text
+        assert "``" not in option.help
+    for flag in ("--config", "--print_config"):
+        assert flag in text
+
+
+def test_help_is_grouped(capsys):
+    assert main(["finetune", "--help"]) == 0
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{group}:\n") for group in GROUPS]
+    assert places == sorted(places)
+    groups = dict(zip(GROUPS, map(slice, places, [*places[1:], None]), strict=True))
+    for group, flags in {
+        "data": ("--data ", "--classes", "--dataset", "--decode", "--strict"),
+        "model": ("--model", "--pretrained", "--prompt-template"),
+        "method": ("--method", "--mcm-scale", "--top-k"),
+        "training": ("--epochs", "--batch-size", "--seed", "--early-stop"),
+        "speed": ("--device", "--workers", "--precision", "--patch", "--micro-batch-size"),
+        "output": ("--out ", "--resume", "--eval-every", "--wandb"),
+    }.items():
+        for flag in flags:
+            assert f"\n  {flag}" in text[groups[group]]
     assert main(["demo", "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for field in fields(DemoConfig):
-        assert "--" + field.name.replace("_", "-") in text
-        assert field.metadata["help"].split(";")[0][:40] in text
-    for option in ("--config", "--print_config", "{bn,vit}", "{CSDA,CDA,PDA,ODA,OPDA}"):
+    text = capsys.readouterr().out
+    for option in ("{bn,vit}", "{CSDA,CDA,PDA,ODA,OPDA}", *(f"\n{group}:\n" for group in GROUPS)):
         assert option in text
 
 
@@ -470,7 +506,7 @@ def test_ctrl_c_ends_the_process_while_a_command_is_imported(monkeypatch):
     monkeypatch.setattr(commands, "_load", lambda path: config if "Config" in path else load(path))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert command.run([]) == 0
+        command.prepared([])()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
-from typing import get_args, get_type_hints
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import yaml
 
 from ueo_fast.cli.flags import parse
 from ueo_fast.cli.option_file import MOST_BYTES
-from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
-from ueo_fast.finetune.commands.finetune_options import MethodName
+from ueo_fast.finetune.commands.finetune_config import FinetuneConfig, MethodName
 from ueo_fast.finetune.commands.options import (
     CompareConfig,
     EvaluateConfig,
     ReportConfig,
     ScoreConfig,
 )
+from ueo_fast.finetune.declared_options import flat, options_of
 from ueo_fast.finetune.demo.config import DemoConfig
-from ueo_fast.finetune.methods import METHODS, options_of
+from ueo_fast.finetune.engine.training_config import ImagePass, TrainerConfig
+from ueo_fast.finetune.methods import METHODS
+from ueo_fast.finetune.methods import options_of as choices_of
 
 NEEDED = ("--data", "d", "--classes", "c")
 ODD_TEXTS = [
@@ -31,8 +33,13 @@ ODD_TEXTS = [
 ]
 
 
-def finetune(*words: str) -> FinetuneConfig:
+def config_of(*words: str) -> FinetuneConfig:
     return parse(FinetuneConfig, [*NEEDED, *words], prog="ueo-fast finetune", description="")
+
+
+def finetune(*words: str) -> SimpleNamespace:
+    """The options, by the name of their flag."""
+    return SimpleNamespace(**flat(config_of(*words)))
 
 
 def refused(capsys, *words: str, config=FinetuneConfig, needed=NEEDED) -> str:
@@ -151,7 +158,7 @@ def test_what_is_printed_is_read_back(tmp_path, capsys):
     assert exit_.value.code == 0
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
     read = parse(FinetuneConfig, ["--config", str(tmp_path / "c.yaml")], prog="", description="")
-    assert read == finetune(*wanted)
+    assert read == config_of(*wanted)
 
 
 BOMB = "a: &a [x, x]\n" + "".join(
@@ -229,14 +236,12 @@ CONFIGS = {
 }
 HOPELESS = {int: ["1e30", "1" + "0" * 29, "-1"], float: ["1e40", "1e-40", "inf", "nan", "-1e40"]}
 NUMBERS = [
-    (config, field.name, text)
+    (config, option.name, text)
     for config in CONFIGS
-    for field in fields(config)
-    for kind, texts in HOPELESS.items()
-    if kind in (hint := get_type_hints(config)[field.name], *get_args(hint))
-    for text in texts
+    for option in options_of(config).values()
+    for text in HOPELESS.get(option.kind, [])
     # A weight of 1e-40 is as good as 0, which is allowed.
-    if (field.name, text) != ("trade_off", "1e-40") and field.name not in ("momentum", "severity")
+    if (option.name, text) != ("trade_off", "1e-40") and option.name not in ("momentum", "severity")
 ]
 
 
@@ -281,14 +286,14 @@ def test_what_cannot_work_is_said_with_the_range_or_the_reason(words, message, c
 def test_the_options_know_which_methods_use_them():
     assert set(get_args(MethodName)) == set(METHODS)
     known = {
-        field.name: field.metadata["methods"]
-        for field in fields(FinetuneConfig)
-        if field.metadata.get("methods")
+        option.name: option.metadata["methods"]
+        for option in options_of(FinetuneConfig).values()
+        if "methods" in option.metadata
     }
     assert set(known) == {"confidence", "eps", "trade_off", "top_k"}
     for name, users in known.items():
         option = {"top_k": "k"}.get(name, name)
-        assert set(users) == {key for key, of in METHODS.items() if option in options_of(of)}
+        assert set(users) == {key for key, of in METHODS.items() if option in choices_of(of)}
 
 
 def test_the_preset_of_the_authors():
@@ -301,9 +306,9 @@ def test_the_preset_of_the_authors():
     assert finetune("--preset", "authors", "--method", "upl").eps == 0  # has no use for it
     words = "--dataset domainnet --domain sketch --root r --preset authors"
     domainnet = parse(FinetuneConfig, words.split(), prog="", description="")
-    assert domainnet.epochs == 5
+    assert domainnet.training.epochs == 5
     domainnet = parse(FinetuneConfig, [*words.split(), "--epochs=9"], prog="", description="")
-    assert domainnet.epochs == 9
+    assert domainnet.training.epochs == 9
 
 
 def test_a_preset_and_a_file(tmp_path, capsys):
@@ -320,8 +325,38 @@ def test_a_preset_and_a_file(tmp_path, capsys):
 
 def test_a_run_remembers_the_values_of_a_preset(tmp_path):
     """So that it is resumed, and run again, without naming it."""
-    config = finetune("--preset", "authors")
+    config = config_of("--preset", "authors")
     (tmp_path / "config.json").write_text(json.dumps(config.as_dict()))
     again = ["--config", str(tmp_path / "config.json")]
     assert parse(FinetuneConfig, again, prog="", description="") == config
     assert "--affine-scope authors --logit-scale 100.0 --eps 1e-05 --seed 2023" in config.command()
+
+
+# ---- Parts --------------------------------------------------------------------------------------
+
+
+def test_the_training_is_the_trainers_own_config():
+    config = config_of("--workers", "3", "--epochs", "7", "--precision", "bf16", "--seed", "5")
+    wanted = TrainerConfig(num_workers=3, epochs=7, precision="bf16", seed=5)
+    assert config.training == config.trainer == wanted
+    assert config_of("--train", "affine").trainer.prompt_lr == 0
+    assert config_of("--train", "prompt").trainer.affine_lr == 0
+    assert "--workers 3" in config.command()
+
+
+def test_a_message_names_the_flag_and_not_the_field(capsys):
+    assert refused(capsys, "--workers", "-1") == "ueo-fast: workers must be at least 0, got -1"
+
+
+def test_evaluation_runs_images_as_training_does():
+    config = config_of("--eval-batch-size", "5", "--channels-last", "--precision", "bf16")
+    wanted = ImagePass(batch_size=5, num_workers=2, precision="bf16", channels_last=True)
+    assert config.evaluation == wanted
+
+
+def test_options_are_flat_however_they_are_grouped():
+    values = config_of().as_dict()
+    assert not any(isinstance(value, dict) for value in values.values())
+    assert {"data", "model", "method", "epochs", "workers", "device", "eval_every"} <= set(values)
+    assert not {"out", "resume", "shuffle", "num_workers", "training"} & set(values)
+    assert "channels_last" not in options_of(ScoreConfig)

@@ -182,9 +182,9 @@ def test_a_seed_has_the_same_known_digits_under_every_shift(scenario):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"tower": "mlp"}, "tower='mlp' is unknown; choose one of bn, vit"),
-        ({"shift": "blur"}, "shift='blur' is unknown; choose one of contrast, noise, rotation, t"),
-        ({"scenario": "opda"}, "scenario='opda' is unknown; choose one of CSDA, CDA, PDA, ODA, OP"),
+        ({"tower": "mlp"}, "tower='mlp' is unknown: choose one of bn, vit"),
+        ({"shift": "blur"}, "shift='blur' is unknown: choose one of contrast, noise, rotation, t"),
+        ({"scenario": "opda"}, "scenario='opda' is unknown: choose one of CSDA, CDA, PDA, ODA, OP"),
         ({"seeds": ()}, "seeds is empty"),
         ({"seeds": (0, -1)}, "seeds must be at least 0, got -1"),
         (

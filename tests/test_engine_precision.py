@@ -27,6 +27,7 @@ from ueo_fast.finetune.engine import forward
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Objective
 from ueo_fast.finetune.engine.trainer import NonFiniteLossError, train
+from ueo_fast.finetune.engine.training_config import ImagePass
 from ueo_fast.finetune.evaluation import predict
 from ueo_fast.finetune.evaluation.predict import predict_cosines
 from ueo_fast.gradient_cache import GradCache
@@ -315,7 +316,7 @@ def test_bfloat16_that_the_processor_emulates_is_warned_of_once(images, monkeypa
         assert not caught
         for _ in range(2):
             forward.Forward(classifier, dataclasses.replace(CONFIG, precision="bf16"))
-            predict_cosines(classifier, images, precision="bf16")
+            predict_cosines(classifier, images, ImagePass(precision="bf16"))
     found = [str(warning.message) for warning in caught]
     assert len(found) == (0 if native else 1)
     assert all("times slower" in text and "--precision fp32" in text for text in found)

@@ -24,6 +24,7 @@ from ueo_fast.finetune.demo.tiny_clip import tiny_tokenizer
 from ueo_fast.finetune.engine.hooks import Hooks
 from ueo_fast.finetune.engine.objective import Objective
 from ueo_fast.finetune.engine.trainer import TrainerConfig, train
+from ueo_fast.finetune.engine.training_config import ImagePass
 from ueo_fast.finetune.evaluation.predict import predict_cosines
 
 
@@ -68,7 +69,7 @@ def test_predictions_do_not_depend_on_the_batch_size(images):
     whole = predict_cosines(classifier, images)
     assert whole.shape == (10, 4)
     torch.testing.assert_close(
-        predict_cosines(classifier, images, batch_size=3), whole, rtol=0, atol=1e-6
+        predict_cosines(classifier, images, ImagePass(batch_size=3)), whole, rtol=0, atol=1e-6
     )
 
 

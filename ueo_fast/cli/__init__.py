@@ -1,15 +1,17 @@
-"""The command `ueo-fast`: picks the subcommand, and turns what it raises into an exit status."""
+"""The command `ueo-fast`: runs a subcommand, and turns what it raises into an exit status."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from ueo_fast.cli.commands import COMMANDS, harmless, plain
+from ueo_fast.cli.commands import prepared
 
 INTERRUPTED = 130  # 128 + SIGINT: what shells report for a command ended by Ctrl-C
 
@@ -27,80 +29,121 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _know_names_of_files()
     _open_closed_descriptors()
-    with _usable_streams():
+    words = list(sys.argv[1:] if argv is None else argv)
+    ending = _Ending()
+    with _usable_streams(), ending.of_output(), ending.of_command(*words[:1]), _short_warnings():
+        command = prepared(words)
+        status = command()
+        ending.status = status if isinstance(status, int) else 0
+    return ending.status
+
+
+class _Ending:
+    """How a command ends: within its contexts, errors that a user can fix become a message and an
+    exit status."""
+
+    status = 0
+
+    @contextlib.contextmanager
+    def of_output(self) -> Iterator[None]:
+        """Standard output may be closed or full."""
         try:
-            status = _run(argv)
+            yield
             sys.stdout.flush()  # here, where an error can be caught, not while Python exits
-            return status
         except BrokenPipeError:  # `ueo-fast demo | head`: the reader has seen enough
             _discard(sys.stdout)
-            return 1
+            self.status = 1
         except OSError as error:
             if error.filename != _STDOUT:
                 raise
-            print(f"ueo-fast: {plain(error)}", file=sys.stderr)
+            print(f"ueo-fast: {_plain(error)}", file=sys.stderr)
             _discard(sys.stdout)
-            return 1
+            self.status = 1
+
+    @contextlib.contextmanager
+    def of_command(self, name: str = "") -> Iterator[None]:
+        """The command may refuse, fail, exit or be interrupted."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            self.status = INTERRUPTED
+        except SystemExit as exit_:  # how argument parsers leave after --help or an error
+            self.status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        except Exception as error:
+            of_output = isinstance(error, OSError) and error.filename == _STDOUT
+            told = None if of_output or isinstance(error, BrokenPipeError) else _told(error, name)
+            if told is None:
+                raise
+            self.status, message = told
+            print(f"ueo-fast {name}{harmless(message)}", file=sys.stderr)
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if words else 2
-    if words[0] == "--version":
-        from ueo_fast import __version__
+def _told(error: Exception, name: str) -> tuple[int, str] | None:
+    """The exit status and the message of what a user can fix; ``None`` for a fault of ours."""
+    from ueo_fast.finetune.engine.hooks import NonFiniteLossError
 
-        print(f"ueo_fast {__version__}")
-        return 0
-    name, *rest = words
-    if name not in COMMANDS:
-        print(
-            f"ueo-fast: no command {name!r}: choose one of {', '.join(COMMANDS)}\n\n{_usage()}",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        return COMMANDS[name].run(rest)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-    except SystemExit as exit_:  # how argument parsers leave after --help or an error
-        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except ModuleNotFoundError as error:
+    if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        if package in ("", "ueo_fast"):  # a fault of ours, not a missing extra
-            raise
+        if package in ("", "ueo_fast"):  # not a missing extra
+            return None
         extra = {"pyarrow": "parquet"}.get(
             package, package if package in ("tensorboard", "wandb") else "recipe"
         )
-        print(
-            f"ueo-fast {name} needs the Python package {package!r}, which is not installed. "
+        return 1, (
+            f" needs the Python package {package!r}, which is not installed. "
             f'Install it from a clone of the repository:\n    pip install ".[{extra}]"\n'
-            "or let make create a separate environment in .venv/ there:\n    make setup",
-            file=sys.stderr,
+            "or let make create a separate environment in .venv/ there:\n    make setup"
         )
-        return 1
-    except ImportError as error:
-        if error.name is not None:  # a fault of ours or of a package, not what we raise ourselves
-            raise
-        print(f"ueo-fast {name}: {error}", file=sys.stderr)
-        return 1
+    if isinstance(error, ImportError):  # of a package, or what we raise ourselves
+        return None if error.name is not None else (1, f": {error}")
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
+        return 1, (
+            f": {error.object!r} cannot be a file name in this locale, whose encoding is "
+            f"{error.encoding}: set PYTHONUTF8=1 or LC_ALL=C.UTF-8 in the environment"
+        )
+    if isinstance(error, (FileExistsError, ValueError)):
+        return 2, f": {_plain(error)}"
+    if isinstance(error, (OSError, NonFiniteLossError)):
+        return 1, f": {_plain(error)}"
+    first = str(error).partition("\n")[0]
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
+        return 1, f": out of device memory: {first}\n{_LESS_MEMORY}"
+    # torch's allocator of a CPU has no exception of its own.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in first:
+        return 1, f": out of memory{f': {first}' if first else ''}\n{_LESS_MEMORY}"
+    return None
 
 
-def _usage() -> str:
-    lines = [f"    {name:10}{command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: ueo-fast COMMAND [options]",
-            "",
-            "Adapts CLIP to unlabelled images, some of which belong to no class on your list.",
-            "",
-            *lines,
-            "",
-            "ueo-fast COMMAND --help explains a command's options; ueo-fast --version.",
-        ]
-    )
+_LESS_MEMORY = (
+    "Use smaller batches (--batch-size; finetune: --micro-batch-size, which does not change the "
+    "result, and --eval-batch-size), fewer --workers, or --precision bf16"
+)
+
+
+def _plain(error: Exception) -> str:
+    """The message, without the numbers that Python puts in front of the system's words."""
+    return re.sub(r"\[Errno \d+\] ", "", str(error))
+
+
+def harmless(text: str) -> str:
+    """Spell out what a terminal obeys: names and notes may come from a run folder of others."""
+    return _OBEYED.sub(lambda sign: repr(sign[0])[1:-1], text)
+
+
+# Control characters but for tab and line feed, and marks that reverse the text.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Warnings as a sentence, without the line of ours that gave them."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {harmless(str(message))}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 _STDOUT = "standard output"

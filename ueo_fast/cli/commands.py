@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
-import re
 import signal
 import sys
 import threading
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ueo_fast.cli.flags import parse
+
+
+def prepared(words: Sequence[str]) -> Callable[[], object]:
+    """What the words after ``ueo-fast`` ask for, ready to run; an int that it returns is the exit
+    status.
+
+    What the options alone show to be wrong is reported before the command, and PyTorch with it, is
+    imported.
+
+    Raises:
+        SystemExit: after ``--help``, ``--version`` or wrong options (status 2).
+    """
+    name, *rest = words or [""]
+    if name in ("", "-h", "--help"):
+        print(_usage())
+        sys.exit(0 if words else 2)
+    if name == "--version":
+        from ueo_fast import __version__
+
+        print(f"ueo_fast {__version__}")
+        sys.exit(0)
+    if name not in COMMANDS:
+        names = ", ".join(COMMANDS)
+        print(
+            f"ueo-fast: no command {name!r}: choose one of {names}\n\n{_usage()}", file=sys.stderr
+        )
+        sys.exit(2)
+    return COMMANDS[name].prepared(rest)
 
 
 @dataclass(frozen=True)
@@ -25,7 +52,7 @@ class Command:
         summary: one line of ``ueo-fast --help``.
         description: head of ``ueo-fast NAME --help``.
         config: ``module:class`` of the dataclass of options, below ``ueo_fast.finetune``.
-        entry: ``module:function`` that takes it; an int that it returns is the exit status.
+        entry: ``module:function`` that takes it.
     """
 
     name: str
@@ -34,32 +61,34 @@ class Command:
     config: str
     entry: str
 
-    def run(self, words: Sequence[str]) -> int:
-        """Parse, run, and turn what a user can fix into a message and a status.
-
-        What the options alone show to be wrong (a config's ``check_files``) is said before the
-        command, and PyTorch with it, is imported.
-        """
+    def prepared(self, words: Sequence[str]) -> Callable[[], object]:
+        """The command with its options."""
         config = parse(
             _load(self.config), words, prog=f"ueo-fast {self.name}", description=self.description
         )
-        try:
-            with _short_warnings():
-                if hasattr(config, "check_files"):
-                    config.check_files()
-                with _ctrl_c_ends_at_once():
-                    entry = _load(self.entry)
-                status = entry(config)
-            return status if isinstance(status, int) else 0
-        except BrokenPipeError:  # an OSError too, but nobody's fault
-            raise
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            told = _told(error)
-            if told is None:
-                raise
-            status, message = told
-            print(f"ueo-fast {self.name}: {harmless(message)}", file=sys.stderr)
-            return status
+        if hasattr(config, "check_files"):
+            config.check_files()
+        with _ctrl_c_ends_at_once():
+            return functools.partial(_load(self.entry), config)
+
+
+@dataclass(frozen=True)
+class Info:
+    """``ueo-fast info``, which has no options."""
+
+    summary: str = "versions, instruction set, and which backends can run, or why not"
+
+    def prepared(self, words: Sequence[str]) -> Callable[[], object]:
+        """What prints it."""
+        if words in (["-h"], ["--help"]):
+            print(f"usage: ueo-fast info\n\nPrints {self.summary}. It takes no options.")
+            sys.exit(0)
+        if words:
+            print(f"ueo-fast info takes no options, got {' '.join(words)!r}", file=sys.stderr)
+            sys.exit(2)
+        from ueo_fast.info import main as print_info
+
+        return print_info
 
 
 @contextlib.contextmanager
@@ -77,80 +106,24 @@ def _ctrl_c_ends_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def harmless(text: str) -> str:
-    """Spell out what a terminal obeys: names and notes may come from a run folder of others."""
-    return _OBEYED.sub(lambda sign: repr(sign[0])[1:-1], text)
-
-
-# Control characters but for tab and line feed, and marks that reverse the text.
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def _told(error: Exception) -> tuple[int, str] | None:
-    """The exit status and the message of what a user can fix; ``None`` for a fault of ours."""
-    from ueo_fast.finetune.engine.hooks import NonFiniteLossError
-
-    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
-        return 1, (
-            f"{error.object!r} cannot be a file name in this locale, whose encoding is "
-            f"{error.encoding}: set PYTHONUTF8=1 or LC_ALL=C.UTF-8 in the environment"
-        )
-    if isinstance(error, (FileExistsError, ValueError)):
-        return 2, plain(error)
-    if isinstance(error, (OSError, NonFiniteLossError)):
-        return 1, plain(error)
-    first = str(error).partition("\n")[0]
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
-        return 1, f"out of device memory: {first}\n{_LESS_MEMORY}"
-    # torch's allocator of a CPU has no exception of its own.
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in first:
-        return 1, f"out of memory{f': {first}' if first else ''}\n{_LESS_MEMORY}"
-    return None
-
-
-def plain(error: Exception) -> str:
-    """The message, without the numbers that Python puts in front of the system's words."""
-    return re.sub(r"\[Errno \d+\] ", "", str(error))
-
-
-_LESS_MEMORY = (
-    "Use smaller batches (--batch-size; finetune: --micro-batch-size, which does not change the "
-    "result, and --eval-batch-size), fewer --workers, or --precision bf16"
-)
-
-
-@dataclass(frozen=True)
-class Info:
-    """``ueo-fast info``, which has no options."""
-
-    summary: str = "versions, instruction set, and which backends can run, or why not"
-
-    def run(self, words: Sequence[str]) -> int:
-        if words in (["-h"], ["--help"]):
-            print(f"usage: ueo-fast info\n\nPrints {self.summary}. It takes no options.")
-            return 0
-        if words:
-            print(f"ueo-fast info takes no options, got {' '.join(words)!r}", file=sys.stderr)
-            return 2
-        from ueo_fast.info import main as print_info
-
-        return print_info() or 0
-
-
-@contextlib.contextmanager
-def _short_warnings() -> Iterator[None]:
-    """Warnings as a sentence, without the line of ours that gave them."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {harmless(str(message))}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
-
-
 def _load(path: str) -> Any:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(f"ueo_fast.finetune.{module}"), name)
+
+
+def _usage() -> str:
+    lines = [f"    {name:10}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: ueo-fast COMMAND [options]",
+            "",
+            "Adapts CLIP to unlabelled images, some of which belong to no class on your list.",
+            "",
+            *lines,
+            "",
+            "ueo-fast COMMAND --help explains a command's options; ueo-fast --version.",
+        ]
+    )
 
 
 _ALL = (
@@ -197,9 +170,8 @@ _ALL = (
         summary="classes, probabilities and known/unknown for each image of a folder",
         description=(
             "For each image the most probable classes, the MCM score (high: known) and the "
-            "verdict known or unknown, written to a CSV or Parquet file. A million images take "
-            "some 0.4 GB of memory, more with a larger --top-k. Images that cannot be read are "
-            "listed and skipped."
+            "verdict known or unknown, written to a CSV or Parquet file. Memory does not grow with "
+            "the number of images; images that cannot be read are listed and skipped."
         ),
         config="commands.options:ScoreConfig",
         entry="commands.score:run",

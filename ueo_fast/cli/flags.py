@@ -1,141 +1,29 @@
-"""Options from a command line and from files: one flag per field of a dataclass."""
+"""Options from a command line and from files: one flag for each option of a dataclass."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import math
 import sys
-import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
 from ueo_fast.cli.option_file import Written, dumped, read_options
+from ueo_fast.finetune.declared_options import GROUPS, Option, build, options_of
 
 _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _NONE = ("none", "null", "~")
 _LONGEST_NUMBER = 100  # digits beyond that make no number that any option takes
 
 
-@dataclasses.dataclass(frozen=True)
-class _Option:
-    """A field of the dataclass, and how its values are written.
-
-    Attributes:
-        field: of the dataclass.
-        kind: ``str``, ``int``, ``float``, ``bool``, or the words to choose from.
-        optional: ``None`` is a value as well.
-        many: takes several values, as a tuple.
-    """
-
-    field: dataclasses.Field[Any]
-    kind: type | tuple[str, ...]
-    optional: bool
-    many: bool
-
-    @classmethod
-    def of(cls, field: dataclasses.Field[Any], hint: Any) -> _Option:
-        many = get_origin(hint) is tuple
-        optional = get_origin(hint) in (Union, types.UnionType)
-        kinds = get_args(hint) if many or optional else (hint,)
-        (kind,) = {kind for kind in kinds if kind not in (type(None), Ellipsis)}
-        words = get_args(kind) if get_origin(kind) is Literal else None
-        return cls(field, words or kind, optional, many)
-
-    @property
-    def name(self) -> str:
-        return self.field.name
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        return (self.flag, *self.field.metadata.get("aliases", ()))
-
-    @property
-    def positional(self) -> bool:
-        """May be given without its flag as well."""
-        return bool(self.field.metadata.get("positional"))
-
-    @property
-    def required(self) -> bool:
-        return self.field.default is dataclasses.MISSING
-
-    @property
-    def help(self) -> str:
-        text, default = self.field.metadata["help"], cast("Any", self.field.default)
-        if not self.required and default is not None and "default:" not in text:
-            words = " ".join(map(str, default)) if self.many else str(default)
-            text = f"{text} (default: {words.lower() if self.kind is bool else words})"
-        if default is True:
-            text += f"; --no-{self.flag[2:]} turns it off"
-        return text.replace("%", "%%")
-
-    @property
-    def metavar(self) -> str:
-        if isinstance(self.kind, tuple):
-            return f"{{{','.join(self.kind)}}}"
-        names = {int: "N", float: "X", bool: "[true|false]"}
-        return names.get(self.kind, self.name.upper())
-
-    def read(self, text: str) -> Any:
-        """One value from the text that the user wrote.
-
-        Raises:
-            ArgumentTypeError: it is not of the option's kind.
-        """
-        if isinstance(self.kind, tuple):
-            value = text if text in self.kind else None
-        elif self.kind is str:
-            value = text if text and "\0" not in text else None
-        else:
-            readers: dict[Any, Any] = {int: _whole_number, float: _number, bool: _switch}
-            value = readers[self.kind](text)
-        if value is not None:
-            return value
-        if self.optional and text.lower() in _NONE:
-            return None
-        raise argparse.ArgumentTypeError(f"expected {self._wanted()}, got {_shown(text)}")
-
-    def from_file(self, written: Written) -> Any:
-        """The value that a file of options has.
-
-        Raises:
-            ArgumentTypeError: it is not of the option's kind.
-        """
-        if isinstance(written, list) and self.many:
-            if written and None not in written:
-                return [self.read(item) for item in written if item is not None]
-        elif written is None and self.optional:
-            return None
-        elif isinstance(written, str):
-            value = self.read(written)
-            return [value] if self.many else value
-        said = "a list" if isinstance(written, list) else "nothing"
-        wanted = f"a list, each {self._wanted()}" if self.many else self._wanted()
-        raise argparse.ArgumentTypeError(f"expected {wanted}, got {said}")
-
-    def _wanted(self) -> str:
-        if isinstance(self.kind, tuple):
-            return f"one of {', '.join(self.kind)}"
-        return {
-            str: "a text that is not empty",
-            int: "a whole number",
-            float: "a finite number",
-            bool: "true or false",
-        }[self.kind]
-
-
 def parse(config: type[Any], words: Sequence[str], *, prog: str, description: str) -> Any:
     """Make an instance of ``config`` from the words of a command line.
 
-    Each field is a flag ``--field-name``, which takes exactly the text that the user typed; a field
-    whose metadata has ``positional`` may also be given as words of its own. Tuples take several
-    words. Fields without a default are required. ``--config`` names files of options, and where
+    Each option is a flag ``--its-name``, which takes exactly the text that the user typed; one
+    whose metadata has ``positional`` may also be given without its flag. Tuples take several words.
+    Options without a default are required. ``--config`` names files of options, and where
     ``config`` has presets (``PRESETS``, name to help, and ``preset(name, options)``) ``--preset``
     names one of them. Flags win over a preset, which wins over the file; a preset that the file
     itself names yields to the rest of the file.
@@ -145,22 +33,20 @@ def parse(config: type[Any], words: Sequence[str], *, prog: str, description: st
     Raises:
         SystemExit: after ``--help``, ``--print_config``, or wrong options (status 2).
     """
-    hints = get_type_hints(config)
-    options = {
-        field.name: _Option.of(field, hints[field.name]) for field in dataclasses.fields(config)
-    }
+    options = options_of(config)
     presets: Mapping[str, str] = getattr(config, "PRESETS", {})
-    parser = _parser(options.values(), presets, prog, description)
-    given = vars(parser.parse_intermixed_args(_joined(words, options.values(), parser)))
+    parser = _parser(options, presets, prog, description)
+    given = vars(parser.parse_intermixed_args(_joined(words, options, parser)))
     files, printing = given.pop("config", []), given.pop("print_config", False)
-    for option in options.values():
-        bare = given.pop(_bare(option), None)
-        if bare and option.name in given and not option.many:
-            parser.error(f"{option.name} is given twice, with {option.flag} and without: leave one")
-        if bare and not option.many:
-            (given[option.name],) = bare
-        elif bare:
-            given[option.name] = [*bare, *given.get(option.name, [])]
+    for name, option in options.items():
+        bare = given.pop(_bare(name), None)
+        if not bare:
+            continue
+        flagged = given.get(name, [])
+        said = [*bare, *(flagged if option.many else [flagged] if flagged else [])]
+        if not option.many and said[1:]:
+            parser.error(f"{name} is given twice, as {said[0]!r} and as {said[1]!r}: leave out one")
+        given[name] = said if option.many else said[0]
     filed: dict[str, Any] = {}
     for path in files:
         filed |= _from_file(path, options, presets, parser)
@@ -170,32 +56,37 @@ def parse(config: type[Any], words: Sequence[str], *, prog: str, description: st
         preset = config.preset(named or filed_preset, values)
         values = {**filed, **preset, **given} if named else {**preset, **values}
     if printing:
-        defaults = {name: o.field.default for name, o in options.items() if not o.required}
+        defaults = {name: o.default for name, o in options.items() if not o.required}
         print(dumped({**defaults, **values}), end="")
         parser.exit()
-    missing = [o.flag for o in options.values() if o.required and o.name not in values]
+    missing = [_flag(name) for name, o in options.items() if o.required and name not in values]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     try:
-        return config(**values)
+        return build(config, values)
     except ValueError as error:
         parser.error(str(error))
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # Alone: the usage, which lists every flag, would push it out of sight.
+        # Alone: the usage would push it out of sight.
         message = message.removeprefix("argument ")
         print(f"{self.prog}: {message}\n({self.prog} --help explains)", file=sys.stderr)
         self.exit(2)
 
 
 def _parser(
-    options: Collection[_Option], presets: Mapping[str, str], prog: str, description: str
+    options: Mapping[str, Option], presets: Mapping[str, str], prog: str, description: str
 ) -> _Parser:
     """Its namespace has what the user gave, and no defaults."""
+    bare = [name.upper() for name, option in options.items() if "positional" in option.metadata]
     parser = _Parser(
-        prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        prog=prog,
+        usage=" ".join((prog, *bare, "[options]")).replace("%", "%%"),
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
         "--config",
@@ -215,47 +106,95 @@ def _parser(
             choices=tuple(presets),
             help=f"options that belong together; flags win over them. {listed}".replace("%", "%%"),
         )
-    for option in options:
-        several = {"nargs": "+"} if option.many else {}
-        if option.positional:
-            parser.add_argument(
-                _bare(option),
-                nargs="*" if option.many else "?",
-                action=_Bare,
-                type=option.read,
-                metavar=option.metavar,
-                help=option.help,
+    for heading in (*GROUPS, ""):
+        members = [option for option in options.values() if option.group == heading]
+        members.sort(key=lambda option: not option.path.startswith(f"{heading}."))
+        group = parser.add_argument_group(heading) if heading and members else parser
+        for option in members:
+            name = option.name
+            several: Any = {"nargs": "+", "action": "extend"} if option.many else {}
+            group.add_argument(
+                *(_flag(name), *option.metadata.get("aliases", ())),
+                dest=name,
+                type=_reader(option),
+                metavar=_metavar(option),
+                help=_help(option).replace("%", "%%"),
+                **several,
             )
-            several |= {"action": "extend"} if option.many else {}
-        parser.add_argument(
-            *option.flags,
-            dest=option.name,
-            type=option.read,
-            metavar=option.metavar,
-            help=f"the same as {option.metavar} alone" if option.positional else option.help,
-            **several,  # type: ignore[arg-type]
-        )
+            if "positional" in option.metadata:
+                parser.add_argument(
+                    _bare(name), nargs="*", type=_reader(option), help=argparse.SUPPRESS
+                )
     return parser
 
 
-class _Bare(argparse.Action):
-    """A list in any case; nothing where no word was given."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        if values:
-            setattr(namespace, self.dest, values if isinstance(values, list) else [values])
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def _bare(option: _Option) -> str:
-    return f"{option.name} without its flag"
+def _bare(name: str) -> str:
+    return f"{name} without its flag"
 
 
-def _joined(words: Sequence[str], options: Collection[_Option], parser: _Parser) -> list[str]:
+def _metavar(option: Option) -> str:
+    if isinstance(option.kind, tuple):
+        return f"{{{','.join(option.kind)}}}"
+    names = {int: "N", float: "X", bool: "[true|false]"}
+    return names.get(option.kind, option.name.upper())
+
+
+def _help(option: Option) -> str:
+    text, default, flag = option.help, option.default, _flag(option.name)
+    if "methods" in option.metadata:
+        text = f"{text} ({', '.join(option.metadata['methods'])})"
+    if not option.required and default is not None and "default:" not in text.lower():
+        words = " ".join(map(str, default)) if option.many else str(default)
+        text = f"{text} (default: {words.lower() if option.kind is bool else words})"
+    if default is True:
+        text += f"; --no-{flag[2:]} turns it off"
+    return f"{text}; also without {flag}" if "positional" in option.metadata else text
+
+
+def _reader(option: Option) -> Any:
+    return lambda text: _read(option, text)
+
+
+def _read(option: Option, text: str) -> Any:
+    """One value from the text that the user wrote.
+
+    Raises:
+        ArgumentTypeError: it is not of the option's kind.
+    """
+    kind = option.kind
+    if isinstance(kind, tuple):
+        value = text if text in kind else None
+    elif kind is str:
+        value = text if text and "\0" not in text else None
+    else:
+        readers: dict[Any, Any] = {int: _whole_number, float: _number, bool: _switch}
+        value = readers[kind](text)
+    if value is None and not (option.optional and text.lower() in _NONE):
+        raise argparse.ArgumentTypeError(f"expected {_wanted(option)}, got {_shown(text)}")
+    return value
+
+
+def _wanted(option: Option) -> str:
+    if isinstance(option.kind, tuple):
+        return f"one of {', '.join(option.kind)}"
+    return {
+        str: "a text that is not empty",
+        int: "a whole number",
+        float: "a finite number",
+        bool: "true or false",
+    }[option.kind]
+
+
+def _joined(words: Sequence[str], options: Mapping[str, Option], parser: _Parser) -> list[str]:
     """The words, with ``--flag -1e-3`` as ``--flag=-1e-3``: argparse takes a word that begins with
     a hyphen and is no plain number for another flag, and cannot tell the value of a switch from the
     word after it."""
-    switches = {option.flag: option for option in options if option.kind is bool}
-    single = {flag for option in options if not option.many for flag in option.flags}
+    switches = {_flag(name) for name, option in options.items() if option.kind is bool}
+    single = {_flag(name) for name, option in options.items() if not option.many}
     single |= {"--config", "--preset"}
     joined: list[str] = []
     rest = list(words)
@@ -277,9 +216,9 @@ def _joined(words: Sequence[str], options: Collection[_Option], parser: _Parser)
 
 
 def _from_file(
-    path: str, options: Mapping[str, _Option], presets: Mapping[str, str], parser: _Parser
+    path: str, options: Mapping[str, Option], presets: Mapping[str, str], parser: _Parser
 ) -> dict[str, Any]:
-    """The options in a file, by the name of their field."""
+    """The options in a file, by name."""
     values: dict[str, Any] = {}
     try:
         for key, written in read_options(Path(path)).items():
@@ -288,40 +227,52 @@ def _from_file(
                 if written is not None and (isinstance(written, list) or written not in presets):
                     raise ValueError(f"preset: expected one of {', '.join(presets)}")
                 values[name] = written
-                continue
-            if name not in options:
+            elif name not in options:
                 raise ValueError(
                     f"there is no option {_shown(key)}: it is misspelt, or of another command or "
                     "version; remove it"
                 )
-            try:
-                values[name] = options[name].from_file(written)
-            except argparse.ArgumentTypeError as error:
-                raise ValueError(f"{key}: {error}") from error
+            else:
+                try:
+                    values[name] = _value(options[name], written)
+                except argparse.ArgumentTypeError as error:
+                    raise ValueError(f"{key}: {error}") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         parser.error(f"config={path!r}: {reason}")
     return values
 
 
-def _number(text: str) -> float | None:
-    if len(text) > _LONGEST_NUMBER:
+def _value(option: Option, written: Written) -> Any:
+    """The value that a file of options has."""
+    if isinstance(written, list) and option.many:
+        if written and None not in written:
+            return [_read(option, item) for item in written if item is not None]
+    elif written is None and option.optional:
         return None
+    elif isinstance(written, str):
+        value = _read(option, written)
+        return [value] if option.many else value
+    said = "a list" if isinstance(written, list) else "nothing"
+    wanted = f"a list, each {_wanted(option)}" if option.many else _wanted(option)
+    raise argparse.ArgumentTypeError(f"expected {wanted}, got {said}")
+
+
+def _number(text: str) -> float | None:
     value = math.nan
-    with contextlib.suppress(ValueError):
-        value = float(int(text, 0))  # 0x10
-    with contextlib.suppress(ValueError):
-        value = float(text)
+    if len(text) <= _LONGEST_NUMBER:
+        with contextlib.suppress(ValueError):
+            value = float(int(text, 0))  # 0x10
+        with contextlib.suppress(ValueError):
+            value = float(text)
     return value if math.isfinite(value) else None
 
 
 def _whole_number(text: str) -> int | None:
-    if len(text) > _LONGEST_NUMBER:
-        return None
-    with contextlib.suppress(ValueError):
-        return int(text)
-    with contextlib.suppress(ValueError):
-        return int(text, 0)  # 0x10
+    if len(text) <= _LONGEST_NUMBER:
+        for base in (10, 0):  # 020, 0x10
+            with contextlib.suppress(ValueError):
+                return int(text, base)
     value = _number(text)  # 1e3
     return int(value) if value is not None and value.is_integer() else None
 

@@ -348,16 +348,13 @@ def adapt(
         target = zero_shot_target(
             classifier,
             views.plain,
+            config.image_pass(eval_batch_size),
             augmented=views.augmented,
             labels=views.labels,
             names=views.names,
             strict=strict,
             keep_features=not chosen.trains_tower(config),
             watch=watched("zero-shot", len(views.names), progress),
-            batch_size=eval_batch_size,
-            num_workers=config.num_workers,
-            precision=config.precision,
-            channels_last=config.channels_last,
         )
         said = target.zero_shot_cosines().argmax(dim=1)
         _warn_of(classes=classifier.prompt.class_names, predicted=said)

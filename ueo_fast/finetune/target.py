@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Subset
 from ueo_fast import mcm_score
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.names import plural
+from ueo_fast.finetune.engine.training_config import ImagePass
 from ueo_fast.finetune.evaluation.predict import (
     Predicted,
     collect,
@@ -111,6 +112,7 @@ class Target:
 def zero_shot_target(
     classifier: ClipClassifier,
     images: Dataset[Any] | Tensor,
+    how: ImagePass | None = None,
     *,
     augmented: Dataset[Any] | Tensor | None = None,
     labels: Tensor | None = None,
@@ -118,29 +120,25 @@ def zero_shot_target(
     strict: bool = False,
     keep_features: bool = False,
     watch: Callable[[Iterator[Predicted]], Iterable[Predicted]] = iter,
-    **options: Any,
 ) -> Target:
     """Make a target: let the zero-shot model see all images once, and leave out unreadable ones.
 
     Args:
         classifier: the zero-shot model: call this before anything is trained.
         images: N un-augmented images.
+        how: they go through the image tower.
         augmented: as in :class:`Target`.
         labels: as in :class:`Target`.
         names: of the images, for messages and ``unreadable``; ``None``: their positions.
         strict: fail at an image that cannot be read.
         keep_features: keep the images' features in the target, if all images can be read.
         watch: passes the batches on, and may show progress.
-        options: ``batch_size``, ``num_workers``, ``precision``, ``channels_last`` of
-            :func:`~ueo_fast.finetune.evaluation.predict.predict_batches`.
 
     Raises:
         TypeError, ValueError: an argument is unusable, no image can be read, or with ``strict`` one
             cannot.
     """
-    found = collect(
-        watch(predict_batches(classifier, images, keep_features=keep_features, **options))
-    )
+    found = collect(watch(predict_batches(classifier, images, how, keep_features=keep_features)))
     rows = found.positions
     unreadable = unreadable_images(found.failures, names, readable=len(rows), strict=strict)
     if not unreadable:

@@ -1,4 +1,4 @@
-"""A finished run's model, for commands that use it."""
+"""Where a command computes, and the model of a finished run."""
 
 from __future__ import annotations
 
@@ -7,16 +7,37 @@ import shlex
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
+import torch
+
 from ueo_fast.finetune.clip.base_model import named_as_flags
 from ueo_fast.finetune.clip.delta import load_delta, read_delta
 from ueo_fast.finetune.clip.load import LoadedClip, load_base
 from ueo_fast.finetune.clip.model import ClipClassifier
-from ueo_fast.finetune.commands.device import chosen_device
 from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
 from ueo_fast.finetune.data import Decoding
 from ueo_fast.finetune.files.run_files import DELTA
 from ueo_fast.finetune.files.run_folder import RunFolder
 from ueo_fast.ranges import check_number
+
+
+def chosen_device(name: str | None) -> str:
+    """``name`` if this machine has such a device; ``None``: a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: PyTorch knows no such device, or cannot use it here.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
+        # Only the first sentence: of a missing backend PyTorch lists all the others.
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        raise ValueError(
+            f"device={name!r} cannot be used here: {reason}. Take --device cpu, or leave it out; "
+            "ueo-fast info lists the devices of this machine"
+        ) from error
+    return name
 
 
 @dataclass(frozen=True)
@@ -44,7 +65,7 @@ class AdaptedRun:
             self.folder.path / DELTA,
             tokenizer=self.clip.tokenizer,
             base=self.clip.base,
-            patch=self.config.patch,
+            patch=self.config.model.patch,
         )
 
 
@@ -104,7 +125,7 @@ def open_adapted(
     """
     if not os.path.isfile(path):
         run = open_run(path, device, model, pretrained)
-        return Adapted(run.classifier(), run.config.mcm_scale, run.config.decode)
+        return Adapted(run.classifier(), run.config.method.mcm_scale, run.config.data.decode)
     delta = read_delta(path)
     scale, decode = delta.extra.get("mcm_scale", 1.0), delta.extra.get("decode", "full")
     try:

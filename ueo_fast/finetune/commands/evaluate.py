@@ -23,6 +23,7 @@ from ueo_fast.finetune.data.image_list import check_root, read_images
 from ueo_fast.finetune.data.loader import loading_errors
 from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.data.views import views_of
+from ueo_fast.finetune.engine.training_config import ImagePass
 from ueo_fast.finetune.evaluation.predict import Predicted, collect, predict_batches, watched
 from ueo_fast.finetune.files.run_files import PREDICTION_COLUMNS
 from ueo_fast.finetune.files.run_folder import RunFolder
@@ -53,17 +54,18 @@ def run(config: EvaluateConfig) -> None:
         adapted.clip.model,
         adapted.clip.tokenizer,
         problem.known,
-        template=adapted.config.prompt_template,
+        template=adapted.config.model.prompt_template,
         patch=False,
-        logit_scale=adapted.config.logit_scale,
+        logit_scale=adapted.config.model.logit_scale,
     )
-    decode = config.decode or adapted.config.decode
+    decode = config.decode or adapted.config.data.decode
     with temporary_copies("auto", decode) as copies:
-        before = _predict(config, zero_shot, images, decode, copies, "zero-shot")
-        images = _readable(config, images, before)
-        after = _predict(config, adapted.classifier(), images, decode, copies, "adapted")
-    scale = config.mcm_scale or adapted.config.mcm_scale
-    method, seed = adapted.config.method, adapted.config.seed
+        before = _predict(zero_shot, images, decode, copies, config.speed, "zero-shot")
+        images = _readable(images, before, strict=config.strict)
+        classifier = adapted.classifier()
+        after = _predict(classifier, images, decode, copies, config.speed, "adapted")
+    scale = config.mcm_scale or adapted.config.method.mcm_scale
+    method, seed = adapted.config.method.method, adapted.config.training.seed
     cosines = {"zeroshot": before.cosines, method: after.cosines}
     measured = [
         measure(each, images.labels, scale, method=name, seed=seed)
@@ -94,30 +96,25 @@ def run(config: EvaluateConfig) -> None:
 
 
 def _predict(
-    config: EvaluateConfig,
     classifier: ClipClassifier,
     images: Labelled,
     decode: Decoding,
     copies: Copies | None,
+    how: ImagePass,
     title: str,
 ) -> Predicted:
-    batches = predict_batches(
-        classifier,
-        views_of(images.images, classifier.model, None, decode, copies).plain,
-        batch_size=config.batch_size,
-        num_workers=config.workers,
-        precision=config.precision,
-    )
+    plain = views_of(images.images, classifier.model, None, decode, copies).plain
+    batches = predict_batches(classifier, plain, how)
     return collect(watched(title, len(images.images))(batches))
 
 
-def _readable(config: EvaluateConfig, images: Labelled, seen: Predicted) -> Labelled:
+def _readable(images: Labelled, seen: Predicted, *, strict: bool) -> Labelled:
     if not seen.failures:
         return images
     names = images.images.names
     listed = [f"  {shown(names[place])}: {reason}" for place, reason in seen.failures]
     count = plural(len(listed), "image")
-    if config.strict:
+    if strict:
         raise ValueError(
             f"{count} cannot be read, the first is{listed[0][1:]}; leave out --strict to skip them"
         )

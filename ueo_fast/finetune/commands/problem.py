@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
+from ueo_fast.finetune.commands.finetune_config import DataOptions
 from ueo_fast.finetune.data.benchmarks import load_benchmark
 from ueo_fast.finetune.data.image_list import ImageList, check_root, read_images
 from ueo_fast.finetune.data.labels import match_labels, read_class_names
@@ -87,50 +87,54 @@ class Problem:
         return list(dict.fromkeys(str(name) for name, position in pairs if position < 0))
 
 
-def read_problem(config: FinetuneConfig) -> Problem:
+def read_problem(options: DataOptions, *, needs_labels: bool = False) -> Problem:
     """The images and classes that the options name.
+
+    Args:
+        options: of the data.
+        needs_labels: the method reads the labels of the images.
 
     Raises:
         OSError, ValueError: something is missing or cannot be understood.
     """
-    if config.dataset is not None:
-        assert config.domain is not None
-        assert config.root is not None
+    if options.dataset is not None:
+        assert options.domain is not None
+        assert options.root is not None
         found = load_benchmark(
-            config.dataset,
-            config.domain,
-            config.scenario,
-            config.root,
-            check_counts=config.check_counts,
+            options.dataset,
+            options.domain,
+            options.scenario,
+            options.root,
+            check_counts=options.check_counts,
         )
         return Problem(
             found.known,
             Labelled(found.train, found.train_labels),
             Labelled(found.test, found.test_labels),
         )
-    assert config.classes is not None
-    assert config.data is not None
-    known = read_class_names(config.classes)
-    check_root(config.data_root, config.data, config.test_data)
-    train = _read(config, config.data, known)
-    if config.method == "oracle" and train.labels is None:  # before anything is computed
+    assert options.classes is not None
+    assert options.data is not None
+    known = read_class_names(options.classes)
+    check_root(options.data_root, options.data, options.test_data)
+    train = _read(options, options.data, known)
+    if needs_labels and train.labels is None:  # before anything is computed
         raise ValueError(
-            f"method='oracle' reads the labels of the images, but data={config.data!r} has none: "
+            f"method='oracle' reads the labels of the images, but data={options.data!r} has none: "
             f"{train.note or 'give class folders, or a list or CSV with labels'}"
         )
-    if config.test_data is None:
+    if options.test_data is None:
         return Problem(known, train, None)
-    test = _read(config, config.test_data, known)
+    test = _read(options, options.test_data, known)
     if test.labels is None:
         raise ValueError(
-            f"test_data={config.test_data!r} has no labels to measure by: "
+            f"test_data={options.test_data!r} has no labels to measure by: "
             f"{test.note or 'give class folders, or a list or CSV with labels'}"
         )
     return Problem(known, train, test)
 
 
-def _read(config: FinetuneConfig, source: str, known: tuple[str, ...]) -> Labelled:
-    images = read_images(source, root=config.data_root, follow_links=config.follow_links)
+def _read(options: DataOptions, source: str, known: tuple[str, ...]) -> Labelled:
+    images = read_images(source, root=options.data_root, follow_links=options.follow_links)
     return Labelled.of(images, known)
 
 

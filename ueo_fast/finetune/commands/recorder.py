@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
+from ueo_fast.finetune.commands.finetune_config import MethodOptions, OutputOptions
 from ueo_fast.finetune.commands.results import brief, measure
 from ueo_fast.finetune.commands.stages import Start
 from ueo_fast.finetune.data.names import printable, shown
@@ -29,7 +29,7 @@ from ueo_fast.finetune.engine.tracking import (
     Tracker,
     WandbTracker,
 )
-from ueo_fast.finetune.engine.trainer import History
+from ueo_fast.finetune.engine.trainer import History, TrainerConfig
 from ueo_fast.finetune.evaluation.predict import collect, predict_batches, watched
 from ueo_fast.finetune.files.run_files import MEASURED, TENSORBOARD, EpochRecord, MetricsRecord
 from ueo_fast.finetune.files.run_folder import RunFolder
@@ -41,15 +41,27 @@ class Recorder:
     So a run that was killed after an evaluation, and repeats it, has it once.
 
     Args:
-        config: of the run.
         folder: where the records are kept; those that are there already are read.
         start: the images and the classifier, which is measured as it is at each call.
+        method: of the run, with the scale of its scores.
+        trainer: its seed and number of epochs are used.
+        eval_every: epochs between two evaluations; 0: only at the end.
     """
 
-    def __init__(self, config: FinetuneConfig, folder: RunFolder, start: Start) -> None:
-        self._config = config
+    def __init__(
+        self,
+        folder: RunFolder,
+        start: Start,
+        *,
+        method: MethodOptions,
+        trainer: TrainerConfig,
+        eval_every: int,
+    ) -> None:
         self._folder = folder
         self._start = start
+        self._method = method
+        self._trainer = trainer
+        self._every = eval_every
         self._epoch = 0
         self._records: dict[tuple[Any, ...], MetricsRecord] = {}
         with contextlib.suppress(FileNotFoundError):
@@ -76,9 +88,9 @@ class Recorder:
             The record; ``None`` where nothing was measured.
         """
         self._epoch = epoch
-        every = self._config.eval_every
-        last = epoch == self._config.epochs  # is measured at the end
-        if self._start.tested.labels is None or not every or epoch % every or last:
+        last = epoch == self._trainer.epochs  # is measured at the end
+        due = self._every and epoch % self._every == 0 and not last
+        if self._start.tested.labels is None or not due:
             return None
         return self._add("during", "test", self._predict("test"), self._start.tested.labels)
 
@@ -86,7 +98,7 @@ class Recorder:
         """Measure the adapted classifier; returns its cosines (M, C) on the test images."""
         start = self._start
         cosines = self._predict("test")
-        if self._config.method == "zeroshot":  # it was measured before
+        if self._method.method == "zeroshot":  # it was measured before
             return cosines
         if history.kept_epoch is not None:
             self._epoch = history.kept_epoch
@@ -106,18 +118,14 @@ class Recorder:
         ]
 
     def _predict(self, split: str) -> Tensor:
-        start, config = self._start, self._config
+        start = self._start
         part = start.tested if split == "test" else start.train
         # A resumed run has no features until its first evaluation.
-        keep_features = not config.make_method().trains_tower(config.trainer())
         batches = predict_batches(
             start.classifier,
             start.plain[split],
-            batch_size=config.eval_batch_size,
-            num_workers=config.workers,
-            precision=config.precision,
-            channels_last=config.channels_last,
-            keep_features=keep_features,
+            start.evaluation,
+            keep_features=start.keep_features,
         )
         found = collect(watched(f"evaluation, {split}", len(part.images))(batches))
         if found.failures:
@@ -141,9 +149,9 @@ class Recorder:
         record = measure(
             cosines,
             labels,
-            self._config.mcm_scale,
-            method="zeroshot" if stage == "before" else self._config.method,
-            seed=self._config.seed,
+            self._method.mcm_scale,
+            method="zeroshot" if stage == "before" else self._method.method,
+            seed=self._trainer.seed,
             epoch=0 if stage == "before" else self._epoch,
             stage=stage,
             split=split,
@@ -158,30 +166,42 @@ def _key(record: MetricsRecord) -> tuple[Any, ...]:
     return record.method, record.epoch, record.stage, record.split
 
 
-def check_trackers(config: FinetuneConfig) -> None:
+def check_trackers(options: OutputOptions) -> None:
     """Check that the packages that the run reports to are installed, before hours are spent.
 
     Raises:
         ModuleNotFoundError: one is not.
     """
-    if config.tensorboard:
+    if options.tensorboard:
         importlib.import_module("tensorboard")
-    if config.wandb is not None:
+    if options.wandb is not None:
         importlib.import_module("wandb")
 
 
 @contextlib.contextmanager
 def training_hooks(
-    config: FinetuneConfig, folder: RunFolder, recorder: Recorder, store: CheckpointStore
+    options: OutputOptions,
+    config: dict[str, Any],
+    folder: RunFolder,
+    recorder: Recorder,
+    store: CheckpointStore,
 ) -> Iterator[Hooks]:
-    """Hooks for a run, and its checkpoints; what they opened is closed at the end."""
+    """Hooks for a run, and its checkpoints; what they opened is closed at the end.
+
+    Args:
+        options: where to log.
+        config: all options of the run, as in its ``config.json``.
+        folder: of the run.
+        recorder: of its metrics.
+        store: of its checkpoints.
+    """
     with contextlib.ExitStack() as stack:
         trackers: list[Tracker] = [JsonLinesTracker(folder)]
-        if config.tensorboard:
+        if options.tensorboard:
             trackers.append(stack.enter_context(TensorBoardTracker(folder.path / TENSORBOARD)))
-        if config.wandb is not None:
-            trackers.append(stack.enter_context(_wandb(config.wandb, config, folder)))
-        bar = stack.enter_context(training_bar(config.method))
+        if options.wandb is not None:
+            trackers.append(stack.enter_context(_wandb(options.wandb, config, folder)))
+        bar = stack.enter_context(training_bar(config["method"]))
         yield combine(
             *(tracker.hooks() for tracker in trackers),
             bar_hooks(bar),
@@ -190,9 +210,9 @@ def training_hooks(
         )
 
 
-def _wandb(project: str, config: FinetuneConfig, folder: RunFolder) -> WandbTracker:
+def _wandb(project: str, config: dict[str, Any], folder: RunFolder) -> WandbTracker:
     try:
-        return WandbTracker(project, folder, name=folder.path.name, config=config.as_dict())
+        return WandbTracker(project, folder, name=folder.path.name, config=config)
     except (ImportError, OSError):
         raise
     except Exception as error:  # wandb has its own tree of errors: no key, no network, no right

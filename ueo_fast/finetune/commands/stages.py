@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ueo_fast.finetune.clip.load import LoadedClip
-from ueo_fast.finetune.clip.model import ClipClassifier, make_classifier
-from ueo_fast.finetune.commands.finetune_config import FinetuneConfig
-from ueo_fast.finetune.commands.problem import Labelled, Problem, reread_problem, write_problem
-from ueo_fast.finetune.data.loader import loading_errors
+from ueo_fast.finetune.clip.model import ClipClassifier
+from ueo_fast.finetune.commands.finetune_config import DataOptions
+from ueo_fast.finetune.commands.problem import Labelled, Problem, write_problem
 from ueo_fast.finetune.data.names import plural, shown
 from ueo_fast.finetune.data.views import Views, views_of
+from ueo_fast.finetune.engine.training_config import ImagePass
 from ueo_fast.finetune.evaluation.predict import collect, predict_batches, watched
 from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.files.records import BrokenFileError
@@ -43,6 +42,8 @@ class Start:
         test_cosines: (M, C) what the zero-shot classifier says about them.
         separate: whether these are other images than those of ``target``.
         plain: what an evaluation of ``train`` and of ``test`` reads: images, or their features.
+        evaluation: how these go through the image tower.
+        keep_features: whether an evaluation may keep features, because the tower is not trained.
     """
 
     classifier: ClipClassifier
@@ -52,6 +53,8 @@ class Start:
     test_cosines: Tensor
     separate: bool
     plain: dict[str, Dataset[Any] | Tensor]
+    evaluation: ImagePass
+    keep_features: bool
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -64,26 +67,53 @@ def is_begun(folder: RunFolder) -> bool:
     return all((folder.path / name).exists() for name in (IMAGES, ZERO_SHOT))
 
 
-@loading_errors()
 def begin(
-    config: FinetuneConfig,
     folder: RunFolder,
-    clip: LoadedClip,
+    classifier: ClipClassifier,
     problem: Problem,
+    options: DataOptions,
     copies: Copies | None,
+    *,
+    evaluation: ImagePass,
+    keep_features: bool,
 ) -> Start:
-    """Classify all images by the zero-shot model, leave out what cannot be read, and keep both."""
-    classifier = _classifier(config, clip, problem.known)
+    """Classify all images by the zero-shot model, leave out what cannot be read, and keep both.
+
+    Args:
+        folder: of the run.
+        classifier: the zero-shot classifier.
+        problem: its images and classes.
+        options: how images are decoded, and what happens if one cannot be read.
+        copies: keeps small copies of image files.
+        evaluation: how images go through the image tower.
+        keep_features: keep what the image tower makes of them, because it is not trained.
+    """
+
+    def classified(part: Labelled, title: str) -> tuple[Labelled, Target]:
+        views = views_of(part.images, classifier.model, part.labels, options.decode, copies)
+        target = zero_shot_target(
+            classifier,
+            views.plain,
+            evaluation,
+            augmented=views.augmented,
+            labels=views.labels,
+            names=views.names,
+            strict=options.strict,
+            keep_features=keep_features,
+            watch=watched(title, len(part.images)),
+        )
+        return part if target.positions is None else part.subset(target.positions), target
+
     for text in doubts(classes=classifier.prompt.class_names):  # before hours are spent
         print(f"warning: {text}")
     for remark in dict.fromkeys(problem.train.remarks() + problem.tested.remarks()):
         print(f"note: {remark}")
-    train, target = _zero_shot(config, classifier, problem.train, "zero-shot", copies)
+    train, target = classified(problem.train, "zero-shot")
     skipped = target.unreadable
     tested, test_cosines = train, target.zero_shot_cosines()
     plain = {"train": target.evaluation_images, "test": target.evaluation_images}
     if problem.test is not None:
-        tested, tests = _zero_shot(config, classifier, problem.test, "zero-shot, test", copies)
+        tested, tests = classified(problem.test, "zero-shot, test")
         test_cosines = tests.zero_shot_cosines()
         plain["test"] = tests.evaluation_images
         skipped += tests.unreadable
@@ -112,51 +142,65 @@ def begin(
     write_tensors(folder.path / ZERO_SHOT, tensors)
     if copies is not None:
         print(f"cache: {copies.text()}")
-    return Start(classifier, target, train, tested, test_cosines, problem.test is not None, plain)
+    return Start(
+        classifier,
+        target,
+        train,
+        tested,
+        test_cosines,
+        problem.test is not None,
+        plain,
+        evaluation,
+        keep_features,
+    )
 
 
 def continued(
-    folder: RunFolder, clip: LoadedClip, config: FinetuneConfig, copies: Copies | None
+    folder: RunFolder,
+    classifier: ClipClassifier,
+    problem: Problem,
+    options: DataOptions,
+    copies: Copies | None,
+    *,
+    evaluation: ImagePass,
+    keep_features: bool,
 ) -> Start:
     """As :func:`begin` left it, looking at the first image only: is the model the same?"""
-    problem = reread_problem(folder)
     tensors = _kept_cosines(folder, problem)
-    classifier = _classifier(config, clip, problem.known)
-    views = views_of(
-        problem.train.images, classifier.model, problem.train.labels, config.decode, copies
+    train, tested = (
+        views_of(part.images, classifier.model, part.labels, options.decode, copies)
+        for part in (problem.train, problem.tested)
     )
-    _check_model(config, classifier, problem.train, views, tensors["train"])
-    target = Target(views.plain, views.augmented, tensors["train"], views.labels)
-    cosines = tensors["train" if problem.test is None else "test"]
-    separate = problem.test is not None
-    tests = views_of(problem.tested.images, classifier.model, None, config.decode, copies)
-    plain: dict[str, Dataset[Any] | Tensor] = {"train": views.plain, "test": tests.plain}
-    return Start(classifier, target, problem.train, problem.tested, cosines, separate, plain)
+    _check_model(classifier, train, tensors["train"], evaluation)
+    return Start(
+        classifier,
+        Target(train.plain, train.augmented, tensors["train"], train.labels),
+        problem.train,
+        problem.tested,
+        tensors["train" if problem.test is None else "test"],
+        problem.test is not None,
+        {"train": train.plain, "test": tested.plain},
+        evaluation,
+        keep_features,
+    )
 
 
 def _check_model(
-    config: FinetuneConfig, classifier: ClipClassifier, part: Labelled, views: Views, kept: Tensor
+    classifier: ClipClassifier, views: Views, kept: Tensor, evaluation: ImagePass
 ) -> None:
     """Refuse a model that sees the first image differently than the run's zero-shot model did.
 
     The fingerprint does not tell: it covers neither what an adaptation changes (normalisation of
     the image tower) nor preprocessing and tokenizer.
     """
-    found = collect(
-        predict_batches(
-            classifier,
-            Subset(views.plain, [0]) if isinstance(views.plain, Dataset) else views.plain[:1],
-            batch_size=1,
-            precision=config.precision,
-            channels_last=config.channels_last,
-        )
-    )
+    first = Subset(views.plain, [0]) if isinstance(views.plain, Dataset) else views.plain[:1]
+    found = collect(predict_batches(classifier, first, replace(evaluation, batch_size=1)))
     if found.failures:  # it was readable before: the training will say what is wrong
         return
     furthest = float((found.cosines - kept[:1]).abs().max())
-    if not furthest <= _SAME[config.precision]:
+    if not furthest <= _SAME[evaluation.precision]:
         raise ValueError(
-            f"the model is not the one that the run began with: for {shown(part.images.names[0])} "
+            f"the model is not the one that the run began with: for {shown(views.names[0])} "
             f"its cosines differ by {furthest:.3f} from those in {ZERO_SHOT}. Restore its "
             "preprocessing, tokenizer, normalisation layers, or that image"
         )
@@ -178,40 +222,3 @@ def _kept_cosines(folder: RunFolder, problem: Problem) -> dict[str, Tensor]:
                 folder.path / ZERO_SHOT, f"{name} has values that are not cosines"
             )
     return tensors
-
-
-def _classifier(config: FinetuneConfig, clip: LoadedClip, known: tuple[str, ...]) -> ClipClassifier:
-    return make_classifier(
-        clip.model,
-        clip.tokenizer,
-        known,
-        template=config.prompt_template,
-        scope=config.affine_scope,
-        patch=config.patch,
-        logit_scale=config.logit_scale,
-    )
-
-
-def _zero_shot(
-    config: FinetuneConfig,
-    classifier: ClipClassifier,
-    part: Labelled,
-    title: str,
-    copies: Copies | None,
-) -> tuple[Labelled, Target]:
-    views = views_of(part.images, classifier.model, part.labels, config.decode, copies)
-    target = zero_shot_target(
-        classifier,
-        views.plain,
-        augmented=views.augmented,
-        labels=views.labels,
-        names=views.names,
-        strict=config.strict,
-        keep_features=not config.make_method().trains_tower(config.trainer()),
-        watch=watched(title, len(part.images)),
-        batch_size=config.eval_batch_size,
-        num_workers=config.workers,
-        precision=config.precision,
-        channels_last=config.channels_last,
-    )
-    return part if target.positions is None else part.subset(target.positions), target

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from ueo_fast.finetune.declared_options import flat, shortest_command
 from ueo_fast.finetune.engine.training_config import TrainerConfig
-from ueo_fast.ranges import LARGEST_FACTOR, MOST_THREADS, check_count, check_number
+from ueo_fast.ranges import (
+    LARGEST_FACTOR,
+    MOST_THREADS,
+    check_count,
+    check_number,
+    check_one_of,
+)
 
 Tower = Literal["bn", "vit"]
 Shift = Literal["contrast", "noise", "rotation", "texture"]
@@ -24,124 +30,69 @@ _SEVERITY: dict[str, dict[str, float]] = {
 _PRETRAIN_STEPS: dict[str, int] = {"bn": 150, "vit": 300}
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+def _group(name: str) -> dict[str, str]:
+    return {"group": name}
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Choices of ``ueo-fast demo``; each field is a flag, its help is in the field's metadata.
+    """Choices of ``ueo-fast demo``.
 
     The learning rates and the number of epochs were chosen on the seeds 100 to 104, which are not
     among the default ones: docs/demo.md has the grid.
+
+    Attributes:
+        tower: image tower of the tiny CLIP: 'bn' is a ResNet with BatchNorm, 'vit' a ViT.
+        shift: how the target's images differ from those the model was trained on: low contrast,
+            Gaussian noise, turned digits, or a coloured background.
+        scenario: which classes the unlabelled images show: CSDA the known ones, nothing unknown
+            anywhere; CDA all known ones; PDA some known; ODA all known and some unknown; OPDA some
+            known and some unknown. Except in CSDA the test also holds unknown classes.
+        seeds: one complete run per seed, which draws the split, the known digits, the initial
+            weights and the order of the batches; the table shows mean and spread.
+        out: run folder, new or empty; default: runs/demo-<date>-<time> in the current folder.
+        severity: strength of the shift in [0, 1]; default: a value suited to tower and shift.
+        pretrain_steps: pre-training steps on the source domain; default: 150 (bn) or 300 (vit).
+        known_classes: how many of the ten digits are on the user's list of classes; has no effect
+            under CSDA, where all ten are.
+        epochs: passes over the unlabelled images; EntMin, InfoMax and UEO take the same gradient
+            steps, AdaBN one pass without gradients.
+        batch_size: images per step.
+        prompt_lr: learning rate of the prompt's context; 0 freezes it.
+        affine_lr: learning rate of the normalisation layers' affine parameters; 0 freezes them.
+        trade_off: weight of the marginal entropy (UEO, InfoMax).
+        mcm_scale: multiplies the cosines before the softmax that gives UEO's confidence weights.
+        eps: added inside the logarithms; 1e-5 is the authors' released code.
+        patch: run the image tower with the fused layers of ueo_fast.patch_visual; false runs
+            PyTorch's own, to the same result up to rounding.
+        threads: seeds that are computed at the same time, each in a process of its own on one
+            thread, so that no number depends on it; default: one per processor.
 
     Raises:
         ValueError: a value outside its range; the message names it.
     """
 
-    tower: Tower = field(
-        default="bn",
-        metadata=_help(
-            "image tower of the tiny CLIP: 'bn' is a ResNet with BatchNorm, 'vit' a ViT"
-        ),
-    )
-    shift: Shift = field(
-        default="contrast",
-        metadata=_help(
-            "how the target's images differ from those the model was trained on: low contrast, "
-            "Gaussian noise, turned digits, or a coloured background"
-        ),
-    )
-    scenario: Scenario = field(
-        default="OPDA",
-        metadata=_help(
-            "which classes the unlabelled images show: CSDA the known ones, nothing unknown "
-            "anywhere; CDA all known ones; PDA some known; ODA all known and some unknown; OPDA "
-            "some known and some unknown. Except in CSDA the test also holds unknown classes"
-        ),
-    )
-    seeds: tuple[int, ...] = field(
-        default=(10, 11, 12, 13, 14),
-        metadata=_help(
-            "one complete run per seed, which draws the split, the known digits, the initial "
-            "weights and the order of the batches; the table shows mean and spread"
-        ),
-    )
-    out: str | None = field(
-        default=None,
-        metadata=_help(
-            "run folder, new or empty; default: runs/demo-<date>-<time> in the current folder"
-        ),
-    )
-    severity: float | None = field(
-        default=None,
-        metadata=_help(
-            "strength of the shift in [0, 1]; default: a value suited to tower and shift"
-        ),
-    )
-    pretrain_steps: int | None = field(
-        default=None,
-        metadata=_help("pre-training steps on the source domain; default: 150 (bn) or 300 (vit)"),
-    )
-    known_classes: int = field(
-        default=6,
-        metadata=_help(
-            "how many of the ten digits are on the user's list of classes; has no effect under "
-            "CSDA, where all ten are"
-        ),
-    )
-    epochs: int = field(
-        default=10,
-        metadata=_help(
-            "passes over the unlabelled images; EntMin, InfoMax and UEO take the same gradient "
-            "steps, AdaBN one pass without gradients"
-        ),
-    )
-    batch_size: int = field(default=64, metadata=_help("images per step"))
-    prompt_lr: float = field(
-        default=1e-3, metadata=_help("learning rate of the prompt's context; 0 freezes it")
-    )
-    affine_lr: float = field(
-        default=3e-2,
-        metadata=_help(
-            "learning rate of the normalisation layers' affine parameters; 0 freezes them"
-        ),
-    )
-    trade_off: float = field(
-        default=1.0, metadata=_help("weight of the marginal entropy (UEO, InfoMax)")
-    )
-    mcm_scale: float = field(
-        default=1.0,
-        metadata=_help(
-            "multiplies the cosines before the softmax that gives UEO's confidence weights"
-        ),
-    )
-    eps: float = field(
-        default=0.0,
-        metadata=_help("added inside the logarithms; 1e-5 is the authors' released code"),
-    )
-    patch: bool = field(
-        default=True,
-        metadata=_help(
-            "run the image tower with the fused layers of ueo_fast.patch_visual; false runs "
-            "PyTorch's own, to the same result up to rounding"
-        ),
-    )
-    threads: int | None = field(
-        default=None,
-        metadata=_help(
-            "seeds that are computed at the same time, each in a process of its own on one thread, "
-            "so that no number depends on it; default: one per processor"
-        ),
-    )
+    tower: Tower = field(default="bn", metadata=_group("model"))
+    shift: Shift = field(default="contrast", metadata=_group("data"))
+    scenario: Scenario = field(default="OPDA", metadata=_group("data"))
+    seeds: tuple[int, ...] = field(default=(10, 11, 12, 13, 14), metadata=_group("training"))
+    out: str | None = field(default=None, metadata=_group("output"))
+    severity: float | None = field(default=None, metadata=_group("data"))
+    pretrain_steps: int | None = field(default=None, metadata=_group("model"))
+    known_classes: int = field(default=6, metadata=_group("data"))
+    epochs: int = field(default=10, metadata=_group("training"))
+    batch_size: int = field(default=64, metadata=_group("training"))
+    prompt_lr: float = field(default=1e-3, metadata=_group("training"))
+    affine_lr: float = field(default=3e-2, metadata=_group("training"))
+    trade_off: float = field(default=1.0, metadata=_group("method"))
+    mcm_scale: float = field(default=1.0, metadata=_group("method"))
+    eps: float = field(default=0.0, metadata=_group("method"))
+    patch: bool = field(default=True, metadata=_group("speed"))
+    threads: int | None = field(default=None, metadata=_group("speed"))
 
     def __post_init__(self) -> None:
         for name, choices in (("tower", Tower), ("shift", Shift), ("scenario", Scenario)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; choose one of "
-                    f"{', '.join(get_args(choices))}"
-                )
+            check_one_of(name, getattr(self, name), get_args(choices))
         object.__setattr__(self, "seeds", tuple(self.seeds))
         if not self.seeds:
             raise ValueError("seeds is empty: give at least one, e.g. --seeds 0 1 2")
@@ -197,18 +148,8 @@ class DemoConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """What ``--config`` reads back; without ``out``, so that a rerun gets its own folder."""
-        values = asdict(self)
-        del values["out"]
-        return {**values, "seeds": list(self.seeds)}
+        return flat(self, without=("out",))
 
     def command(self) -> str:
         """The shortest command that gives the same run; without ``--out``."""
-        words = ["ueo-fast", "demo"]
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name == "out" or value == item.default:
-                continue
-            words.append("--" + item.name.replace("_", "-"))
-            values = value if isinstance(value, tuple) else (value,)
-            words.extend(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
-        return shlex.join(words)
+        return shortest_command("demo", self, without=("out",))

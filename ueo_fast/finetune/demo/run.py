@@ -29,6 +29,7 @@ from ueo_fast.finetune.demo.digits import DIGIT_NAMES, Draw, draw, load_digits
 from ueo_fast.finetune.demo.report import Result, write_report
 from ueo_fast.finetune.demo.tiny_clip import OnStep, one_thread, pretrain, tiny_clip, tiny_tokenizer
 from ueo_fast.finetune.engine.hooks import Hooks
+from ueo_fast.finetune.engine.training_config import ImagePass
 from ueo_fast.finetune.evaluation.metrics import compute_metrics
 from ueo_fast.finetune.evaluation.predict import predict_cosines
 from ueo_fast.finetune.files.run_folder import RunFolder
@@ -37,8 +38,8 @@ from ueo_fast.finetune.methods import UEO, AdaBN, EntMin, InfoMax, LossMethod, M
 Tell = Callable[[str, Any], None]
 """Called with ("step", title), ("line", text) or ("result", :class:`Result`)."""
 
-BATCH = 256
-"""Images per forward pass of an evaluation. The last digits of a number depend on it."""
+BATCHES = ImagePass(batch_size=256)
+"""Of an evaluation. The last digits of a number depend on the batch size."""
 
 
 def demo_methods(config: DemoConfig) -> list[Method]:
@@ -191,7 +192,7 @@ def run_seed(config: DemoConfig, seed: int, tell: Tell) -> None:
     seconds = time.perf_counter() - started
     known = drawn.split.known
     zero_shot = make_classifier(copy.deepcopy(model), tiny_tokenizer(), known, patch=config.patch)
-    cosines = predict_cosines(zero_shot, drawn.clean.images, batch_size=BATCH)
+    cosines = predict_cosines(zero_shot, drawn.clean.images, BATCHES)
     clean = _brief(compute_metrics(cosines, drawn.labels).as_dict())
     say(f"pre-trained on all ten digits ({seconds:.1f} s); without the shift: {clean}")
     say(
@@ -252,11 +253,11 @@ def run_method(
         config=config.trainer(drawn.seed),
         hooks=Hooks(on_step=lambda _: tell("step", name)),
         patch=config.patch,
-        eval_batch_size=BATCH,
+        eval_batch_size=BATCHES.batch_size,
         progress=False,
     )
     seconds = time.perf_counter() - started
-    cosines = predict_cosines(adaptation.classifier, drawn.target.images, batch_size=BATCH)
+    cosines = predict_cosines(adaptation.classifier, drawn.target.images, BATCHES)
     head = {"seed": drawn.seed, "method": method.title}
     return Result(
         record={

@@ -1,8 +1,8 @@
-"""Budget, optimiser and precision of a training run."""
+"""How images go through the image tower; budget, optimiser and precision of a training run."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from ueo_fast.ranges import (
@@ -24,36 +24,63 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _FREE = ("num_workers", "checkpoint_every")
 
 
-@dataclass(frozen=True)
-class TrainerConfig:
+@dataclass(frozen=True, kw_only=True)
+class ImagePass:
+    """How images go through the image tower.
+
+    Attributes:
+        batch_size: images per step.
+        num_workers: processes that load images; at most four per processor are started.
+        precision: of the towers, under autocast; features, loss and trained weights stay fp32.
+        channels_last: memory format of the images (for ResNets on a GPU or in bf16).
+
+    Raises:
+        TypeError, ValueError: a value of another type, or outside its range.
+    """
+
+    batch_size: int = field(default=256, metadata={"group": "speed"})
+    num_workers: int = field(default=0, metadata={"group": "speed", "flag": "workers"})
+    precision: Precision = field(default="fp32", metadata={"group": "speed"})
+    channels_last: bool = field(default=False, metadata={"group": "speed"})
+
+    def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size)
+        check_count("num_workers", self.num_workers, 0, MOST_WORKERS)
+        check_one_of("precision", self.precision, PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig(ImagePass):
     """Budget, optimiser and precision; budget and optimiser default to the authors', but for
     DomainNet, on which they take 5 epochs.
 
+    The rest is as in :class:`ImagePass`.
+
     Attributes:
         epochs: passes over the unlabelled images.
-        batch_size: images per step; the last batch of an epoch may be smaller. Where a single
-            image is left over, a method that compares the images of a batch (UEO, InfoMax) learns
+        batch_size: images per step; the last batch of an epoch may be smaller. If a single image
+            is left over, a method that compares the images of a batch (UEO, InfoMax) learns
             nothing from its step; in the next epoch it is another image.
-        prompt_lr: learning rate of the prompt's context; 0 keeps the prompt frozen.
-        affine_lr: learning rate of the visual tower's affine parameters; 0 keeps them frozen.
-        seed: order of the images, and their augmentation.
-        num_workers: worker processes of the loader.
+        channels_last: memory format of the images and of the image tower's weights, which keep it
+            after the training (for ResNets on a GPU or in bf16).
+        prompt_lr: learning rate of the prompt's context; 0 freezes it.
+        affine_lr: learning rate of the scale and shift of the image tower's normalisation layers;
+            0 freezes them.
+        seed: determines the order of the images and their augmentation.
         momentum: of SGD, in [0, 1).
         weight_decay: of SGD.
-        schedule: ``cosine`` lets the learning rates fall to 0 over all steps; ``constant``.
+        schedule: cosine lowers the learning rates to 0 over all steps; constant keeps them.
         shuffle: draw a new order in each epoch; ``False`` keeps the images' own.
-        micro_batch_size: images that go through the visual tower at a time, to the gradient of the
-            whole batch; ``None``: all at once.
-        precision: of both towers, under autocast; weights, features and loss stay float32.
-        channels_last: memory format of the images and of the visual tower's weights. It stays
-            after the training.
-        compile: run the towers through ``torch.compile``, as one graph each. What cannot be
-            compiled is an error, not a silent detour.
+        micro_batch_size: images that go through the image tower at a time, if a whole batch does
+            not fit: the gradient is that of the whole batch, for one more forward pass; default:
+            all at once.
+        compile: run the towers through torch.compile, as one graph each. What cannot be compiled
+            is an error, not a silent detour.
         checkpoint_every: steps between two checkpoints; 0: one at the end of each epoch. The last
             step always has one.
         early_stop: stop when the mutual information of image and prediction, which needs no
-            labels, has not risen for so many epochs, or when the predictions collapse; the state
-            of the best epoch is kept. ``None``: never.
+            labels, has not risen for this many epochs, or when the predictions collapse, and keep
+            the best epoch; default: never.
 
     Raises:
         TypeError, ValueError: a value of another type, or outside its range.
@@ -63,26 +90,22 @@ class TrainerConfig:
     batch_size: int = 64
     prompt_lr: float = 1e-4
     affine_lr: float = 1e-4
-    seed: int = 0
-    num_workers: int = 0
     momentum: float = 0.0
     weight_decay: float = 0.0
     schedule: Schedule = "cosine"
     shuffle: bool = True
-    micro_batch_size: int | None = None
-    precision: Precision = "fp32"
-    channels_last: bool = False
-    compile: bool = False
-    checkpoint_every: int = 100
+    seed: int = 0
     early_stop: int | None = None
+    micro_batch_size: int | None = field(default=None, metadata={"group": "speed"})
+    compile: bool = field(default=False, metadata={"group": "speed"})
+    checkpoint_every: int = field(default=100, metadata={"group": "output"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least, most in (
             ("epochs", 1, MOST),
-            ("batch_size", 1, MOST),
             ("micro_batch_size", 1, MOST),
             ("early_stop", 1, MOST),
-            ("num_workers", 0, MOST_WORKERS),
             ("checkpoint_every", 0, MOST),
             ("seed", 0, 2**63 - 1),
         ):
@@ -94,7 +117,19 @@ class TrainerConfig:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
         check_one_of("schedule", self.schedule, SCHEDULES)
-        check_one_of("precision", self.precision, PRECISIONS)
+
+    def image_pass(self, batch_size: int) -> ImagePass:
+        """How to run images through the tower that is trained without training it.
+
+        Args:
+            batch_size: images per step.
+        """
+        return ImagePass(
+            batch_size=batch_size,
+            num_workers=self.num_workers,
+            precision=self.precision,
+            channels_last=self.channels_last,
+        )
 
     def decisive(self) -> dict[str, Any]:
         """The choices that a resumed run must share with the run that it goes on with."""

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.loader import LoadingMeter, TolerantBatch, tolerant_loader
 from ueo_fast.finetune.data.names import plural, shown
-from ueo_fast.ranges import MOST_WORKERS, check_count, check_one_of
+from ueo_fast.finetune.engine.training_config import ImagePass
 
 PRECISIONS: dict[str, torch.dtype | None] = {
     "fp32": None,
@@ -108,11 +108,8 @@ Batch = TypeVar("Batch", bound=HasImages)
 def predict_batches(
     classifier: ClipClassifier,
     images: Dataset[Any] | Tensor,
+    how: ImagePass | None = None,
     *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    precision: str = "fp32",
-    channels_last: bool = False,
     keep_features: bool = False,
     strict: bool = False,
 ) -> Iterator[Predicted]:
@@ -127,27 +124,22 @@ def predict_batches(
         images: a dataset or tensor of N un-augmented images; an item that cannot be read raises
             ``UnreadableImageError``. Or their features (N, E) from an earlier pass, as long as the
             image tower is the same.
-        batch_size: images per forward pass; it changes speed and memory, and cosines by rounding
-            (:func:`cosine_error`).
-        num_workers: worker processes of the loader.
-        precision: of the image tower, one of :data:`PRECISIONS`.
-        channels_last: pass images in that memory format, which speeds up convolutions.
+        how: they go through the image tower. The batch size changes speed and memory, and cosines
+            by rounding (:func:`cosine_error`).
         keep_features: return the images' features as well.
         strict: fail at the first image that cannot be read.
 
     Raises:
-        TypeError, ValueError: no image, an unknown ``precision``, or a number out of range.
+        ValueError: no image.
         UnreadableImageError: while iterating, with ``strict``.
     """
-    check_count("batch_size", batch_size)
-    check_count("num_workers", num_workers, least=0, most=MOST_WORKERS)
-    check_one_of("precision", precision, PRECISIONS)
-    device, dtype = classifier.logit_scale.device, PRECISIONS[precision]
-    warn_of_slow(device, dtype)
+    how = how or ImagePass()
+    device = classifier.logit_scale.device
+    warn_of_slow(device, PRECISIONS[how.precision])
     loader = tolerant_loader(
-        images, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda"
+        images, how.batch_size, num_workers=how.num_workers, pin_memory=device.type == "cuda"
     )
-    return _predict(classifier, loader, dtype, channels_last, keep_features, strict)
+    return _predict(classifier, loader, how, keep_features, strict)
 
 
 def on_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
@@ -213,19 +205,19 @@ def collect(predicted: Iterable[Predicted]) -> Predicted:
 
 
 def predict_cosines(
-    classifier: ClipClassifier, images: Dataset[Any] | Tensor, **options: Any
+    classifier: ClipClassifier, images: Dataset[Any] | Tensor, how: ImagePass | None = None
 ) -> Tensor:
     """(N, C) float32 cosines on the CPU: every image with every class, in the order given.
 
     Args:
-        classifier: this and all others as for :func:`predict_batches`.
+        classifier: this and the others as for :func:`predict_batches`.
         images: N images, all of which can be read.
-        options: ``batch_size``, ``num_workers``, ``precision``, ``channels_last``.
+        how: they go through the image tower.
 
     Raises:
         UnreadableImageError: an image cannot be read.
     """
-    return collect(predict_batches(classifier, images, strict=True, **options)).cosines
+    return collect(predict_batches(classifier, images, how, strict=True)).cosines
 
 
 def unreadable_images(
@@ -264,12 +256,11 @@ def unreadable_images(
 def _predict(
     classifier: ClipClassifier,
     loader: Iterable[TolerantBatch],
-    precision: torch.dtype | None,
-    channels_last: bool,
+    how: ImagePass,
     keep_features: bool,
     strict: bool,
 ) -> Iterator[Predicted]:
-    device = classifier.logit_scale.device
+    device, precision = classifier.logit_scale.device, PRECISIONS[how.precision]
     text = classifier.text_features()
     for images, positions, errors in loader:
         if strict and errors:
@@ -279,7 +270,7 @@ def _predict(
             none, kept = (text.new_zeros(0, size, device="cpu") for size in text.shape)
             yield Predicted(positions, none, failures, kept if keep_features else None)
             continue
-        batch = on_device(images, device, channels_last)
+        batch = on_device(images, device, how.channels_last)
         if precision is None:
             features = classifier.image_features(batch)
         else:

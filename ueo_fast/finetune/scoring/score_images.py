@@ -17,6 +17,7 @@ from ueo_fast import mcm_score
 from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.image_list import ImageList
 from ueo_fast.finetune.data.names import plural, shown
+from ueo_fast.finetune.engine.training_config import ImagePass, Precision
 from ueo_fast.finetune.evaluation.predict import Failure, cosine_error, predict_batches
 from ueo_fast.finetune.evaluation.results_table import doubts
 from ueo_fast.finetune.scoring.score_table import (
@@ -149,11 +150,11 @@ def score_batches(
         top_k: k, at most the number of classes.
         mcm_scale: multiplies the cosines in the MCM score.
         precision: of the image tower, as for ``predict_batches``.
-        options: ``batch_size``, ``num_workers`` and ``channels_last`` of
-            :func:`~ueo_fast.finetune.evaluation.predict.predict_batches`.
+        options: the other fields of an ``ImagePass``.
     """
     logit_scale = float(classifier.logit_scale)
-    predicted = predict_batches(classifier, images, precision=precision, **options)
+    how = ImagePass(precision=cast("Precision", precision), **options)
+    predicted = predict_batches(classifier, images, how)
     for positions, cosines, failures, _ in predicted:
         finite = torch.isfinite(cosines).all(dim=1)
         broken = tuple(
@@ -224,8 +225,7 @@ def score_images(
         strict: fail at the first image that cannot be read.
         overwrite: replace ``out`` and its list of unreadable images if they exist.
         progress: called after each batch with images done and N.
-        options: ``batch_size``, ``num_workers`` and ``channels_last`` of
-            :func:`~ueo_fast.finetune.evaluation.predict.predict_batches`.
+        options: the other fields of an ``ImagePass``.
 
     Raises:
         ThresholdError: see above; the message has the way out.
