@@ -93,9 +93,9 @@ run_tests() { # BACKEND LIMIT; a missing backend is a failure here, not a reason
   # One compiler per worker: Inductor would start a pool of them in each.
   UEO_FAST_REQUIRE_GPU=1 TORCHINDUCTOR_COMPILE_THREADS=1 "$PYTHON" -m pytest -v --tb=short -r fE \
     -p no:cacheprovider --durations=15 "${parallel[@]}" --only-backend "$1" --until "$until" \
-    tests/test_gpu.py tests/test_gpu_affine.py tests/test_gpu_sizes.py tests/test_patch_gpu.py \
-    tests/test_ueo_loss*.py tests/test_channel_affine*.py tests/test_frozen_batch_norm.py \
-    tests/test_layer_norm.py
+    tests/cuda/test_gpu.py tests/cuda/test_gpu_affine.py tests/cuda/test_gpu_sizes.py tests/patch/test_patch_gpu.py \
+    tests/loss/test_ueo_loss*.py tests/affine/test_channel_affine*.py tests/affine/test_frozen_batch_norm.py \
+    tests/affine/test_layer_norm.py
 }
 cuda_tests() { run_tests cuda "$1"; }
 triton_tests() { run_tests triton "$1"; }

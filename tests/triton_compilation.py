@@ -209,7 +209,8 @@ def compiled_for(
 def run(script: str, task: str, *cases: Any, folder: Path) -> list[list[dict[str, Any]]]:
     """What ``main`` of a test module finds in each case; one process for all, because starting one
     takes as long as compiling a case."""
-    environment = dict(os.environ, TRITON_CACHE_DIR=str(folder))
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = dict(os.environ, TRITON_CACHE_DIR=str(folder), PYTHONPATH=path)
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, script, json.dumps([task, cases])],

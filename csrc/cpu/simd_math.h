@@ -1,5 +1,5 @@
 // 2^t on registers, and log as plain arithmetic, so that a loop around it is vectorised at every
-// instruction set. tests/test_cpu_loops.py bounds their errors.
+// instruction set. tests/loss/test_cpu_loops.py bounds their errors.
 //
 // Internal linkage throughout: see half.h.
 #pragma once

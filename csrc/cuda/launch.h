@@ -12,7 +12,7 @@
 
 namespace ueo_fast::cuda {
 
-// ---- Budgets of the compiled kernels; tests/test_cuda_ahead_of_time.py reads them ---------------
+// ---- Budgets of the compiled kernels; tests/cuda/test_cuda_ahead_of_time.py reads them ---------------
 // 1,024 threads share the 65,536 registers of a multiprocessor. What kernels that hold rows in
 // registers may use follows from register_blocks().
 inline constexpr int kMaxRegisters = 64;

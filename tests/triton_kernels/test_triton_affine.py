@@ -1,8 +1,8 @@
 """The affine Triton kernels where their tiles, chunks and programs end (tests/truth.py: the rule).
 
-On a machine without a GPU they run on Triton's interpreter, see tests/test_triton_interpreter.py.
-Layer normalisation is in tests/test_triton_affine_layer_norm.py, calls at
-the edge of the contract in tests/test_triton_affine_calls.py.
+On a machine without a GPU they run on Triton's interpreter, see test_triton_interpreter.py. Layer
+normalisation is in test_triton_affine_layer_norm.py, calls at the edge of the contract in
+test_triton_affine_calls.py.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ for module in ("open_clip", "sklearn", "matplotlib", "torchmetrics", "torchvisio
 from photo_folder import CORRUPT, KNOWN, photo_folder  # noqa: E402
 from tiny_model_folder import save_tiny_clip  # noqa: E402
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TESTED = {
     "accelerate_loop",
     "adapt_folder",

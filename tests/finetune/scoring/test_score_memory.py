@@ -17,7 +17,7 @@ from ueo_fast.finetune.scoring import score_table
 from ueo_fast.finetune.scoring.score_images import score_images
 
 CLASSES = [f"class {i}" for i in range(20)]
-GUIDE = Path(__file__).parents[1] / "docs" / "guide.md"
+GUIDE = Path(__file__).resolve().parents[3] / "docs" / "guide.md"
 
 
 class Names(Sequence):

@@ -14,7 +14,7 @@ import ueo_fast
 from benchmarks import __main__, instruction_set, instructions
 from ueo_fast import backends
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 needs_avx2 = pytest.mark.skipif(
     backends.cpu_capability() not in ("avx2", "avx512"), reason="the C++ loops have no AVX2 here"

@@ -1,7 +1,7 @@
 """The loss on a GPU, with CUDA and with Triton: streams, graphs, syncs, devices, compilation.
 
-Values at many shapes are those of tests/test_ueo_loss*.py; here is what only a GPU can get wrong.
-Sizes and memory: tests/test_gpu_sizes.py.
+Values at many shapes are in tests/loss/test_ueo_loss*.py; here is what only a GPU can get wrong.
+Sizes and memory: tests/cuda/test_gpu_sizes.py.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from ueo_fast.finetune.files.tensor_file import read_tensors
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 
 KILLS = 4
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[2]
 
 
 class Server:

@@ -25,7 +25,7 @@ from benchmarks import (
 )
 from benchmarks.cases import Case
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 GPU = {"gpu": "Test GPU", "copied bytes": "1000000000", "command": "a test"}
@@ -400,7 +400,7 @@ def test_the_script_builds_unless_the_libraries_are_prebuilt(tmp_path):
 
 def test_tests_of_one_backend_that_find_no_time_have_not_passed():
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["tests/test_layer_norm.py", "--only-backend", "reference", "--until"]
+    command += ["tests/affine/test_layer_norm.py", "--only-backend", "reference", "--until"]
     environment = {name: value for name, value in os.environ.items() if "XDIST" not in name}
     done = subprocess.run(
         [*command, "1"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120

@@ -10,7 +10,7 @@ import setup_script
 
 from benchmarks import gpu_tables, render, results_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 CPU_FACTS = {"torch", "processor", "instruction set", "threads"}
 GPU_FACTS = {"torch", "gpu", "driver", "multiprocessors", "L2", "triton", "nvcc", "commit"}

@@ -26,7 +26,7 @@ from benchmarks import (
 from benchmarks.tables import LAYER_KEYS, TOWER_KEYS
 from benchmarks.visual_cases import Step, VisualCase
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 for module in ("open_clip", "sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(module)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ueo_fast import GradCache, mcm_score, ueo_loss
 
-GUIDE = Path(__file__).resolve().parent.parent / "docs" / "guide.md"
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide.md"
 
 
 class Problem:
