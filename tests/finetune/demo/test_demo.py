@@ -16,7 +16,6 @@ from ueo_fast.finetune.demo.digits import draw
 from ueo_fast.finetune.demo.report import RULE
 from ueo_fast.finetune.demo.run import demo_methods, pretrained, run_demo, run_method
 from ueo_fast.finetune.demo.tiny_clip import one_thread
-from ueo_fast.finetune.engine.hooks import History
 from ueo_fast.finetune.methods import UEO, AdaBN, EntMin, InfoMax, LossMethod, ZeroShot
 
 SMALL = {"pretrain_steps": 3, "epochs": 1, "batch_size": 320}
@@ -169,15 +168,20 @@ def test_mcm_scale_changes_the_history(start):
     )
 
 
-def test_a_warning_of_the_training_becomes_a_line(start, monkeypatch):
+@pytest.mark.usefixtures("without_pictures")
+def test_advice_for_a_users_run_is_not_printed(tmp_path, monkeypatch, capfd):
+    adapt = EntMin.adapt
+
     def warns(self, *args, hooks, **options):
-        hooks.on_warning("the predictions are collapsing")
-        return History()
+        hooks.on_warning("the predictions are collapsing: try --early-stop")
+        return adapt(self, *args, hooks=hooks, **options)
 
     monkeypatch.setattr(EntMin, "adapt", warns)
-    told = []
-    run_method(*start, EntMin(), lambda *event: told.append(event))
-    assert told == [("line", "seed 5: EntMin: the predictions are collapsing")]
+    run_demo(DemoConfig(tower="vit", seeds=(5,), out=str(tmp_path / "run"), **SMALL))
+    printed = "".join(capfd.readouterr())
+    assert "EntMin" in printed
+    assert "early-stop" not in printed
+    assert "UserWarning" not in printed
 
 
 def test_an_interrupted_run_keeps_what_was_done(tmp_path, monkeypatch, capsys):
