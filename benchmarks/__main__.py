@@ -27,13 +27,14 @@ import torch
 
 from benchmarks import (
     bench_calls,
-    cpu_tables,
     input_run,
     instruction_set,
+    loss_tables,
     memory,
     render,
     results_file,
     step_cases,
+    training_tables,
     visual_cases,
     visual_memory,
 )
@@ -95,7 +96,8 @@ def step_rows(runs: Sequence[Mapping[str, Any]]) -> Rows:
     for run in runs:
         info = run["extra_info"]
         case = tuple(info[name] for name in names)
-        for part, seconds in {cpu_tables.WHOLE: run["stats"]["median"], **info["parts"]}.items():
+        parts = {training_tables.WHOLE: run["stats"]["median"], **info["parts"]}
+        for part, seconds in parts.items():
             spent[(*case, part)].append(seconds)
     return [
         {
@@ -123,10 +125,10 @@ def save(csv: str, rows: Rows, header: Header, allocator: dict[str, str]) -> Non
 
 
 def measure_loss(header: Header, threads: int, repeats: int) -> None:
-    for csv, allocator in {cpu_tables.LOSS_TUNED: TUNED, cpu_tables.LOSS_DEFAULT: DEFAULT}.items():
+    for csv, allocator in ((loss_tables.LOSS_TUNED, TUNED), (loss_tables.LOSS_DEFAULT, DEFAULT)):
         rows = measure_time("bench_ueo_loss.py", LOSS_KEYS, threads, repeats, allocator)
         save(csv, rows, header, allocator)
-    results_file.write(cpu_tables.LOSS_MEMORY, describe(**header), measure_memory())
+    results_file.write(loss_tables.LOSS_MEMORY, describe(**header), measure_memory())
 
 
 def measure_calls(header: Header, threads: int, repeats: int) -> None:
@@ -138,7 +140,7 @@ def measure_calls(header: Header, threads: int, repeats: int) -> None:
     torch.set_num_threads(1)
     rows = bench_calls.measure(repeats)
     torch.set_num_threads(before)
-    save(cpu_tables.CALLS, rows, {**header, "threads": "1"}, DEFAULT)
+    save(loss_tables.CALLS, rows, {**header, "threads": "1"}, DEFAULT)
 
 
 def measure_restricted_loss(header: Header, threads: int, repeats: int, name: str) -> None:
@@ -150,9 +152,9 @@ def measure_restricted_loss(header: Header, threads: int, repeats: int, name: st
 def measure_affine(header: Header, threads: int, repeats: int) -> None:
     few = {"UEO_FAST_BENCH_CASES": "few"}  # page faults take long
     rows = measure_time("bench_affine.py", LAYER_KEYS, threads, repeats, TUNED)
-    save(cpu_tables.LAYERS_TUNED, rows, header, TUNED)
+    save(training_tables.LAYERS_TUNED, rows, header, TUNED)
     rows = measure_time("bench_affine.py", LAYER_KEYS, threads, repeats, few)
-    save(cpu_tables.LAYERS_DEFAULT, rows, header, DEFAULT)
+    save(training_tables.LAYERS_DEFAULT, rows, header, DEFAULT)
 
 
 def with_open_clip(part: str, header: Header) -> Header:
@@ -165,9 +167,9 @@ def with_open_clip(part: str, header: Header) -> Header:
 
 def measure_visual(header: Header, threads: int, repeats: int) -> None:
     header = with_open_clip("visual", header)
-    save(cpu_tables.PATCH_MEMORY, visual_memory.measure_all(threads), header, MAPPED)
+    save(training_tables.PATCH_MEMORY, visual_memory.measure_all(threads), header, MAPPED)
     rows = measure_time("bench_visual_step.py", TOWER_KEYS, threads, repeats, TUNED)
-    save(cpu_tables.PATCH_STEP, rows, header, TUNED)
+    save(training_tables.PATCH_STEP, rows, header, TUNED)
 
 
 def measure_step(header: Header, threads: int, repeats: int) -> None:
@@ -175,19 +177,19 @@ def measure_step(header: Header, threads: int, repeats: int) -> None:
     # that the authors' step takes.
     header = with_open_clip("step", header)
     rows = measure_time("bench_step_text.py", ("classes", "rows"), threads, repeats, DEFAULT)
-    save(cpu_tables.STEP_TEXT, rows, header, DEFAULT)
+    save(training_tables.STEP_TEXT, rows, header, DEFAULT)
     runs: list[dict[str, Any]] = []
     for case in step_cases.CASES:  # each in its own process, and saved at once: they take minutes
         runs += run_bench("bench_step.py", threads, repeats, {"UEO_FAST_BENCH_CASES": str(case)})
-        save(cpu_tables.STEP, step_rows(runs), header, DEFAULT)
+        save(training_tables.STEP, step_rows(runs), header, DEFAULT)
 
 
 def measure_input(header: Header, threads: int, repeats: int) -> None:
     """Measure loading on one thread, as a worker does it; then whole runs on all."""
     versions = {name: importlib.metadata.version(name) for name in ("pillow", "torchvision")}
-    rows = measure_time("bench_input.py", cpu_tables.INPUT_KEYS, 1, repeats, DEFAULT)
-    save(cpu_tables.INPUT, rows, {**header, **versions, "threads": "1"}, DEFAULT)
-    save(cpu_tables.INPUT_RUN, input_run.measure(threads), {**header, **versions}, DEFAULT)
+    rows = measure_time("bench_input.py", training_tables.INPUT_KEYS, 1, repeats, DEFAULT)
+    save(training_tables.INPUT, rows, {**header, **versions, "threads": "1"}, DEFAULT)
+    save(training_tables.INPUT_RUN, input_run.measure(threads), {**header, **versions}, DEFAULT)
 
 
 PARTS: dict[str, tuple[Callable[[Header, int, int], None], int]] = {

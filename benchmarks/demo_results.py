@@ -40,7 +40,7 @@ def main() -> None:
     tables = []
     for recipe, name in zip(RECIPES, FILES, strict=True):
         with tempfile.TemporaryDirectory() as folder:
-            # `out` is no part of the command that results.md shows.
+            # `out` is not part of the command that results.md shows.
             run = run_demo(DemoConfig(**{**recipe.as_dict(), "out": folder}))
             shutil.copyfile(run / "results.md", OUT / f"{name}.md")
             tables.append((run / "results.md").read_text(encoding="utf-8"))

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import ueo_fast
 from benchmarks import render, results_file
-from benchmarks.cpu_tables import INSTRUCTIONS
 from benchmarks.environment import describe
+from benchmarks.loss_tables import INSTRUCTIONS
 
 KINDS = {
     "multiply": r"v?(fn?m(add|sub)|mul)",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks import cpu_tables, gpu_tables, results_file
+from benchmarks import gpu_tables, loss_tables, results_file, training_tables
 from benchmarks.tables import LOSS_KEYS, by_case
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ PAGES = (
 )
 PICTURE = DOCS / "images" / "ueo_loss_cpu.png"
 
-TABLES = {**cpu_tables.TABLES, **gpu_tables.TABLES}
+TABLES = {**loss_tables.TABLES, **training_tables.TABLES, **gpu_tables.TABLES}
 
 
 def rendered(page: str) -> str:
@@ -42,13 +42,13 @@ def draw() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    csv = cpu_tables.LOSS_TUNED
+    csv = loss_tables.LOSS_TUNED
     lines = {
         (int(line["rows"]), int(line["columns"])): line
         for line in by_case(LOSS_KEYS, "median_us")(csv, results_file.FOLDER)
         if line["dtype"] == "float32"
     }
-    shown = [lines[size] for size in cpu_tables.TARGETS]
+    shown = [lines[size] for size in loss_tables.TARGETS]
     header = results_file.read(csv)[0]
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
     for offset, (name, label, colour) in enumerate(
@@ -62,7 +62,7 @@ def draw() -> None:
         bars = axes.bar(positions, ratios, width=0.36, label=f"against {label}", color=colour)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
     axes.axhline(1, color="black", linewidth=0.8)
-    sizes = [f"{rows} x {columns}" for rows, columns in cpu_tables.TARGETS]
+    sizes = [f"{rows} x {columns}" for rows, columns in loss_tables.TARGETS]
     axes.set_xticks(range(len(shown)), sizes)
     axes.set_xlabel("logits (batch x classes), float32")
     axes.set_ylabel("times faster")

@@ -108,6 +108,21 @@ TOWER = (
 )
 
 
+Target = Callable[[Line], float | None]
+
+
+def times_on_a_cpu(vs_eager: Target | None, vs_compile: Target | None) -> list[Column]:
+    """The times of ours, (b) and (c), and how many times faster ours is."""
+    return [
+        *numbers(time, "ueo_fast", "(b)=eager", "(c)=compile"),
+        ratio("vs (b)", "eager", "ueo_fast", vs_eager),
+        ratio("vs (c)", "compile", "ueo_fast", vs_compile),
+    ]
+
+
+OF_THE_FLOOR = ratio("of the floor", "floor", "ueo_fast", percent=True)
+
+
 # ---- From a CSV to lines ------------------------------------------------------------------------
 
 

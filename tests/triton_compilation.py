@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,25 @@ def run(script: str, task: str, *cases: Any, folder: Path) -> list[list[dict[str
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check_cases(
+    script: str, cases: Sequence[Sequence[Any]], kernels: set[str], folder: Path, count: int | None
+) -> None:
+    """Compile cases (architecture, dtype, shape): each needs these kernels, within their budgets.
+
+    Args:
+        script: the test module that launches them.
+        cases: what to compile.
+        kernels: their names; a kernel and its tiled form have one.
+        folder: for Triton's cache.
+        count: of the options that are tried; ``None``: all.
+    """
+    found = run(script, "resources", *((*case, count) for case in cases), folder=folder)
+    for (arch, dtype, shape), variants in zip(cases, found, strict=True):
+        compiled = {v["kernel"].partition(".")[2].replace("_tiled", "") for v in variants}
+        assert compiled == kernels, (arch, dtype, shape)
+        check_budgets(variants, arch, dtype)
 
 
 def check_budgets(variants: list[dict[str, Any]], arch: str, dtype: str) -> None:

@@ -16,10 +16,10 @@ from benchmarks import (
     __main__,
     affine_cases,
     bench_affine_gpu,
-    cpu_tables,
     gpu_tables,
     render,
     results_file,
+    training_tables,
     visual_cases,
     visual_memory,
 )
@@ -31,14 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Layers so small are the slower the more threads there are."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +109,7 @@ def write_cpu_results(folder):
         for *key, times in layers
         for name, us in times.items()
     ]  # fmt: skip
-    for name in (cpu_tables.LAYERS_TUNED, cpu_tables.LAYERS_DEFAULT):
+    for name in (training_tables.LAYERS_TUNED, training_tables.LAYERS_DEFAULT):
         results_file.write(name, {"command": "a test"}, rows, folder)
     towers = {
         ("RN50", "16"): {"patched": 1000, "eager": 1500, "compile": 900},
@@ -135,13 +128,13 @@ def write_cpu_results(folder):
                 {**key, "contender": name, "quantity": what, "bytes": int(size * 2**20)}
                 for what, size in quantities.items()
             ]
-    results_file.write(cpu_tables.PATCH_STEP, {"command": "a test"}, times, folder)
-    results_file.write(cpu_tables.PATCH_MEMORY, {"command": "a test"}, sizes, folder)
+    results_file.write(training_tables.PATCH_STEP, {"command": "a test"}, times, folder)
+    results_file.write(training_tables.PATCH_MEMORY, {"command": "a test"}, sizes, folder)
 
 
 def test_the_cpus_tables_are_those_of_the_csvs(tmp_path):
     write_cpu_results(tmp_path)
-    tables = cpu_tables.AFFINE_TABLES
+    tables = training_tables.AFFINE_TABLES
     first, second = tables["affine tuned"](tmp_path)[2:]
     assert first.endswith("| **2.6** (target 2.5) | 2.0 | 90% |")
     assert second.endswith("| 1.0 | 0.8 | 50% |")
@@ -168,15 +161,15 @@ def test_the_cpus_tables_are_those_of_the_csvs(tmp_path):
 )
 def test_a_target_beyond_the_floor_is_said(tmp_path, floor, said):
     times = {"ueo_fast": 50.0, "eager": 100.0, "floor": floor}
-    cases = {cpu_tables.TARGET_SHAPE: times, "1x64x56x56": {**times, "floor": 90.0}}
+    cases = {training_tables.TARGET_SHAPE: times, "1x64x56x56": {**times, "floor": 90.0}}
     rows = [
         {"op": "bn+relu", "shape": shape, "layout": "channels_last", "dtype": "float32",
          "contender": name, "median_us": us}
         for shape, by_name in cases.items()
         for name, us in by_name.items()
     ]  # fmt: skip
-    results_file.write(cpu_tables.LAYERS_TUNED, {"command": "a test"}, rows, tmp_path)
-    (line,) = cpu_tables.TABLES["affine beyond the floor"](tmp_path)
+    results_file.write(training_tables.LAYERS_TUNED, {"command": "a test"}, rows, tmp_path)
+    (line,) = training_tables.TABLES["affine beyond the floor"](tmp_path)
     assert line.endswith(said)
     assert "1 x 64" not in line
 
@@ -184,19 +177,19 @@ def test_a_target_beyond_the_floor_is_said(tmp_path, floor, said):
 def test_where_patching_does_not_pay_is_said(tmp_path, monkeypatch):
     write_cpu_results(tmp_path)
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
-    eager, _, compiled = cpu_tables.AFFINE_TABLES["patch no gain"]()
+    eager, _, compiled = training_tables.AFFINE_TABLES["patch no gain"]()
     assert "plain PyTorch: ViT-B-16, 8, contiguous, float32 (1.01)." in eager
     assert "torch.compile: RN50, 16, contiguous, float32 (0.90)." in compiled
-    eager, _, compiled = cpu_tables.AFFINE_TABLES["affine no gain"]()
+    eager, _, compiled = training_tables.AFFINE_TABLES["affine no gain"]()
     assert "bfloat16 (1.04)" in eager
     assert "bfloat16 (0.80)" in compiled
-    for table in cpu_tables.AFFINE_TABLES.values():
+    for table in training_tables.AFFINE_TABLES.values():
         assert "Not measured" not in "\n".join(table())
 
 
 def test_without_a_csv_the_cpus_tables_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
-    for table in cpu_tables.AFFINE_TABLES.values():
+    for table in training_tables.AFFINE_TABLES.values():
         assert "python -m benchmarks affine visual" in table()[0]
 
 

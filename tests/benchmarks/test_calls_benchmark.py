@@ -9,7 +9,7 @@ import ueo_fast
 from benchmarks import (
     __main__,
     bench_calls,
-    cpu_tables,
+    loss_tables,
     render,
     results_file,
 )
@@ -26,13 +26,13 @@ def test_a_run_goes_from_measuring_to_the_docs(tmp_path, monkeypatch):
     before = torch.get_num_threads()
     __main__.measure_calls({"command": "a test", "threads": "2"}, 2, 1)
     assert torch.get_num_threads() == before
-    header, rows = results_file.read(cpu_tables.CALLS)
+    header, rows = results_file.read(loss_tables.CALLS)
     assert [
         (*(row[key] for key in bench_calls.Case._fields), row["contender"]) for row in rows
     ] == [(*map(str, case), name) for case in bench_calls.CASES for name in bench_calls.CONTENDERS]
     assert header["threads"] == "1"
     assert all(float(row["lowest_us"]) > 0 for row in rows)
-    for marker in cpu_tables.CALLS_TABLES:
+    for marker in loss_tables.CALLS_TABLES:
         drawn = render.rendered(f"before\n<!-- table: {marker} -->\n<!-- end -->\nafter")
         assert "Not measured yet" not in drawn
         assert render.rendered(drawn) == drawn
@@ -65,7 +65,7 @@ def write(folder, times):
         for case, by_name in times.items()
         for name, time in zip(bench_calls.CONTENDERS, by_name, strict=True)
     ]
-    results_file.write(cpu_tables.CALLS, {"command": "a test"}, rows, folder)
+    results_file.write(loss_tables.CALLS, {"command": "a test"}, rows, folder)
 
 
 def test_the_table_is_that_of_the_csv_and_either_target_will_do(tmp_path):
@@ -77,7 +77,7 @@ def test_the_table_is_that_of_the_csv_and_either_target_will_do(tmp_path):
             (64, 345, "own"): (30.0, 20.0, 60.0, 90.0),
         },
     )
-    assert cpu_tables.TABLES["calls"](tmp_path)[2:] == [
+    assert loss_tables.TABLES["calls"](tmp_path)[2:] == [
         "| 8 x 10 | own | 30.0 µs | 9.0 µs | 45.0 µs | 70.0 µs | 6.0 µs | 31.0 µs | 1.56 | met |",
         "| 8 x 10 | given | 60.0 µs | 10.0 µs | 100 µs | 120 µs | 30.0 µs | 50.0 µs | 1.20 | met |",
         "| 64 x 345 | own | 30.0 µs | 20.0 µs | 60.0 µs | 90.0 µs | 10.0 µs | 40.0 µs | 1.50 "
@@ -87,5 +87,5 @@ def test_the_table_is_that_of_the_csv_and_either_target_will_do(tmp_path):
 
 def test_without_a_csv_the_tables_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
-    for table in cpu_tables.CALLS_TABLES.values():
+    for table in loss_tables.CALLS_TABLES.values():
         assert table() == ["Not measured yet: `python -m benchmarks calls` does it."]

@@ -7,10 +7,10 @@ import pytest
 from benchmarks import (
     __main__,
     bench_input,
-    cpu_tables,
     input_run,
     render,
     results_file,
+    training_tables,
 )
 
 
@@ -23,18 +23,18 @@ def test_a_run_goes_from_measuring_to_the_docs(tmp_path, monkeypatch):
         monkeypatch.setattr(input_run, name, value)
     monkeypatch.setattr(input_run, "LOADING", dict(list(input_run.LOADING.items())[-1:]))
     __main__.measure_input({"command": "a test", "threads": "2"}, 2, 1)
-    header, rows = results_file.read(cpu_tables.INPUT)
+    header, rows = results_file.read(training_tables.INPUT)
     assert header["threads"] == "1"
     assert [(row["view"], row["contender"]) for row in rows] == [
         (view, name) for view in bench_input.VIEWS for name in bench_input.CONTENDERS
     ]
     assert {row["megapixels"] for row in rows} == {"0.8"}
     assert all(float(row["lowest_us"]) > 0 for row in rows)
-    (row,) = results_file.read(cpu_tables.INPUT_RUN)[1]
+    (row,) = results_file.read(training_tables.INPUT_RUN)[1]
     assert row["photos"] == "4"
     assert 0 < float(row["first_s"]) < float(row["run_s"])
     assert 0 < float(row["epoch_s"]) < float(row["run_s"])
-    for marker in cpu_tables.INPUT_TABLES:
+    for marker in training_tables.INPUT_TABLES:
         drawn = render.rendered(f"before\n<!-- table: {marker} -->\n<!-- end -->\nafter")
         assert "Not measured yet" not in drawn
         assert render.rendered(drawn) == drawn
@@ -56,19 +56,19 @@ def test_a_contender_with_a_different_view_is_rejected(monkeypatch):
 def test_the_table_is_that_of_the_csv(tmp_path):
     rows = [
         {
-            **dict(zip(cpu_tables.INPUT_KEYS, ("12", view, 2, 3000), strict=True)),
+            **dict(zip(training_tables.INPUT_KEYS, ("12", view, 2, 3000), strict=True)),
             "contender": name,
             "median_us": f"{median:.1f}",
         }
         for view in ("first pass", "later epochs")
         for name, median in (("ueo_fast", 1e5), ("authors", 6e5), ("tensors", 4e5))
     ]
-    results_file.write(cpu_tables.INPUT, {"command": "a test"}, rows, tmp_path)
-    assert cpu_tables.TABLES["input"](tmp_path)[2:] == [
+    results_file.write(training_tables.INPUT, {"command": "a test"}, rows, tmp_path)
+    assert training_tables.TABLES["input"](tmp_path)[2:] == [
         "| 12 | 3000 | first pass | 20.0 | 3.3 | 5.0 | **6.0** (target 5) | 4.0 |",
         "| 12 | 3000 | later epochs | 20.0 | 3.3 | 5.0 | 6.0 (target 25, missed) | 4.0 |",
     ]
-    assert cpu_tables.TABLES["input expectation"](tmp_path)[2:] == [
+    assert training_tables.TABLES["input expectation"](tmp_path)[2:] == [
         "| 12 | first pass | 8 min | 50 min |",
         "| 12 | later epochs | 8 min | 50 min |",
     ]
@@ -76,5 +76,5 @@ def test_the_table_is_that_of_the_csv(tmp_path):
 
 def test_without_a_csv_the_tables_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
-    for table in cpu_tables.INPUT_TABLES.values():
+    for table in training_tables.INPUT_TABLES.values():
         assert table() == ["Not measured yet: `python -m benchmarks input` does it."]

@@ -11,10 +11,10 @@ import torch
 from benchmarks import (
     __main__,
     authors_step,
-    cpu_tables,
     render,
     results_file,
     step_cases,
+    training_tables,
     visual_cases,
 )
 from benchmarks.step_cases import PARTS, Step, StepCase
@@ -22,14 +22,7 @@ from benchmarks.step_cases import PARTS, Step, StepCase
 TINY = step_cases.DRY_CASES[0]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Layers so small are the slower the more threads there are."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_authors_step_is_independent():
@@ -77,22 +70,22 @@ def test_a_run_goes_from_measuring_to_the_docs(tmp_path, monkeypatch):
     monkeypatch.setattr(step_cases, "CASES", (TINY,))
     monkeypatch.setenv("UEO_FAST_BENCH_CASES", "tiny")  # the text tower's
     __main__.measure_step({"command": "a test", "threads": "1"}, 1, 2)
-    header, rows = results_file.read(cpu_tables.STEP)
+    header, rows = results_file.read(training_tables.STEP)
     assert header["open_clip"] == visual_cases.version()
     assert header["allocator"] == "as it comes"
     assert {row["contender"] for row in rows} == {"ueo_fast", "authors"}
-    assert [row["part"] for row in rows[:7]] == [cpu_tables.WHOLE, *PARTS]
+    assert [row["part"] for row in rows[:7]] == [training_tables.WHOLE, *PARTS]
     assert {row["turns"] for row in rows} == {"2"}
     for name in ("ueo_fast", "authors"):
         times = {row["part"]: float(row["lowest_s"]) for row in rows if row["contender"] == name}
         assert all(seconds > 0 for seconds in times.values())
-        whole = times.pop(cpu_tables.WHOLE)
+        whole = times.pop(training_tables.WHOLE)
         assert 0.5 * whole < sum(times.values()) < whole
-    _, texts = results_file.read(cpu_tables.STEP_TEXT)
-    assert {row["contender"] for row in texts} == set(cpu_tables.TEXTS)
+    _, texts = results_file.read(training_tables.STEP_TEXT)
+    assert {row["contender"] for row in texts} == set(training_tables.TEXTS)
     rows_of = {row["contender"]: int(row["rows"]) for row in texts}
     assert rows_of["packed"] < rows_of["cut"] < rows_of["whole"] == 4 * 77
-    for marker in cpu_tables.STEP_TABLES:
+    for marker in training_tables.STEP_TABLES:
         drawn = render.rendered(f"before\n<!-- table: {marker} -->\n<!-- end -->\nafter")
         assert "Not measured yet" not in drawn
         assert render.rendered(drawn) == drawn
@@ -129,20 +122,21 @@ def write_results(folder):
         for factor in (0.9, 1.0, 1.5)
         for name, whole in by_name.items()
     ]
-    results_file.write(cpu_tables.STEP, {"command": "a test"}, __main__.step_rows(runs), folder)
+    rows = __main__.step_rows(runs)
+    results_file.write(training_tables.STEP, {"command": "a test"}, rows, folder)
 
 
 def test_the_tables_are_those_of_the_csv(tmp_path):
     write_results(tmp_path)
-    first, second, third = cpu_tables.TABLES["step speed"](tmp_path)[2:]
+    first, second, third = training_tables.TABLES["step speed"](tmp_path)[2:]
     assert first == "| RN50 | 16 | 300 | 500.0 ms | 4.00 s | **8.0** (target 2.4) |"
     assert second.startswith("| RN50 | 64 |")
     assert third.endswith("| 5.00 s | 10.00 s | 2.0 (target 2.4, missed) |")
-    parts = cpu_tables.TABLES["step parts"](tmp_path)
+    parts = training_tables.TABLES["step parts"](tmp_path)
     assert len(parts) == 2 + 6
     assert parts[2] == f"| RN50 | 16 | ueo_fast |{' 62.5 ms |' * 6}"
     assert parts[3].startswith("| RN50 | 16 | the authors' | 500.0 ms |")
-    (sentence,) = cpu_tables.TABLES["step missed"](tmp_path)
+    (sentence,) = training_tables.TABLES["step missed"](tmp_path)
     assert "ViT-B-16 at batch 64 (2.00; the image tower alone is 25% of the authors'" in sentence
     assert "4.00 times as fast" in sentence
     assert "RN50 at batch 16 (" not in sentence
@@ -150,15 +144,16 @@ def test_the_tables_are_those_of_the_csv(tmp_path):
 
 
 def test_where_nothing_is_missed_that_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu_tables, "STEP_TARGET", 1.5)
+    monkeypatch.setattr(training_tables, "STEP_TARGET", 1.5)
     write_results(tmp_path)
-    monkeypatch.setattr(cpu_tables, "CASES", ())
-    assert cpu_tables.TABLES["step missed"](tmp_path) == ["Less than 1.5 times as fast: nowhere."]
+    monkeypatch.setattr(training_tables, "CASES", ())
+    missed = training_tables.TABLES["step missed"](tmp_path)
+    assert missed == ["Less than 1.5 times as fast: nowhere."]
 
 
 def test_without_a_csv_the_tables_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
-    for table in cpu_tables.STEP_TABLES.values():
+    for table in training_tables.STEP_TABLES.values():
         assert table() == ["Not measured yet: `python -m benchmarks step` does it."]
 
 

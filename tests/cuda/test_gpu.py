@@ -6,8 +6,6 @@ Sizes and memory: tests/cuda/test_gpu_sizes.py.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import nn
@@ -20,17 +18,6 @@ DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
 )
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def gpu_backend(request):
-    """Skips where a backend cannot run; benchmarks/gpu.sh makes that a failure."""
-    reason = backends.unavailable_reason(request.param)
-    if reason is not None and os.environ.get("UEO_FAST_REQUIRE_GPU") == "1":
-        pytest.fail(f"backend {request.param}: {reason}")
-    if reason is not None:
-        pytest.skip(f"backend {request.param}: {reason}")
-    return request.param
 
 
 def make_logits(rows=64, columns=345, dtype=torch.float32, seed=0, device=DEVICE):

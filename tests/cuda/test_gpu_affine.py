@@ -6,30 +6,17 @@ wrong, and sizes that only a GPU can run in a test.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from cuda_affine_host import as_close_as_eager
 
 from benchmarks import gpu_counters
-from ueo_fast import backends, normalization, reference
+from ueo_fast import normalization, reference
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
 )
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def gpu_backend(request):
-    """Skips where a backend cannot run; benchmarks/gpu.sh makes that a failure."""
-    reason = backends.unavailable_reason(request.param)
-    if reason is not None and os.environ.get("UEO_FAST_REQUIRE_GPU") == "1":
-        pytest.fail(f"backend {request.param}: {reason}")
-    if reason is not None:
-        pytest.skip(f"backend {request.param}: {reason}")
-    return request.param
 
 
 class BatchNorm:

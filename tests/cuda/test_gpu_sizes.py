@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_gpu import DEVICE, every_way, forward_backward, gpu_backend, make_logits, pytestmark
+from test_gpu import DEVICE, every_way, forward_backward, make_logits, pytestmark
 from truth import assert_exact
 
 from benchmarks import gpu_counters
 from ueo_fast import ueo_loss, ueo_loss_and_grad
 
-__all__ = ["gpu_backend", "pytestmark"]  # a fixture and a mark, shared with test_gpu.py
+__all__ = ["pytestmark"]  # shared with test_gpu.py
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

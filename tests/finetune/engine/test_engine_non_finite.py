@@ -15,7 +15,6 @@ from engine_problem import (
     assert_same_state,
     infomax,
     make_classifier,
-    make_images,
     state_of,
 )
 
@@ -25,11 +24,6 @@ from ueo_fast.finetune.engine.trainer import NonFiniteLossError, train
 from ueo_fast.finetune.methods import UEO
 from ueo_fast.finetune.target import zero_shot_target
 from ueo_fast.ranges import LARGEST_FACTOR
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return make_images()
 
 
 @pytest.mark.parametrize(

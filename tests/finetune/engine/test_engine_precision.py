@@ -33,11 +33,6 @@ from ueo_fast.finetune.evaluation.predict import predict_cosines
 from ueo_fast.gradient_cache import GradCache
 
 
-@pytest.fixture
-def images() -> torch.Tensor:
-    return make_images()
-
-
 @functools.cache
 def trained_in_double(tower, micro_batch_size):
     """State and losses."""

@@ -14,7 +14,6 @@ from engine_problem import (
     Told,
     infomax,
     make_classifier,
-    make_images,
     state_of,
 )
 from torch.utils.data import TensorDataset
@@ -26,11 +25,6 @@ from ueo_fast.finetune.engine.objective import Objective
 from ueo_fast.finetune.engine.trainer import TrainerConfig, train
 from ueo_fast.finetune.engine.training_config import ImagePass
 from ueo_fast.finetune.evaluation.predict import predict_cosines
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return make_images()
 
 
 def test_classifier_is_scaled_cosine_of_encoders(images):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from score_photos import (
     ODD,
     dataset_of,
     make_classifier,
-    make_photos,
     read_csv,
 )
 
@@ -25,16 +23,6 @@ from ueo_fast.finetune.demo.tiny_clip import tiny_tokenizer
 from ueo_fast.finetune.evaluation.metrics import detection_metrics
 from ueo_fast.finetune.scoring.score_images import score_images, validation_threshold
 from ueo_fast.finetune.scoring.thresholds import choose_threshold
-
-
-@pytest.fixture(scope="module")
-def classifier() -> ClipClassifier:
-    return make_classifier()
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    return make_photos(tmp_path_factory.mktemp("photos"))
 
 
 def truth(classifier: ClipClassifier, images: ImageList) -> dict[str, tuple[torch.Tensor, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,25 +11,13 @@ from score_photos import (
     BROKEN,
     dataset_of,
     make_classifier,
-    make_photos,
     read_csv,
 )
 
-from ueo_fast.finetune.clip.model import ClipClassifier
 from ueo_fast.finetune.data.image_list import ImageList, read_images
 from ueo_fast.finetune.evaluation.predict import Predicted
 from ueo_fast.finetune.scoring import score_images as score_module
 from ueo_fast.finetune.scoring.score_images import ThresholdError, score_images
-
-
-@pytest.fixture(scope="module")
-def classifier() -> ClipClassifier:
-    return make_classifier()
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    return make_photos(tmp_path_factory.mktemp("photos"))
 
 
 def test_strict_stops_at_the_first_unreadable_image(classifier, photos, tmp_path):
