@@ -182,35 +182,35 @@ _SCOPE = (
     "and says nothing about CLIP on photographs."
 )
 
-_MERE = "mere re-estimation of BatchNorm's statistics without a gradient step"
+_ADABN = "which only re-estimates BatchNorm's statistics, without a gradient step"
 _EQUAL_WEIGHTS = "its special case with equal weights"
 _NO_EVIDENCE = (
-    "re-normalisation alone repairs this shift better, so this table is no evidence for the "
-    "entropy loss in particular"
+    "re-normalisation alone repairs this shift better, so this table is not evidence for the "
+    "entropy loss itself"
 )
-_CONFIDENCE = "what the confidence weights add cannot be told from this table"
+_CONFIDENCE = "this table cannot tell what the confidence weights add"
 
 # Two methods, and what to say of each outcome.
 _SENTENCES: dict[tuple[str, str], dict[str, str]] = {
     ("UEO", "zero-shot"): {
         "better": "UEO improves on zero-shot on every seed {figures}.",
         "mostly better": "UEO improves on zero-shot on average, not on every seed {figures}.",
-        "unclear": "There is no clear difference between UEO and zero-shot {figures}.",
+        "unclear": "UEO shows no clear difference from zero-shot {figures}.",
         "mostly worse": "UEO hurts on average: it is worse than zero-shot {figures}.",
         "worse": "UEO hurts: it is worse than zero-shot on every seed {figures}.",
     },
     ("UEO", "AdaBN"): {
-        "better": f"UEO beats AdaBN, {_MERE}, on every seed {{figures}}.",
-        "mostly better": f"UEO beats AdaBN, {_MERE}, on average {{figures}}.",
-        "unclear": f"There is no clear difference from AdaBN, {_MERE} {{figures}}.",
-        "mostly worse": f"AdaBN, {_MERE}, beats UEO on average {{figures}}: {_NO_EVIDENCE}.",
-        "worse": f"AdaBN, {_MERE}, beats UEO on every seed {{figures}}: {_NO_EVIDENCE}.",
+        "better": f"UEO beats AdaBN, {_ADABN}, on every seed {{figures}}.",
+        "mostly better": f"UEO beats AdaBN, {_ADABN}, on average {{figures}}.",
+        "unclear": f"UEO shows no clear difference from AdaBN, {_ADABN} {{figures}}.",
+        "mostly worse": f"AdaBN, {_ADABN}, beats UEO on average {{figures}}: {_NO_EVIDENCE}.",
+        "worse": f"AdaBN, {_ADABN}, beats UEO on every seed {{figures}}: {_NO_EVIDENCE}.",
     },
     ("UEO", "InfoMax"): {
         "better": f"UEO beats InfoMax, {_EQUAL_WEIGHTS}, on every seed {{figures}}.",
         "mostly better": f"UEO beats InfoMax, {_EQUAL_WEIGHTS}, on average {{figures}}.",
         "unclear": (
-            f"There is no clear difference from InfoMax, {_EQUAL_WEIGHTS} {{figures}}: "
+            f"UEO shows no clear difference from InfoMax, {_EQUAL_WEIGHTS} {{figures}}: "
             f"{_CONFIDENCE}."
         ),
         "mostly worse": f"InfoMax, {_EQUAL_WEIGHTS}, beats UEO on average {{figures}}.",
