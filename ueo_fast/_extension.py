@@ -35,7 +35,7 @@ def _load(name: str, device: str) -> str | None:
 
 
 def _cuda_build() -> dict[str, str]:
-    """What CMake wrote beside ``_cuda.so``: ``cuda`` (toolkit version) and ``architectures``."""
+    """What CMake wrote next to ``_cuda.so``: ``cuda`` (toolkit version) and ``architectures``."""
     path = _FOLDER / "_cuda.json"
     build: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     return build

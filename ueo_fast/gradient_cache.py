@@ -85,7 +85,7 @@ class GradCache(Generic[Part]):
                 if on_gpu is not None:
                     torch.cuda.set_rng_state(on_gpu)
                 features = self._encode(part)
-            # Where encode has nothing to train (a frozen tower beside a prompt) nothing is added.
+            # Where encode has nothing to train (a frozen tower) nothing is added.
             if features.requires_grad or not torch.is_grad_enabled():
                 features.backward(share)
         self.features.grad = None  # a second call would add the same once more

@@ -261,7 +261,7 @@ def layer_norm(
 def _layer_norm_of_torch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    # It takes parameters in the dtype of x, or all in float32 beside a half x (but then not a bias
+    # It takes parameters in the dtype of x, or all in float32 with a half x (but then not a bias
     # alone: its backward fails).
     if any(value is not None and value.dtype != x.dtype for value in (weight, bias)):
         if weight is None:

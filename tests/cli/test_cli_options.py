@@ -21,8 +21,7 @@ from ueo_fast.finetune.commands.options import (
 from ueo_fast.finetune.declared_options import flat, options_of
 from ueo_fast.finetune.demo.config import DemoConfig
 from ueo_fast.finetune.engine.training_config import ImagePass, TrainerConfig
-from ueo_fast.finetune.methods import METHODS
-from ueo_fast.finetune.methods import options_of as choices_of
+from ueo_fast.finetune.methods import METHODS, option_defaults
 
 NEEDED = ("--data", "d", "--classes", "c")
 ODD_TEXTS = [
@@ -188,7 +187,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("epochs:", "epochs: expected a whole number, got nothing"),
         ("strict: maybe", "strict: expected true or false, got 'maybe'"),
         ("method: uoe", "method: expected one of zeroshot, ueo"),
-        ("epoch: 1", "there is no option 'epoch'"),
+        ("epoch: 1", "unknown option 'epoch'"),
         ("? [a, b]\n: 1", "an option has one value"),
         ("preset: [authors]", "preset: expected one of authors"),
         ("preset: author", "preset: expected one of authors"),
@@ -293,7 +292,7 @@ def test_the_options_know_which_methods_use_them():
     assert set(known) == {"confidence", "eps", "trade_off", "top_k"}
     for name, users in known.items():
         option = {"top_k": "k"}.get(name, name)
-        assert set(users) == {key for key, of in METHODS.items() if option in choices_of(of)}
+        assert set(users) == {key for key, of in METHODS.items() if option in option_defaults(of)}
 
 
 def test_the_preset_of_the_authors():

@@ -191,8 +191,8 @@ def _wanted(option: Option) -> str:
 
 def _joined(words: Sequence[str], options: Mapping[str, Option], parser: _Parser) -> list[str]:
     """The words, with ``--flag -1e-3`` as ``--flag=-1e-3``: argparse takes a word that begins with
-    a hyphen and is no plain number for another flag, and cannot tell the value of a switch from the
-    word after it."""
+    a hyphen and is not a plain number for another flag, and cannot tell the value of a switch from
+    the word after it."""
     switches = {_flag(name) for name, option in options.items() if option.kind is bool}
     single = {_flag(name) for name, option in options.items() if not option.many}
     single |= {"--config", "--preset"}
@@ -229,7 +229,7 @@ def _from_file(
                 values[name] = written
             elif name not in options:
                 raise ValueError(
-                    f"there is no option {_shown(key)}: it is misspelt, or of another command or "
+                    f"unknown option {_shown(key)}: it is misspelt, or of another command or "
                     "version; remove it"
                 )
             else:

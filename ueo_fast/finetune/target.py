@@ -126,7 +126,7 @@ def zero_shot_target(
     Args:
         classifier: the zero-shot model: call this before anything is trained.
         images: N un-augmented images.
-        how: they go through the image tower.
+        how: batch size, workers, precision and memory format; ``None``: the defaults.
         augmented: as in :class:`Target`.
         labels: as in :class:`Target`.
         names: of the images, for messages and ``unreadable``; ``None``: their positions.

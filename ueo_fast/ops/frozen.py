@@ -13,8 +13,8 @@ from ueo_fast import backends
 def is_traced(x: object) -> bool:
     """Whether a tracer records what is done to ``x``: it is to see PyTorch's own operations.
 
-    torch.jit.trace does, and torch.fx, whose proxies are no tensors. Whatever else is no tensor is
-    left to PyTorch's operations as well, for their errors.
+    torch.jit.trace does, and torch.fx, whose proxies are not tensors. Whatever else is not a tensor
+    is left to PyTorch's operations as well, for their errors.
     """
     return not isinstance(x, Tensor) or bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 

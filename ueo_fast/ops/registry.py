@@ -81,7 +81,7 @@ class Ops:
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """``fake``, which also runs where one argument is a meta tensor: refuse others beside it."""
+    """``fake``, which also runs where one argument is a meta tensor: refuse others next to it."""
 
     @functools.wraps(fake)
     def checked(*arguments: Any) -> Any:

@@ -29,7 +29,7 @@ class Tuning:
 
     max_block_rows: int = 64
     """Of a tile of short rows, with at least min_warps: four rows per thread. Each costs a dozen
-    registers beside its logits; sixteen took 254."""
+    registers in addition to its logits; sixteen took 254."""
 
     min_warps: int = 4
     """See max_block_rows; of longer rows it is what tile_elements asks for."""

@@ -304,7 +304,7 @@ def test_score_takes_a_delta_alone_and_the_scale_that_its_run_had(place, tmp_pat
     assert main(["score", *map(str, ["--run", broken, *other])]) == 2
     assert "broken.safetensors" in capsys.readouterr().err
     assert main(["score", *map(str, ["--run", tmp_path / "nowhere.safetensors", *other])]) == 1
-    assert "there is no folder" in capsys.readouterr().err
+    assert "does not exist; give the folder of a run" in capsys.readouterr().err
     assert not (tmp_path / "other.csv").exists()
 
 

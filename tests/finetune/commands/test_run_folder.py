@@ -98,7 +98,7 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 def test_only_the_folder_of_a_run_is_opened(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*/gone"):
+    with pytest.raises(FileNotFoundError, match=r"/gone does not exist"):
         RunFolder.open(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r"has no config.json \(found: nothing\)"):
         RunFolder.open(tmp_path)
@@ -168,12 +168,9 @@ def test_an_object_becomes_a_dataclass():
     inner, paths = Inner("é", (1.0, 2.5)), ("a", None, "b")
     assert found == Outer(3, True, inner, "b", {"x": None, "y": 7}, 1.0, paths)
     assert as_record(Outer)({**SOUND, "one": None, "text": "t"}).text == "t"
-    exact = as_record(Inner, all_of=["name", "numbers"])
-    assert exact({"name": "a", "numbers": []}) == Inner("a", ())
-    with pytest.raises(ValueError, match="'later' is not an option of this version of ueo_fast"):
-        exact({"name": "a", "numbers": [], "later": 1})
+    assert as_record(Inner)({"name": "a", "numbers": []}) == Inner("a", ())
     with pytest.raises(KeyError, match="numbers"):
-        exact({"name": "a"})
+        as_record(Inner)({"name": "a"})
 
 
 def test_records_are_written_as_they_are_read(tmp_path):

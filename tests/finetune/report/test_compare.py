@@ -281,7 +281,7 @@ def test_runs_without_numbers_are_named_with_the_reason(tmp_path):
 
 def test_errors_name_the_folder(tmp_path):
     good = make_run(tmp_path / "runs" / "good")
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; give the folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give the folder"):
         compare_runs([good, tmp_path / "nowhere"])
     with pytest.raises(
         FileNotFoundError, match=r"runs is not .* but good in it may be \(compare takes .*/\*\)"

@@ -228,7 +228,7 @@ def test_a_run_of_another_kind(run):
 
 
 def test_what_is_no_run_folder(tmp_path, run):
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; give the folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give the folder"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"not the folder of a run: it has no config.json"):
         write_report(tmp_path)

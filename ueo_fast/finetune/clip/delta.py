@@ -162,7 +162,7 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
     try:
         tensors, values = read_tensors(path, limit=_LIMIT)
     except TensorFileError as error:
-        raise DeltaError(f"this is no delta: {error}") from error
+        raise DeltaError(f"this is not a delta: {error}") from error
     if values.get("format") != FORMAT:
         raise DeltaError(
             f"{path} is a safetensors file but no delta: format is {values.get('format')!r}, not "

@@ -286,7 +286,7 @@ def _existing(path: str) -> Path:
             "the folder as the model and leave pretrained out"
         )
     if not file.is_file():
-        raise FileNotFoundError(f"pretrained={path!r}: there is no such file")
+        raise FileNotFoundError(f"pretrained={path!r}: this file does not exist")
     return file.absolute()
 
 

@@ -247,8 +247,7 @@ class MethodOptions:
         Raises:
             ValueError: a choice that the method has no use for.
         """
-        from ueo_fast.finetune.methods import METHODS, make_method
-        from ueo_fast.finetune.methods import options_of as choices_of
+        from ueo_fast.finetune.methods import METHODS, make_method, option_defaults
 
         options: dict[str, Any] = {
             "trade_off": self.trade_off,
@@ -256,7 +255,7 @@ class MethodOptions:
             "eps": self.eps,
             "k": self.top_k,
         }
-        if "mcm_scale" in choices_of(METHODS[self.method]):
+        if "mcm_scale" in option_defaults(METHODS[self.method]):
             options["mcm_scale"] = self.mcm_scale  # else it only scores, which all methods need
         return make_method(self.method, **options)
 

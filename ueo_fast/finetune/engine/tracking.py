@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -25,7 +26,7 @@ WandbMode = Literal["online", "offline", "disabled"]
 Self = TypeVar("Self", bound="Tracker")
 
 
-class Tracker:
+class Tracker(ABC):
     """Turns what a run reports into entries somewhere. A context manager: its end closes it."""
 
     _step = 0  # the last one that was reported
@@ -34,7 +35,7 @@ class Tracker:
         """For the run, through :func:`~ueo_fast.finetune.engine.hooks.combine` with others."""
         return Hooks(self._on_start, self._on_step, self._on_epoch, self._on_warning)
 
-    def close(self, exit_code: int = 0) -> None:
+    def close(self, exit_code: int = 0) -> None:  # noqa: B027 (JSON lines have nothing left)
         """Write or send what is left; no more entries follow."""
 
     def __enter__(self: Self) -> Self:
@@ -54,11 +55,11 @@ class Tracker:
     def _on_step(self, record: StepRecord) -> None:
         self._step = record.step
 
-    def _on_epoch(self, record: EpochRecord) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _on_epoch(self, record: EpochRecord) -> None: ...
 
-    def _on_warning(self, text: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _on_warning(self, text: str) -> None: ...
 
 
 class JsonLinesTracker(Tracker):

@@ -124,8 +124,8 @@ def predict_batches(
         images: a dataset or tensor of N un-augmented images; an item that cannot be read raises
             ``UnreadableImageError``. Or their features (N, E) from an earlier pass, as long as the
             image tower is the same.
-        how: they go through the image tower. The batch size changes speed and memory, and cosines
-            by rounding (:func:`cosine_error`).
+        how: batch size, workers, precision and memory format; ``None``: the defaults. The batch
+            size changes speed and memory, and cosines by rounding (:func:`cosine_error`).
         keep_features: return the images' features as well.
         strict: fail at the first image that cannot be read.
 
@@ -210,9 +210,9 @@ def predict_cosines(
     """(N, C) float32 cosines on the CPU: every image with every class, in the order given.
 
     Args:
-        classifier: this and the others as for :func:`predict_batches`.
+        classifier: this and ``how`` as for :func:`predict_batches`.
         images: N images, all of which can be read.
-        how: they go through the image tower.
+        how: batch size, workers, precision and memory format.
 
     Raises:
         UnreadableImageError: an image cannot be read.

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
@@ -133,30 +133,14 @@ def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a JSON number")
 
 
-def as_record(kind: type[T], *, all_of: Iterable[str] | None = None) -> Callable[[Any], T]:
+def as_record(kind: type[T]) -> Callable[[Any], T]:
     """Make a converter from an object to a dataclass, which checks the type of each field.
 
     Known are str, bool, int (of 64 bits), float (finite; an int will do), ``None``, ``Literal``,
     unions, tuples, lists and dicts of these, dataclasses, ``Annotated`` with a :class:`Range`, and
     ``Any``. A field that has a default may be absent; keys that are not fields are ignored.
-
-    Args:
-        kind: the dataclass.
-        all_of: names of fields; the object must have all of these and nothing else.
     """
-    wanted = None if all_of is None else set(all_of)
-
-    def convert(value: Any) -> T:
-        if wanted is not None and (unknown := sorted(value.keys() - wanted)):
-            raise ValueError(
-                f"{unknown[0]!r} is not an option of this version of ueo_fast (environment.json "
-                "next to it says which version wrote it)"
-            )
-        if wanted is not None and (missing := sorted(wanted - value.keys())):
-            raise KeyError(missing[0])
-        return _record(kind, value, "")
-
-    return convert
+    return lambda value: _record(kind, value, "")
 
 
 def _record(kind: type[T], value: Any, key: str) -> T:
@@ -225,7 +209,7 @@ def _scalar(hint: Any, value: Any, key: str) -> Any:
         if not abs(value) < math.inf or abs(value) > 1e308:
             raise ValueError(f"{key} is {_brief(value)}, not a finite number")
         return float(value)
-    if type(value) is not hint:  # a bool is no int
+    if type(value) is not hint:  # a bool is not an int
         raise _unfit(value, key)
     if hint is int and not -_MOST_INT <= value <= _MOST_INT:
         raise ValueError(f"{key} is {_brief(value)}, which is out of range")

@@ -130,7 +130,7 @@ class RunFolder:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file; give the folder of a run")
         if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder}; give the folder of a run")
+            raise FileNotFoundError(f"{folder} does not exist; give the folder of a run")
         if not os.path.lexists(folder / CONFIG):  # reading says what else it is
             found = sorted(entry.name for entry in folder.iterdir())
             shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if found[5:] else "")

@@ -31,7 +31,7 @@ __all__ = [
     "Tent",
     "ZeroShot",
     "make_method",
-    "options_of",
+    "option_defaults",
 ]
 
 METHODS: Mapping[str, type[Method]] = {
@@ -41,7 +41,7 @@ METHODS: Mapping[str, type[Method]] = {
 """Every method by its name, in the order of tables: baselines, rivals, ours, the upper bound."""
 
 
-def options_of(method: type[Method]) -> dict[str, Any]:
+def option_defaults(method: type[Method]) -> dict[str, Any]:
     """The options of a method with their defaults: the fields of its dataclass."""
     fields: Any = method
     return {field.name: field.default for field in dataclasses.fields(fields)}
@@ -62,7 +62,7 @@ def make_method(name: str, **options: object) -> Method:
     check_one_of("method", name, METHODS)
     users: dict[str, list[str]] = {}
     for method in METHODS.values():
-        for option in options_of(method):
+        for option in option_defaults(method):
             users.setdefault(option, []).append(method.name)
     for option in options:
         if option not in users:
@@ -71,7 +71,7 @@ def make_method(name: str, **options: object) -> Method:
     in_vain = [
         f"{option}={value!r} (used by {', '.join(users[option])})"
         for option, value in options.items()
-        if option not in used and value != options_of(METHODS[users[option][0]])[option]
+        if option not in used and value != option_defaults(METHODS[users[option][0]])[option]
     ]
     if in_vain:
         raise ValueError(
