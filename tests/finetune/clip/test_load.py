@@ -123,7 +123,7 @@ def test_a_name_needs_weights_and_lists_its_tags():
         load_clip("RN50", "opena1")
     with pytest.raises(FileNotFoundError, match=r"'weights/RN50.pt': this file does not exist"):
         load_clip("RN50", "weights/RN50.pt")
-    with pytest.raises(FileNotFoundError, match="elsewhere.pt': this file does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"elsewhere.pt': this file does not exist"):
         load_clip("RN50", "openai=elsewhere.pt")
     with pytest.raises(ValueError, match="precision='fp8' is unknown: choose one of fp32"):
         load_clip("RN50", "openai", precision="fp8")
